@@ -1,0 +1,500 @@
+"""Every choice of a run: frozen dataclasses with their defaults, their checks and nothing else.
+
+The library functions take the sections as arguments and the command line takes the whole `Config`,
+so a choice has one name, one default and one check wherever it is made. A value that cannot work
+raises `ConfigError` naming the field when the section is built.
+
+Example:
+    >>> EvolutionConfig(population_size=64).generations
+    60
+    >>> EvolutionConfig(population_size=1)
+    Traceback (most recent call last):
+    ...
+    megajax.errors.ConfigError: evolution.population_size is 1: at least 2 (elites + 1) are needed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from megajax.errors import ConfigError
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "EvolutionConfig",
+    "FitnessConfig",
+    "GenomeConfig",
+    "ModelConfig",
+    "ParentsConfig",
+    "TrainingConfig",
+    "default_config",
+    "from_dict",
+    "to_dict",
+]
+
+GRANULARITIES: tuple[str, ...] = ("global", "layer", "leaf", "channel", "element")
+SELECTIONS: tuple[str, ...] = ("tournament", "roulette", "rank")
+CROSSOVERS: tuple[str, ...] = (
+    "arithmetic",
+    "arithmetic_per_gene",
+    "uniform",
+    "one_point",
+    "two_point",
+    "blx_alpha",
+)
+MUTATIONS: tuple[str, ...] = ("gaussian", "reset")
+SURVIVALS: tuple[str, ...] = ("plus", "generational")
+METRICS: tuple[str, ...] = ("cross_entropy", "accuracy")
+SHARDS: tuple[str, ...] = ("same", "disjoint", "skewed")
+OPTIMIZERS: tuple[str, ...] = ("sgd", "adam", "adamw")
+SCHEDULES: tuple[str, ...] = ("constant", "cosine")
+AUGMENTATIONS: tuple[str, ...] = ("flip", "crop")
+
+
+def _annotations(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _is_instance(value: Any, annotation: Any) -> bool:
+    for kind in _alternatives(annotation):
+        origin = typing.get_origin(kind) or kind
+        if origin is tuple:
+            inner = typing.get_args(kind)[0]
+            if isinstance(value, tuple) and all(isinstance(item, inner) for item in value):
+                return True
+        elif origin is Callable or origin is typing.get_origin(Callable[..., Any]):
+            if callable(value):
+                return True
+        elif origin is bool or isinstance(value, bool):
+            if origin is bool and isinstance(value, bool):
+                return True
+        elif origin is float:
+            if isinstance(value, (int, float)):
+                return True
+        elif isinstance(value, origin):
+            return True
+    return False
+
+
+def _describe(annotation: Any) -> str:
+    names = []
+    for kind in _alternatives(annotation):
+        origin = typing.get_origin(kind) or kind
+        names.append("None" if origin is type(None) else getattr(origin, "__name__", str(kind)))
+    return " or ".join(names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    """Checks shared by the sections; each check's message starts with the field's full name."""
+
+    _name: ClassVar[str] = ""
+
+    def _require(self, ok: bool, name: str, why: str) -> None:
+        if not ok:
+            raise ConfigError(f"{self._name}.{name} is {getattr(self, name)!r}: {why}")
+
+    def _one_of(self, name: str, choices: Sequence[str]) -> None:
+        self._require(getattr(self, name) in choices, name, f"choose one of {', '.join(choices)}")
+
+    def _all_of(self, name: str, choices: Sequence[str]) -> None:
+        ok = all(value in choices for value in getattr(self, name))
+        self._require(ok, name, f"choose from {', '.join(choices)}")
+
+    def _at_least(self, low: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            self._require(value is None or value >= low, name, f"it must be at least {low}")
+
+    def _fraction(self, *names: str) -> None:
+        for name in names:
+            self._require(0 <= getattr(self, name) <= 1, name, "it must lie between 0 and 1")
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            annotation = _annotations(type(self))[entry.name]
+            if not _is_instance(value, annotation):
+                raise ConfigError(
+                    f"{self._name}.{entry.name} is {value!r} of type {type(value).__name__}: "
+                    f"{_describe(annotation)} is needed"
+                )
+        self._check()
+
+    def _check(self) -> None:
+        """Raises ConfigError for values that have the right type and still cannot work."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Section):
+    """Which images and how they are split.
+
+    Attributes:
+        name: `digits` (scikit-learn's, bundled) or the name of a TFDS image classification set.
+        data_dir: TFDS directory that holds the prepared set; None takes TFDS's own default.
+        validation_fraction: share of the training images set aside for validation.
+        test_fraction: share of all images set aside for the test, for sets without a test split.
+        limit: at most this many images in each split (for quick trials); None takes all.
+        standardize: subtract each channel's mean over the training images and divide by its
+            standard deviation; otherwise pixels stay in [0, 1].
+        image_size: resize the images of a TFDS set to so many pixels a side; None keeps them.
+    """
+
+    _name: ClassVar[str] = "data"
+    name: str = "digits"
+    data_dir: str | None = None
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.25
+    limit: int | None = None
+    standardize: bool = False
+    image_size: int | None = None
+
+    def _check(self) -> None:
+        self._require(bool(self.name), "name", "a data set must be named")
+        self._fraction("validation_fraction", "test_fraction")
+        self._at_least(1, "limit", "image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Section):
+    """Which network of the zoo, and its options.
+
+    Attributes:
+        name: a name in `megajax.models.MODELS`.
+        options: keyword arguments of that network, for example `{"width": 32}`.
+    """
+
+    _name: ClassVar[str] = "model"
+    name: str = "cnn"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentsConfig(_Section):
+    """How many parents there are and what each one saw.
+
+    Attributes:
+        count: number of parents K.
+        shards: `same` (all training images for each), `disjoint` (equal parts) or `skewed` (each
+            parent is at home in its own classes and sees few images of the others).
+        skew: for `skewed`, the share of a class's images that goes to the parent at home in it;
+            1 means that a parent never sees the other classes.
+        shared_initialization: all parents start from the same weights.
+    """
+
+    _name: ClassVar[str] = "parents"
+    count: int = 2
+    shards: str = "same"
+    skew: float = 0.8
+    shared_initialization: bool = False
+
+    def _check(self) -> None:
+        self._require(self.count >= 2, "count", "at least two parents are needed for a merge")
+        self._one_of("shards", SHARDS)
+        self._fraction("skew")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(_Section):
+    """How each parent is trained.
+
+    Attributes:
+        epochs: passes over a parent's shard.
+        batch_size: images per step and parent.
+        optimizer: `sgd` (Nesterov momentum), `adam` or `adamw`.
+        learning_rate: peak learning rate.
+        schedule: `constant` or `cosine` (to zero).
+        warmup_epochs: epochs of linear warm-up before the schedule.
+        momentum: for `sgd`.
+        weight_decay: decoupled for `adamw`; added to the gradient of kernels for the others.
+        augment: any of `flip` (left-right) and `crop` (pad by an eighth of the side, crop back).
+    """
+
+    _name: ClassVar[str] = "training"
+    epochs: int = 20
+    batch_size: int = 64
+    optimizer: str = "adam"
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"
+    warmup_epochs: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    augment: tuple[str, ...] = ()
+
+    def _check(self) -> None:
+        self._at_least(1, "epochs", "batch_size")
+        self._at_least(0, "learning_rate", "warmup_epochs", "weight_decay")
+        self._fraction("momentum")
+        self._one_of("optimizer", OPTIMIZERS)
+        self._one_of("schedule", SCHEDULES)
+        self._all_of("augment", AUGMENTATIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenomeConfig(_Section):
+    """What a gene is: the granularity and kind of the mixing masks.
+
+    Attributes:
+        granularity: `global` (one gene), `layer`, `leaf`, `channel` (per layer and output channel)
+            or `element`.
+        binary: each gene picks one parent, instead of mixing them.
+        freeze: regular expression; leaves whose path it matches stay as in parent 0.
+    """
+
+    _name: ClassVar[str] = "genome"
+    granularity: str = "channel"
+    binary: bool = False
+    freeze: str | None = None
+
+    def _check(self) -> None:
+        self._one_of("granularity", GRANULARITIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitnessConfig(_Section):
+    """How an individual is scored on the validation images. Fitness is always maximised.
+
+    Attributes:
+        metric: `cross_entropy` (its negative, smooth), `accuracy`, or a function
+            `(logits [b, C], labels [b]) -> scores [b]` whose mean over the images is the fitness.
+        batch_size: validation images per forward pass.
+        population_chunk: individuals evaluated side by side by `vmap` (the rest in turn by
+            `lax.map`): a number, or `auto` for a choice by backend and network.
+    """
+
+    _name: ClassVar[str] = "fitness"
+    metric: str | Callable[..., Any] = "cross_entropy"
+    batch_size: int = 512
+    population_chunk: int | str = "auto"
+
+    def _check(self) -> None:
+        self._at_least(1, "batch_size")
+        if isinstance(self.metric, str):
+            self._one_of("metric", METRICS)
+        if isinstance(self.population_chunk, str):
+            self._one_of("population_chunk", ("auto",))
+        else:
+            self._at_least(1, "population_chunk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvolutionConfig(_Section):
+    """The genetic algorithm.
+
+    The operators are names, or functions of the same signature (see `megajax.operators`).
+
+    Attributes:
+        population_size: individuals P.
+        generations: generations after the first population.
+        elites: individuals that a `generational` survival carries over unchanged.
+        selection: `tournament`, `roulette` or `rank`, or a function.
+        tournament_size: contestants of a tournament.
+        crossover: one name or several; each child draws one of them. Or a function.
+        mutation: one name (`gaussian`, `reset`) or several, all applied in turn. Or a function.
+            None takes `gaussian`, or `reset` for binary masks.
+        mutation_rate: probability that a gene mutates; None means one gene in a hundred, but at
+            least one gene of a child on average.
+        mutation_scale: standard deviation of the `gaussian` mutation.
+        survival: `plus` (the best of parents and children) or `generational`, or a function.
+        generations_per_chunk: generations in one compiled call, between two looks of the host.
+        patience: stop after so many generations without a better best; None never does.
+        time_budget: stop after so many seconds; None never does. Not reproducible by nature.
+        evaluation_budget: stop before more than so many networks are scored; None never does.
+    """
+
+    _name: ClassVar[str] = "evolution"
+    population_size: int = 32
+    generations: int = 60
+    elites: int = 1
+    selection: str | Callable[..., Any] = "tournament"
+    tournament_size: int = 3
+    crossover: str | tuple[str, ...] | Callable[..., Any] = ("uniform", "arithmetic")
+    mutation: str | tuple[str, ...] | Callable[..., Any] | None = None
+    mutation_rate: float | None = None
+    mutation_scale: float = 0.3
+    survival: str | Callable[..., Any] = "plus"
+    generations_per_chunk: int = 1
+    patience: int | None = None
+    time_budget: float | None = None
+    evaluation_budget: int | None = None
+
+    def _check(self) -> None:
+        self._at_least(0, "elites", "generations", "mutation_scale")
+        need = max(self.elites + 1, 2)
+        self._require(
+            self.population_size >= need,
+            "population_size",
+            f"at least {need} (elites + 1) are needed",
+        )
+        self._at_least(1, "tournament_size", "generations_per_chunk", "patience")
+        self._at_least(0, "time_budget", "evaluation_budget")
+        self._require(
+            self.tournament_size <= self.population_size,
+            "tournament_size",
+            f"it must not exceed the population of {self.population_size}",
+        )
+        if self.mutation_rate is not None:
+            self._fraction("mutation_rate")
+        for name, choices in (("selection", SELECTIONS), ("survival", SURVIVALS)):
+            if isinstance(getattr(self, name), str):
+                self._one_of(name, choices)
+        for name, choices in (("crossover", CROSSOVERS), ("mutation", MUTATIONS)):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                self._one_of(name, choices)
+            elif isinstance(value, tuple):
+                self._require(bool(value), name, "at least one is needed")
+                self._all_of(name, choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(_Section):
+    """A whole run: `python -m megajax.run --config FILE` builds one and follows it.
+
+    Attributes:
+        seed: the only source of randomness.
+        data: the images.
+        model: the network.
+        parents: how many, and what they saw.
+        training: how they are trained.
+        genome: what a gene is.
+        fitness: how an individual is scored.
+        evolution: the search.
+    """
+
+    _name: ClassVar[str] = "config"
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parents: ParentsConfig = field(default_factory=ParentsConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    genome: GenomeConfig = field(default_factory=GenomeConfig)
+    fitness: FitnessConfig = field(default_factory=FitnessConfig)
+    evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
+
+    def _check(self) -> None:
+        self._at_least(0, "seed")
+
+
+def to_dict(config: _Section) -> dict[str, Any]:
+    """The section as plain nested dictionaries, functions by their qualified name.
+
+    Example:
+        >>> to_dict(ParentsConfig())["count"]
+        2
+    """
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if callable(value):
+            name = getattr(value, "__qualname__", type(value).__qualname__)
+            return f"{getattr(value, '__module__', '?')}.{name}"
+        return value
+
+    result: dict[str, Any] = plain(config)
+    return result
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds and checks a `Config` from nested mappings; missing fields take their defaults.
+
+    Args:
+        values: section name -> field name -> value. Lists become tuples, whole numbers are taken
+            where a float is meant.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: a section or field does not exist, or a value cannot work; names it.
+
+    Example:
+        >>> from_dict({"evolution": {"generations": 5}}).evolution.generations
+        5
+        >>> from_dict({"evolution": {"generation": 5}})
+        Traceback (most recent call last):
+        ...
+        megajax.errors.ConfigError: evolution.generation is no field of the configuration; did you
+        mean evolution.generations?
+    """
+    result = _build(Config, "", values)
+    assert isinstance(result, Config)
+    return result
+
+
+def _build(section: type[_Section], prefix: str, values: Mapping[str, Any]) -> _Section:
+    annotations = _annotations(section)
+    known = [f.name for f in dataclasses.fields(section)]
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"{prefix}{name} is no field of the configuration; {hint}")
+        kind = annotations[name]
+        if isinstance(kind, type) and issubclass(kind, _Section):
+            if isinstance(value, kind):
+                arguments[name] = value
+                continue
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix}{name} is {value!r}: it is a section with fields")
+            arguments[name] = _build(kind, f"{prefix}{name}.", value)
+        else:
+            arguments[name] = _coerce(value, kind)
+    return section(**arguments)
+
+
+def _coerce(value: Any, annotation: Any) -> Any:
+    """Takes over what a command line or a JSON file cannot say in the exact type."""
+    if isinstance(value, list):
+        value = tuple(value)
+    if isinstance(value, str) and value.isdigit() and int in _alternatives(annotation):
+        return int(value)
+    return value
+
+
+def default_config() -> ConfigDict:
+    """The defaults as an editable `ml_collections.ConfigDict`, for a config file's `get_config()`.
+
+    Names and values are checked when the run starts, by `from_dict`.
+
+    Example:
+        >>> config = default_config()
+        >>> config.evolution.population_size = 64
+        >>> from_dict(config.to_dict()).evolution.population_size
+        64
+    """
+
+    def editable(section: _Section) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for entry in dataclasses.fields(section):
+            value = getattr(section, entry.name)
+            if isinstance(value, _Section):
+                values[entry.name] = editable(value)
+            elif value is None:
+                kinds = _alternatives(_annotations(type(section))[entry.name])
+                values[entry.name] = placeholder(kinds[0])
+            else:
+                values[entry.name] = dict(value) if isinstance(value, Mapping) else value
+        return values
+
+    return ConfigDict(editable(Config()), type_safe=False)

@@ -1,0 +1,33 @@
+"""The exceptions that megajax raises for a mistake it can name.
+
+Every one of them is a `MegajaxError` whose text is one line that names the thing at fault: the leaf
+path, the config field or the file. The command line prints that line and exits with code 2.
+"""
+
+
+class MegajaxError(Exception):
+    """Base class: catch this to catch every error that megajax raises on purpose.
+
+    >>> issubclass(ParentsError, MegajaxError)
+    True
+    """
+
+
+class ConfigError(MegajaxError, ValueError):
+    """A config field (or an argument of the same name) has a value that cannot work."""
+
+
+class DataError(MegajaxError, ValueError):
+    """A data set is missing, empty, mislabelled or of the wrong shape."""
+
+
+class ParentsError(MegajaxError, ValueError):
+    """The parents do not fit together, or their weights are not finite."""
+
+
+class SymmetryError(MegajaxError, ValueError):
+    """A permutation of hidden units that should leave the function alone does not."""
+
+
+class WorkdirError(MegajaxError, OSError):
+    """A workdir cannot be read or written, or belongs to another run."""

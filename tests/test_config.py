@@ -1,0 +1,88 @@
+"""The configuration: one default, one check, one clear line for each field."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from megajax.config import (
+    Config,
+    EvolutionConfig,
+    FitnessConfig,
+    default_config,
+    from_dict,
+    to_dict,
+)
+from megajax.errors import ConfigError
+
+
+def test_defaults_survive_the_round_trip_through_the_editable_form():
+    assert from_dict(default_config().to_dict()) == Config()
+    assert from_dict(to_dict(Config())) == Config()
+
+
+def test_lists_and_numbers_as_text_are_taken_where_they_are_meant():
+    config = from_dict(
+        {
+            "evolution": {"crossover": ["uniform"], "time_budget": 5},
+            "fitness": {"population_chunk": "8"},
+        }
+    )
+    assert config.evolution.crossover == ("uniform",)
+    assert config.fitness.population_chunk == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"evolutoin": {}}, "evolutoin is no field .* did you mean evolution?"),
+        ({"evolution": {"population": 3}}, "evolution.population is no field"),
+        ({"evolution": 3}, "evolution is 3: it is a section"),
+        (
+            {"evolution": {"population_size": "64x"}},
+            "evolution.population_size is '64x' of type str",
+        ),
+        ({"evolution": {"population_size": 2.5}}, "evolution.population_size is 2.5 of type float"),
+        ({"evolution": {"population_size": True}}, "population_size is True of type bool"),
+        ({"evolution": {"population_size": 3, "elites": 3}}, "at least 4 \\(elites \\+ 1\\)"),
+        ({"evolution": {"tournament_size": 99}}, "evolution.tournament_size is 99: .* 32"),
+        (
+            {"evolution": {"crossover": "swap"}},
+            "evolution.crossover is 'swap': choose one of arith",
+        ),
+        (
+            {"evolution": {"crossover": ("uniform", "swap")}},
+            "evolution.crossover is .* choose from",
+        ),
+        ({"evolution": {"crossover": ()}}, "evolution.crossover is \\(\\): at least one"),
+        (
+            {"evolution": {"mutation_rate": 1.5}},
+            "evolution.mutation_rate is 1.5: .* between 0 and 1",
+        ),
+        ({"evolution": {"generations": -1}}, "evolution.generations is -1: it must be at least 0"),
+        ({"fitness": {"metric": "f1"}}, "fitness.metric is 'f1'"),
+        ({"fitness": {"population_chunk": 0}}, "fitness.population_chunk is 0"),
+        ({"fitness": {"population_chunk": "all"}}, "fitness.population_chunk is 'all'"),
+        ({"genome": {"granularity": "neuron"}}, "genome.granularity is 'neuron'"),
+        ({"parents": {"count": 1}}, "parents.count is 1: at least two parents"),
+        ({"parents": {"skew": -0.1}}, "parents.skew is -0.1"),
+        ({"training": {"augment": ("blur",)}}, "training.augment is \\('blur',\\)"),
+        ({"data": {"name": ""}}, "data.name is ''"),
+        ({"seed": -1}, "config.seed is -1"),
+    ],
+)
+def test_a_value_that_cannot_work_is_one_line_with_the_fields_name(values, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        from_dict(values)
+    assert "\n" not in str(error.value)
+
+
+def test_functions_take_the_place_of_names():
+    assert FitnessConfig(metric=lambda logits, labels: jnp.ones(len(labels))).metric is not None
+    assert EvolutionConfig(selection=max).selection is max
+    assert to_dict(EvolutionConfig(selection=max))["selection"] == "builtins.max"
+
+
+def test_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EvolutionConfig().elites = 3
