@@ -1,0 +1,546 @@
+"""Genetic operators: pure functions, key first, generic over pytrees with a population axis.
+
+The four kinds and their signatures; a function of the same signature drops in, and options are
+bound with `functools.partial`:
+
+    select(key, fitness [P], num)         -> indices [num] of the selected individuals, int32
+    cross(key, first, second)             -> children; the i-th of the i-th pair
+    mutate(key, genes)                    -> genes
+    survive(key, population, offspring)   -> population of the size of the first
+
+Genes are any pytree whose leaves have a leading population axis. `gene_ndim` says how many trailing
+axes of a leaf belong to ONE gene: 0 where each number is a gene, 1 where a gene is a vector (a
+mask's coefficients over the parents), None where the whole leaf is one gene (a weight tensor).
+
+Source of the classical operators: Eiben and Smith, Introduction to Evolutionary Computing (2015);
+BLX-alpha: Eshelman and Schaffer (1993); linear ranking: Baker (1985).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from megajax.types import Genes, Key, PyTree
+
+__all__ = [
+    "Crossover",
+    "Mutation",
+    "Population",
+    "Selection",
+    "Survival",
+    "apply_all",
+    "arithmetic",
+    "best",
+    "blx_alpha",
+    "choose_one",
+    "gaussian",
+    "generational",
+    "one_point",
+    "plus",
+    "rank",
+    "reset",
+    "roulette",
+    "take",
+    "tournament",
+    "two_point",
+    "uniform",
+]
+
+
+class Population(NamedTuple):
+    """Individuals and their scores.
+
+    Attributes:
+        genes: pytree, leaves `[P, ...]`.
+        fitness: `[P]` float32, maximised; -inf where an evaluation gave no finite number.
+        aux: whatever else the evaluation returned, leaves `[P, ...]`; `()` for nothing.
+    """
+
+    genes: Genes
+    fitness: jax.Array
+    aux: PyTree = ()
+
+
+Selection: TypeAlias = Callable[[Key, jax.Array, int], jax.Array]
+Crossover: TypeAlias = Callable[[Key, Genes, Genes], Genes]
+Mutation: TypeAlias = Callable[[Key, Genes], Genes]
+Survival: TypeAlias = Callable[[Key, Population, Population], Population]
+
+
+def take(tree: PyTree, indices: jax.Array) -> PyTree:
+    """The individuals at `indices` (an index, or an array of them) of every leaf.
+
+    Example:
+        >>> take({"genes": jnp.arange(4)}, jnp.array([3, 0]))["genes"].tolist()
+        [3, 0]
+    """
+    return jax.tree.map(lambda leaf: leaf[indices], tree)
+
+
+# Selection ---------------------------------------------------------------------------------------
+
+
+def tournament(
+    key: Key, fitness: jax.Array, num: int, *, size: int = 3, replace: bool = False
+) -> jax.Array:
+    """The fittest of `size` individuals drawn at random, `num` times.
+
+    Args:
+        key: PRNG key.
+        fitness: `[P]`.
+        num: tournaments to hold.
+        size: contestants of each.
+        replace: whether one individual may be drawn twice for the same tournament.
+
+    Returns:
+        Winners' indices, `[num]` int32. Equal contestants: the one drawn first wins.
+
+    Raises:
+        ValueError: `size` is larger than the population and `replace` is false.
+
+    Example:
+        >>> tournament(jax.random.key(0), jnp.array([0.0, 2.0, 1.0]), 4, size=3).tolist()
+        [1, 1, 1, 1]
+    """
+    population_size = fitness.shape[0]
+    if replace:
+        contestants = jax.random.randint(key, (num, size), 0, population_size)
+    else:
+        contestants = _distinct(key, population_size, num, size)
+    winners = jnp.argmax(fitness[contestants], axis=1)
+    return jnp.take_along_axis(contestants, winners[:, None], axis=1)[:, 0]
+
+
+def _distinct(key: Key, population_size: int, num: int, size: int) -> jax.Array:
+    """`num` ordered draws of `size` distinct indices each, in O(num size^2)."""
+    if size > population_size:
+        raise ValueError(f"cannot draw {size} distinct from a population of {population_size}")
+    rest = population_size - jnp.arange(size)
+    drawn: list[jax.Array] = []
+    for index in jax.random.randint(key, (num, size), 0, rest).T:
+        # The index-th of those not drawn yet: step over the drawn ones in ascending order.
+        for earlier in jnp.sort(jnp.stack(drawn), axis=0) if drawn else ():
+            index = index + (index >= earlier)
+        drawn.append(index)
+    return jnp.stack(drawn, axis=1)
+
+
+def roulette(key: Key, fitness: jax.Array, num: int) -> jax.Array:
+    """Selection in proportion to the fitness above the worst finite one.
+
+    Args:
+        key: PRNG key.
+        fitness: `[P]`, of any sign; individuals at -inf are never selected while another is finite.
+        num: how many to select, with replacement.
+
+    Returns:
+        Indices, `[num]` int32. If all finite fitnesses are equal, they are equally likely.
+
+    Example:
+        >>> roulette(jax.random.key(0), jnp.array([1.0, 1.0, 9.0]), 3).tolist()
+        [2, 2, 2]
+    """
+    finite = jnp.isfinite(fitness)
+    worst = jnp.min(fitness, where=finite, initial=jnp.inf)
+    weight = jnp.where(finite, fitness - worst, 0.0)
+    weight = jnp.where(weight.max() > 0, weight, finite.astype(weight.dtype))
+    return _draw(key, weight, num)
+
+
+def rank(key: Key, fitness: jax.Array, num: int, *, pressure: float = 1.7) -> jax.Array:
+    """Linear ranking: the best is expected `pressure` times, the worst `2 - pressure` times.
+
+    Args:
+        key: PRNG key.
+        fitness: `[P]`; only the order counts, and individuals at -inf are never selected while
+            another is finite.
+        num: how many to select, with replacement.
+        pressure: in [1, 2]; expected copies of the best in P draws.
+
+    Returns:
+        Indices, `[num]` int32.
+
+    Example:
+        >>> rank(jax.random.key(0), jnp.array([1.0, 2.0]), 3, pressure=2.0).tolist()
+        [1, 1, 1]
+    """
+    population_size = fitness.shape[0]
+    position = jnp.argsort(jnp.argsort(fitness)) / max(population_size - 1, 1)
+    weight = (2.0 - pressure) + 2.0 * (pressure - 1.0) * position
+    return _draw(key, jnp.where(jnp.isfinite(fitness), weight, 0.0), num)
+
+
+def _draw(key: Key, weight: jax.Array, num: int) -> jax.Array:
+    """Categorical draws; a weight of exactly zero is never drawn while another is positive."""
+    return jax.random.categorical(key, jnp.log(weight), shape=(num,)).astype(jnp.int32)
+
+
+# Crossover ---------------------------------------------------------------------------------------
+
+
+def arithmetic(
+    key: Key, first: Genes, second: Genes, *, per_gene: bool = False, gene_ndim: int | None = 0
+) -> Genes:
+    """Child `b * first + (1 - b) * second` with b ~ U(0, 1).
+
+    Args:
+        key: PRNG key.
+        first: genes of the first of each pair, leaves `[N, ...]`.
+        second: genes of the second, alike.
+        per_gene: draw b for each gene; otherwise one b for the whole child, as in MeGA.
+        gene_ndim: trailing axes of one gene; see the module.
+
+    Returns:
+        Children, alike.
+
+    Example:
+        >>> child = arithmetic(jax.random.key(0), jnp.zeros((1, 3)), jnp.ones((1, 3)))
+        >>> bool((child == child[0, 0]).all())
+        True
+    """
+    if per_gene:
+        return _per_leaf(
+            lambda key, a, b: _blend(a, b, jax.random.uniform(key, _gene_shape(a, gene_ndim))),
+            key,
+            first,
+            second,
+        )
+    share = jax.random.uniform(key, (_size(first),))
+    return jax.tree.map(lambda a, b: _blend(a, b, share), first, second)
+
+
+def uniform(
+    key: Key, first: Genes, second: Genes, *, rate: float = 0.5, gene_ndim: int | None = 0
+) -> Genes:
+    """Each gene comes from `second` with probability `rate`, otherwise from `first`.
+
+    Args:
+        key: PRNG key.
+        first: genes of the first of each pair, leaves `[N, ...]`.
+        second: genes of the second, alike.
+        rate: probability in [0, 1].
+        gene_ndim: trailing axes of one gene; see the module.
+
+    Returns:
+        Children, alike; every gene is one of the pair's, bit for bit.
+
+    Example:
+        >>> uniform(jax.random.key(0), jnp.zeros((1, 4)), jnp.ones((1, 4)), rate=1.0).tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
+    """
+
+    def cross(key: Key, a: jax.Array, b: jax.Array) -> jax.Array:
+        swap = jax.random.bernoulli(key, rate, _gene_shape(a, gene_ndim))
+        return jnp.where(_expand(swap, a), b, a)
+
+    return _per_leaf(cross, key, first, second)
+
+
+def one_point(key: Key, first: Genes, second: Genes, *, gene_ndim: int | None = 0) -> Genes:
+    """Genes before a random cut come from `first`, the others from `second`.
+
+    The cut falls between two genes, in the order of the leaves; neither part is empty, as long as
+    there are two genes.
+
+    Args:
+        key: PRNG key.
+        first: genes of the first of each pair, leaves `[N, ...]`.
+        second: genes of the second, alike.
+        gene_ndim: trailing axes of one gene; see the module.
+
+    Returns:
+        Children, alike.
+
+    Example:
+        >>> one_point(jax.random.key(1), jnp.zeros((1, 2)), jnp.ones((1, 2))).tolist()
+        [[0.0, 1.0]]
+    """
+    last = max(_num_genes(first, gene_ndim) - 1, 1)
+    start = jax.random.randint(key, (_size(first),), 1, last + 1)
+    return _splice(first, second, start, jnp.full_like(start, last + 1), gene_ndim)
+
+
+def two_point(key: Key, first: Genes, second: Genes, *, gene_ndim: int | None = 0) -> Genes:
+    """Genes between two random cuts come from `second`, the others from `first`.
+
+    Args:
+        key: PRNG key.
+        first: genes of the first of each pair, leaves `[N, ...]`.
+        second: genes of the second, alike.
+        gene_ndim: trailing axes of one gene; see the module.
+
+    Returns:
+        Children, alike; at least one gene comes from `second`, and one from `first` unless there is
+        a single gene.
+
+    Example:
+        >>> child = two_point(jax.random.key(1), jnp.zeros((1, 5)), jnp.ones((1, 5)))
+        >>> 1 <= child.sum() <= 4
+        Array(True, dtype=bool)
+    """
+    num_genes = _num_genes(first, gene_ndim)
+    start_key, length_key = jax.random.split(key)
+    length = jax.random.randint(length_key, (_size(first),), 1, max(num_genes, 2))
+    start = jax.random.randint(start_key, length.shape, 0, num_genes - length + 1)
+    return _splice(first, second, start, start + length, gene_ndim)
+
+
+def blx_alpha(
+    key: Key, first: Genes, second: Genes, *, alpha: float = 0.5, gene_ndim: int | None = 0
+) -> Genes:
+    """Blend crossover: each gene is drawn from the pair's interval, widened by `alpha` each way.
+
+    A gene that is a vector is drawn from the line through the pair, widened alike, so that
+    coefficients that sum to one keep doing so.
+
+    Args:
+        key: PRNG key.
+        first: genes of the first of each pair, leaves `[N, ...]`.
+        second: genes of the second, alike.
+        alpha: widening, as a share of the interval's length.
+        gene_ndim: trailing axes of one gene; see the module.
+
+    Returns:
+        Children, alike.
+
+    Example:
+        >>> child = blx_alpha(jax.random.key(0), jnp.zeros((1, 9)), jnp.ones((1, 9)), alpha=0.1)
+        >>> bool(((child >= -0.1) & (child <= 1.1)).all())
+        True
+    """
+
+    def cross(key: Key, a: jax.Array, b: jax.Array) -> jax.Array:
+        shape = _gene_shape(a, gene_ndim)
+        return _blend(a, b, jax.random.uniform(key, shape, minval=-alpha, maxval=1.0 + alpha))
+
+    return _per_leaf(cross, key, first, second)
+
+
+def choose_one(key: Key, first: Genes, second: Genes, *, among: Sequence[Crossover]) -> Genes:
+    """Each child is made by one of several crossovers, drawn with equal probability.
+
+    Args:
+        key: PRNG key.
+        first: genes of the first of each pair, leaves `[N, ...]`.
+        second: genes of the second, alike.
+        among: the crossovers.
+
+    Returns:
+        Children, alike.
+
+    Example:
+        >>> first, second = jnp.zeros((2, 1)), jnp.ones((2, 1))
+        >>> choose_one(jax.random.key(0), first, second, among=[uniform, arithmetic]).shape
+        (2, 1)
+    """
+    choice_key, *keys = jax.random.split(key, len(among) + 1)
+    children = [cross(k, first, second) for k, cross in zip(keys, among, strict=True)]
+    choice = jax.random.randint(choice_key, (_size(first),), 0, len(among))
+    return jax.tree.map(
+        lambda *leaves: jnp.stack(leaves)[choice, jnp.arange(choice.size)], *children
+    )
+
+
+def _splice(
+    first: Genes, second: Genes, start: jax.Array, stop: jax.Array, gene_ndim: int | None
+) -> Genes:
+    """Genes at positions start <= position < stop (`[N]` each) from `second`, others `first`."""
+    leaves, treedef = jax.tree.flatten(first)
+    offset, children = 0, []
+    for a, b in zip(leaves, jax.tree.leaves(second), strict=True):
+        shape = _gene_shape(a, gene_ndim)[1:]
+        size = math.prod(shape)
+        position = offset + jnp.arange(size).reshape(1, *shape)
+        offset += size
+        inside = (position >= _expand(start, position)) & (position < _expand(stop, position))
+        children.append(jnp.where(_expand(inside, a), b, a))
+    return jax.tree.unflatten(treedef, children)
+
+
+def _blend(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
+    # This form gives back a gene that both share bit for bit.
+    return b + _expand(share, a).astype(a.dtype) * (a - b)
+
+
+# Mutation ----------------------------------------------------------------------------------------
+
+
+def gaussian(
+    key: Key, genes: Genes, *, rate: float = 0.05, scale: float = 0.1, gene_ndim: int | None = 0
+) -> Genes:
+    """Adds N(0, scale^2) to every number of a gene, with probability `rate` for each gene.
+
+    Args:
+        key: PRNG key.
+        genes: leaves `[N, ...]`.
+        rate: probability in [0, 1].
+        scale: standard deviation of the noise.
+        gene_ndim: trailing axes of one gene; see the module.
+
+    Returns:
+        Genes, alike; those not hit are unchanged bit for bit.
+
+    Example:
+        >>> gaussian(jax.random.key(0), jnp.ones((1, 2)), rate=0.0).tolist()
+        [[1.0, 1.0]]
+    """
+
+    def mutate(key: Key, leaf: jax.Array) -> jax.Array:
+        hit_key, noise_key = jax.random.split(key)
+        hit = jax.random.bernoulli(hit_key, rate, _gene_shape(leaf, gene_ndim))
+        noise = scale * jax.random.normal(noise_key, leaf.shape, leaf.dtype)
+        return jnp.where(_expand(hit, leaf), leaf + noise, leaf)
+
+    return _per_leaf(mutate, key, genes)
+
+
+def reset(
+    key: Key,
+    genes: Genes,
+    *,
+    rate: float = 0.05,
+    sample: Callable[[Key, tuple[int, ...], Any], jax.Array] = jax.random.uniform,
+    gene_ndim: int | None = 0,
+) -> Genes:
+    """Draws a gene anew, with probability `rate` for each gene.
+
+    Args:
+        key: PRNG key.
+        genes: leaves `[N, ...]`.
+        rate: probability in [0, 1].
+        sample: `sample(key, shape, dtype)`; the default draws every number from U(0, 1).
+        gene_ndim: trailing axes of one gene; see the module.
+
+    Returns:
+        Genes, alike; those not hit are unchanged bit for bit.
+
+    Example:
+        >>> reset(jax.random.key(0), jnp.full((1, 2), 7.0), rate=1.0).max() < 1
+        Array(True, dtype=bool)
+    """
+
+    def mutate(key: Key, leaf: jax.Array) -> jax.Array:
+        hit_key, sample_key = jax.random.split(key)
+        hit = jax.random.bernoulli(hit_key, rate, _gene_shape(leaf, gene_ndim))
+        return jnp.where(_expand(hit, leaf), sample(sample_key, leaf.shape, leaf.dtype), leaf)
+
+    return _per_leaf(mutate, key, genes)
+
+
+def apply_all(key: Key, genes: Genes, *, mutations: Sequence[Mutation]) -> Genes:
+    """Several mutations in turn, each with a key of its own.
+
+    Args:
+        key: PRNG key.
+        genes: leaves `[N, ...]`.
+        mutations: applied from first to last.
+
+    Returns:
+        Genes, alike.
+
+    Example:
+        >>> apply_all(jax.random.key(0), jnp.ones((1, 2)), mutations=[]).tolist()
+        [[1.0, 1.0]]
+    """
+    for i, mutate in enumerate(mutations):
+        genes = mutate(jax.random.fold_in(key, i), genes)
+    return genes
+
+
+# Survival ----------------------------------------------------------------------------------------
+
+
+def generational(key: Key, population: Population, offspring: Population) -> Population:
+    """All offspring survive, and with them the best of the old population (the elites).
+
+    With P individuals and M offspring there are P - M elites.
+
+    Args:
+        key: not used.
+        population: P individuals.
+        offspring: M <= P individuals.
+
+    Returns:
+        P individuals, the elites first, best of all in slot 0; scores move along unchanged.
+
+    Example:
+        >>> old = Population(jnp.array([1, 2, 3]), jnp.array([0.1, 0.3, 0.2]))
+        >>> new = Population(jnp.array([4, 5]), jnp.array([0.0, 0.0]))
+        >>> generational(jax.random.key(0), old, new).genes.tolist()
+        [2, 4, 5]
+    """
+    del key
+    elites = best(population, _size(population) - _size(offspring))
+    return _concatenate(elites, offspring)
+
+
+def plus(key: Key, population: Population, offspring: Population) -> Population:
+    """(mu + lambda): the best of old and new together.
+
+    Args:
+        key: not used.
+        population: P individuals.
+        offspring: any number of individuals.
+
+    Returns:
+        P individuals, best first; scores move along unchanged. Equal fitness: the older one stays.
+
+    Example:
+        >>> old = Population(jnp.array([1, 2]), jnp.array([0.1, 0.3]))
+        >>> new = Population(jnp.array([4, 5]), jnp.array([0.2, 0.0]))
+        >>> plus(jax.random.key(0), old, new).genes.tolist()
+        [2, 4]
+    """
+    del key
+    return best(_concatenate(population, offspring), _size(population))
+
+
+def best(population: Population, num: int) -> Population:
+    """The `num` fittest, best first; equal ones in the order of the population.
+
+    Example:
+        >>> best(Population(jnp.array([1, 2]), jnp.array([0.1, 0.3])), 1).genes.tolist()
+        [2]
+    """
+    order = jnp.argsort(-population.fitness, stable=True)[:num]
+    survivors: Population = take(population, order)
+    return survivors
+
+
+def _concatenate(first: Population, second: Population) -> Population:
+    joined: Population = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+    return joined
+
+
+# Pytrees with a population axis ------------------------------------------------------------------
+
+
+def _per_leaf(operator: Callable[..., jax.Array], key: Key, *trees: Genes) -> Genes:
+    """Applies `operator(key, *leaves)` leaf by leaf, every leaf with a key of its own."""
+    leaves, treedef = jax.tree.flatten(trees[0])
+    keys = jax.random.split(key, len(leaves))
+    columns = zip(keys, *map(jax.tree.leaves, trees), strict=True)
+    return jax.tree.unflatten(treedef, [operator(*column) for column in columns])
+
+
+def _size(genes: Genes) -> int:
+    return int(jax.tree.leaves(genes)[0].shape[0])
+
+
+def _gene_shape(leaf: jax.Array, gene_ndim: int | None) -> tuple[int, ...]:
+    """The leaf's shape without the axes inside a gene: `[N, genes...]`."""
+    return leaf.shape[:1] if gene_ndim is None else leaf.shape[: leaf.ndim - gene_ndim]
+
+
+def _num_genes(genes: Genes, gene_ndim: int | None) -> int:
+    return sum(math.prod(_gene_shape(leaf, gene_ndim)[1:]) for leaf in jax.tree.leaves(genes))
+
+
+def _expand(values: jax.Array, like: jax.Array) -> jax.Array:
+    """Appends axes of length one until `values` broadcasts against `like`."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
