@@ -1,0 +1,308 @@
+"""The genetic algorithm: `init`, `step`, and `run`, which scans steps on the device.
+
+Knows genes, fitness and operators; nothing of networks, masks or files. State is what must be
+carried to go on, Info is what a generation has to tell.
+
+Example:
+    >>> def evaluate(genes):
+    ...     return -jnp.sum((genes - 0.3) ** 2, axis=-1), ()
+    >>> ga = genetic_algorithm(evaluate, num_offspring=64)
+    >>> key, genes = jax.random.key(0), jax.random.uniform(jax.random.key(1), (64, 5))
+    >>> state, history = run(key, ga, ga.init(key, genes), 100)
+    >>> bool(jnp.abs(state.best.genes - 0.3).max() < 0.05)
+    True
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from megajax import operators
+from megajax.fitness import Evaluate
+from megajax.operators import Crossover, Mutation, Population, Selection, Survival
+from megajax.types import Genes, Key
+
+__all__ = ["GAInfo", "GAState", "GeneticAlgorithm", "describe", "genetic_algorithm", "run"]
+
+
+class GAState(NamedTuple):
+    """What the search needs to go on.
+
+    Attributes:
+        population: P individuals with their fitness.
+        best: the best individual ever seen, without a population axis.
+        generation: generations done, int32.
+        evaluations: networks scored so far, int32.
+        stale: generations since the best last improved, int32.
+    """
+
+    population: Population
+    best: Population
+    generation: jax.Array
+    evaluations: jax.Array
+    stale: jax.Array
+
+
+class GAInfo(NamedTuple):
+    """What a generation has to tell; float32 unless stated. Statistics are over finite fitnesses.
+
+    Attributes:
+        generation: its number, from 1; 0 is the first population. int32.
+        evaluations: networks scored up to and including it, int32.
+        best_ever: best fitness seen so far.
+        best: best fitness in the population.
+        median: median fitness in the population.
+        mean: mean fitness in the population.
+        std: standard deviation of the fitness in the population.
+        worst: worst fitness in the population.
+        diversity: standard deviation of a gene over the population, mean over the genes.
+        invalid: offspring whose fitness was not a finite number, int32.
+    """
+
+    generation: jax.Array
+    evaluations: jax.Array
+    best_ever: jax.Array
+    best: jax.Array
+    median: jax.Array
+    mean: jax.Array
+    std: jax.Array
+    worst: jax.Array
+    diversity: jax.Array
+    invalid: jax.Array
+
+
+class GeneticAlgorithm(NamedTuple):
+    """A pair of pure functions. Both are pytrees too, if the evaluation is one (see `evaluator`).
+
+    Attributes:
+        init: `init(key, genes) -> state` scores the first population.
+        step: `step(key, state) -> (state, info)` makes one generation.
+        num_offspring: networks that a step scores.
+    """
+
+    init: Callable[[Key, Genes], GAState]
+    step: Callable[[Key, GAState], tuple[GAState, GAInfo]]
+    num_offspring: int
+
+
+def genetic_algorithm(
+    evaluate: Evaluate,
+    *,
+    num_offspring: int,
+    select: Selection = operators.tournament,
+    cross: Crossover = operators.uniform,
+    mutate: Mutation = operators.gaussian,
+    repair: Callable[[Genes], Genes] = lambda genes: genes,
+    survive: Survival = operators.plus,
+) -> GeneticAlgorithm:
+    """Composes a genetic algorithm from its operators.
+
+    A generation: select two parents for each child, cross, mutate, repair, evaluate the children
+    (and nobody else), and let survivors be chosen. Fitness that is not finite counts as -inf.
+
+    Args:
+        evaluate: `evaluate(genes [M, ...]) -> (fitness [M], aux)`, maximised. Large arrays that it
+            needs should be leaves of a `jax.tree_util.Partial`, not closed over.
+        num_offspring: children M of a generation. With `generational` survival and a population of
+            P, there are P - M elites.
+        select: see `megajax.operators`, as the three below.
+        cross: crossover.
+        mutate: mutation.
+        repair: puts genes back into the search space.
+        survive: survival.
+
+    Returns:
+        The algorithm.
+
+    Example:
+        >>> ga = genetic_algorithm(lambda genes: (genes.sum(-1), ()), num_offspring=8)
+        >>> state = ga.init(jax.random.key(0), jnp.eye(8))
+        >>> state, info = ga.step(jax.random.key(1), state)
+        >>> int(info.evaluations)
+        16
+    """
+    scored = evaluate if isinstance(evaluate, Partial) else Partial(evaluate)
+    vary = _Variation(select, cross, mutate, repair, survive)
+    return GeneticAlgorithm(
+        Partial(_init, scored), Partial(partial(_step, vary, num_offspring), scored), num_offspring
+    )
+
+
+def run(
+    key: Key,
+    algorithm: GeneticAlgorithm,
+    state: GAState,
+    generations: int,
+    *,
+    generations_per_chunk: int = 10,
+    patience: int | None = None,
+    time_budget: float | None = None,
+    evaluation_budget: int | None = None,
+    callback: Callable[[GAState, GAInfo], bool | None] | None = None,
+) -> tuple[GAState, GAInfo]:
+    """Runs until a number of generations is done, or a limit is reached.
+
+    Generation g uses `fold_in(key, g)`, so a search continued from a saved state goes on exactly as
+    it would have. Generations run as one `lax.scan` on the device, `generations_per_chunk` at a
+    time; only between chunks does the host look at them. One program serves chunks of any length.
+
+    Args:
+        key: PRNG key of the whole search.
+        algorithm: from `genetic_algorithm`.
+        state: from its `init`, or a later one.
+        generations: stop when `state.generation` gets there.
+        generations_per_chunk: generations between two looks of the host.
+        patience: stop at the end of a chunk when so many generations brought no better best.
+        time_budget: stop at the end of a chunk when so many seconds have passed in this call.
+        evaluation_budget: do no generation that would score more networks in all than this.
+        callback: called after each chunk with the state and the chunk's infos (NumPy, leaves
+            `[generations]`); a true result stops.
+
+    Returns:
+        The last state, and the infos of all generations that this call did (NumPy, leaves `[G]`).
+
+    Example:
+        >>> ga = genetic_algorithm(lambda genes: (genes.sum(-1), ()), num_offspring=8)
+        >>> key = jax.random.key(0)
+        >>> state, infos = run(key, ga, ga.init(key, jnp.eye(8)), 9, evaluation_budget=30)
+        >>> infos.evaluations.tolist()
+        [16, 24]
+    """
+    started = time.monotonic()
+    done, evaluations, stale = map(
+        int, jax.device_get((state.generation, state.evaluations, state.stale))
+    )
+    if evaluation_budget is not None:
+        left = max(evaluation_budget - evaluations, 0) // algorithm.num_offspring
+        generations = min(generations, done + left)
+    last = jax.device_put(np.int32(generations))
+    infos = []
+    while done < generations:
+        if patience is not None and stale >= patience:
+            break
+        if time_budget is not None and time.monotonic() - started >= time_budget:
+            break
+        state, chunk = _run_chunk(algorithm.step, key, state, last, generations_per_chunk)
+        chunk, stale = jax.device_get((chunk, state.stale))
+        count = min(generations_per_chunk, generations - done)
+        chunk = jax.tree.map(lambda leaf, count=count: leaf[:count], chunk)
+        infos.append(chunk)
+        done += count
+        if callback is not None and callback(state, chunk):
+            break
+    if not infos:
+        info = jax.eval_shape(algorithm.step, key, state)[1]
+        return state, jax.tree.map(lambda leaf: np.zeros(0, leaf.dtype), info)
+    return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
+
+
+def describe(state: GAState, invalid: jax.Array | int = 0) -> GAInfo:
+    """The figures of a state, as `step` reports them.
+
+    Args:
+        state: any state.
+        invalid: how many of the last individuals scored had no finite fitness.
+
+    Returns:
+        The infos, scalars.
+
+    Example:
+        >>> ga = genetic_algorithm(lambda genes: (genes.sum(-1), ()), num_offspring=2)
+        >>> float(describe(ga.init(jax.random.key(0), jnp.array([[1.0], [3.0]]))).mean)
+        2.0
+    """
+    fitness = state.population.fitness
+    finite = jnp.isfinite(fitness)
+    known = jnp.where(finite, fitness, jnp.nan)
+    spread = [jnp.std(leaf, axis=0).mean() for leaf in jax.tree.leaves(state.population.genes)]
+    sizes = [leaf[0].size for leaf in jax.tree.leaves(state.population.genes)]
+    return GAInfo(
+        generation=state.generation,
+        evaluations=state.evaluations,
+        best_ever=state.best.fitness,
+        best=jnp.nanmax(known),
+        median=jnp.nanmedian(known),
+        mean=jnp.nanmean(known),
+        std=jnp.nanstd(known),
+        worst=jnp.nanmin(known),
+        diversity=jnp.average(jnp.stack(spread), weights=jnp.array(sizes, jnp.float32)),
+        invalid=jnp.asarray(invalid, jnp.int32),
+    )
+
+
+class _Variation(NamedTuple):
+    select: Selection
+    cross: Crossover
+    mutate: Mutation
+    repair: Callable[[Genes], Genes]
+    survive: Survival
+
+
+@jax.jit
+def _init(evaluate: Evaluate, key: Key, genes: Genes) -> GAState:
+    del key  # the first population is given; part of the signature for algorithms that draw it
+    population = _score(evaluate, genes)
+    zero = jnp.zeros((), jnp.int32)
+    best: Population = operators.take(population, jnp.argmax(population.fitness))
+    return GAState(population, best, zero, jnp.full_like(zero, population.fitness.size), zero)
+
+
+def _step(
+    vary: _Variation, num_offspring: int, evaluate: Evaluate, key: Key, state: GAState
+) -> tuple[GAState, GAInfo]:
+    select_key, cross_key, mutate_key, survive_key = jax.random.split(key, 4)
+    population = state.population
+    pairs = vary.select(select_key, population.fitness, 2 * num_offspring)
+    first, second = (operators.take(population.genes, half) for half in jnp.split(pairs, 2))
+    genes = vary.repair(vary.mutate(mutate_key, vary.cross(cross_key, first, second)))
+    offspring = _score(evaluate, genes)
+    population = vary.survive(survive_key, population, offspring)
+
+    child: Population = operators.take(offspring, jnp.argmax(offspring.fitness))
+    improved = child.fitness > state.best.fitness
+    best: Population = jax.tree.map(
+        lambda new, old: jnp.where(improved, new, old), child, state.best
+    )
+    state = GAState(
+        population,
+        best,
+        state.generation + 1,
+        state.evaluations + num_offspring,
+        jnp.where(improved, 0, state.stale + 1),
+    )
+    return state, describe(state, invalid=jnp.sum(~jnp.isfinite(offspring.fitness)))
+
+
+def _score(evaluate: Evaluate, genes: Genes) -> Population:
+    fitness, aux = evaluate(genes)
+    return Population(genes, jnp.where(jnp.isfinite(fitness), fitness, -jnp.inf), aux)
+
+
+@partial(jax.jit, static_argnums=4)
+def _run_chunk(
+    step: Any, key: Key, state: GAState, last: jax.Array, length: int
+) -> tuple[GAState, GAInfo]:
+    """`length` generations, of which those after `last` are skipped and leave zeros."""
+
+    def generation(state: GAState, _: None) -> tuple[GAState, GAInfo]:
+        blank = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, key, state)[1]
+        )
+        result: tuple[GAState, GAInfo] = jax.lax.cond(
+            state.generation < last,
+            lambda state: step(jax.random.fold_in(key, state.generation), state),
+            lambda state: (state, blank),
+            state,
+        )
+        return result
+
+    final: tuple[GAState, GAInfo] = jax.lax.scan(generation, state, None, length)
+    return final

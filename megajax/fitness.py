@@ -1,0 +1,262 @@
+"""Fitness: the score of every network of a population, in one compiled program.
+
+`evaluator` composes three things: how genes become a network, how a network is scored on batches of
+examples, and how the population axis is mapped, which is what decides the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core
+from jax.tree_util import Partial
+
+from megajax.errors import DataError
+from megajax.types import ApplyFn, Genes, PyTree
+
+__all__ = [
+    "METRICS",
+    "Batches",
+    "Evaluate",
+    "accuracy",
+    "auto_chunk",
+    "batches",
+    "evaluator",
+    "example_scores",
+    "map_chunks",
+    "negative_cross_entropy",
+]
+
+Metric: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]
+Evaluate: TypeAlias = Callable[[Genes], tuple[jax.Array, PyTree]]
+
+
+class Batches(NamedTuple):
+    """Examples cut into B batches of b; the last one is padded.
+
+    Attributes:
+        images: `[B, b, ...]`.
+        labels: `[B, b]` int32; 0 where padded.
+        valid: `[B, b]` bool; False where padded.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    valid: jax.Array
+
+
+def batches(images: Any, labels: Any, batch_size: int) -> Batches:
+    """Cuts examples into batches, evenly, so that the padding is as small as can be.
+
+    Args:
+        images: `[N, ...]`.
+        labels: `[N]` integers.
+        batch_size: the largest batch to make.
+
+    Returns:
+        `ceil(N / batch_size)` batches.
+
+    Raises:
+        DataError: there are no examples, or not one label for each.
+
+    Example:
+        >>> batches(np.zeros((10, 2)), np.zeros(10, int), 6).valid.sum(axis=1).tolist()
+        [5, 5]
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    if len(images) == 0:
+        raise DataError("the validation set is empty: fitness needs at least one example")
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{len(images)} images but labels of shape {labels.shape}")
+    count = -(-len(images) // batch_size)
+    size = -(-len(images) // count)
+    padding = count * size - len(images)
+
+    def cut(array: np.ndarray) -> jax.Array:
+        padded = np.concatenate([array, np.zeros((padding, *array.shape[1:]), array.dtype)])
+        return jnp.asarray(padded.reshape(count, size, *array.shape[1:]))
+
+    return Batches(cut(images), cut(labels.astype(np.int32)), cut(np.ones(len(images), bool)))
+
+
+def accuracy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """1 for each example whose largest logit is the label's, else 0: `[b, C], [b] -> [b]` float32.
+
+    Logits that are not finite are never right.
+
+    Example:
+        >>> accuracy(jnp.array([[0.0, 1.0], [1.0, 0.0]]), jnp.array([1, 1])).tolist()
+        [1.0, 0.0]
+    """
+    right = (jnp.argmax(logits, axis=-1) == labels) & jnp.isfinite(logits).all(axis=-1)
+    return right.astype(jnp.float32)
+
+
+def negative_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Log-probability of each label, in nats: `[b, C], [b] -> [b]` float32, at most 0.
+
+    Example:
+        >>> float(negative_cross_entropy(jnp.zeros((1, 1)), jnp.array([0]))[0])
+        -0.0
+    """
+    logits = logits.astype(jnp.float32)
+    loss: jax.Array = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return -loss
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": accuracy,
+    "cross_entropy": negative_cross_entropy,
+}
+"""The metrics by the names that the configuration gives them; both are maximised."""
+
+
+def example_scores(
+    apply_fn: ApplyFn, metric: Metric, variables: PyTree, data: Batches
+) -> jax.Array:
+    """The metric for every example, batch by batch.
+
+    Args:
+        apply_fn: the network.
+        metric: `(logits [b, C], labels [b]) -> scores [b]`.
+        variables: of one network.
+        data: the examples.
+
+    Returns:
+        `[B, b]`, 0 where padded.
+
+    Example:
+        >>> data = batches(np.eye(3), np.arange(3), 2)
+        >>> example_scores(lambda w, x: x @ w, accuracy, jnp.eye(3), data).tolist()
+        [[1.0, 1.0], [1.0, 0.0]]
+    """
+
+    def of_batch(batch: Batches) -> jax.Array:
+        scores = metric(apply_fn(variables, batch.images), batch.labels)
+        return jnp.where(batch.valid, scores, 0.0)
+
+    scores: jax.Array = jax.lax.map(of_batch, data)
+    return scores
+
+
+def evaluator(
+    express: Callable[[Genes, PyTree], PyTree],
+    apply_fn: ApplyFn,
+    metric: Metric,
+    parents: PyTree,
+    data: Batches,
+    *,
+    population_chunk: int,
+    per_example: bool = False,
+) -> Evaluate:
+    """The fitness of a population: the mean of a metric over the examples, network by network.
+
+    The result is a `jax.tree_util.Partial` that carries parents and data as its own leaves, so that
+    a jit sees them as arguments and not as constants. Each network is expressed inside the mapped
+    body: only `population_chunk` networks exist at a time.
+
+    Args:
+        express: `express(genes_of_one, parents) -> variables`.
+        apply_fn: the network.
+        metric: `(logits [b, C], labels [b]) -> scores [b]`, maximised.
+        parents: leaves `[K, ...]`.
+        data: the examples.
+        population_chunk: networks evaluated side by side; see `map_chunks`.
+        per_example: also return the accuracy of every network on every example.
+
+    Returns:
+        `evaluate(genes) -> (fitness [P] float32, aux)`; aux is `()` or, `per_example`, right or
+        wrong as `[P, N]` bool in the order of the examples.
+
+    Example:
+        >>> data = batches(np.eye(2), np.arange(2), 2)
+        >>> parents = jnp.stack([jnp.eye(2), -jnp.eye(2)])
+        >>> express = lambda genes, parents: jnp.tensordot(genes, parents, 1)
+        >>> evaluate = evaluator(
+        ...     express, lambda w, x: x @ w, accuracy, parents, data, population_chunk=1
+        ... )
+        >>> evaluate(jnp.eye(2))[0].tolist()
+        [1.0, 0.0]
+    """
+    count = int(data.valid.sum())
+
+    def both(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        return jnp.stack([metric(logits, labels), accuracy(logits, labels)], axis=-1)
+
+    def of_one(genes: Genes, parents: PyTree, data: Batches) -> tuple[jax.Array, PyTree]:
+        variables = express(genes, parents)
+        if not per_example:
+            return example_scores(apply_fn, metric, variables, data).sum() / count, ()
+        valid = data.valid[..., None]
+        scores = example_scores(apply_fn, both, variables, data._replace(valid=valid))
+        right = scores[..., 1].reshape(-1)[:count] > 0  # the padding is at the end
+        return scores[..., 0].sum() / count, right
+
+    def evaluate(parents: PyTree, data: Batches, genes: Genes) -> tuple[jax.Array, PyTree]:
+        result: tuple[jax.Array, PyTree] = map_chunks(
+            lambda one: of_one(one, parents, data), genes, population_chunk
+        )
+        return result
+
+    return Partial(evaluate, parents, data)
+
+
+def map_chunks(function: Callable[[Any], Any], xs: PyTree, chunk: int) -> PyTree:
+    """Maps over the leading axis: `chunk` elements side by side, chunk after chunk.
+
+    Args:
+        function: of one element.
+        xs: leaves `[P, ...]`.
+        chunk: 1 is `lax.map`, P or more is `vmap`, anything between is both.
+
+    Returns:
+        Leaves `[P, ...]`; the same values whatever the chunk, up to float rounding.
+
+    Example:
+        >>> map_chunks(lambda x: 2 * x, jnp.arange(5), 2).tolist()
+        [0, 2, 4, 6, 8]
+    """
+    if chunk >= jax.tree.leaves(xs)[0].shape[0]:
+        return jax.vmap(function)(xs)
+    if chunk == 1:
+        return jax.lax.map(function, xs)
+    return jax.lax.map(function, xs, batch_size=chunk)
+
+
+def auto_chunk(apply_fn: ApplyFn, variables: PyTree, inputs: Any, population_size: int) -> int:
+    """A sensible `population_chunk` for the backend and the network.
+
+    `vmap` over the kernels of a convolution makes a grouped convolution, which is several times
+    slower than one network after another on a CPU (`benchmarks/population_chunk.py`); without
+    convolutions, and on accelerators, the whole population goes side by side.
+
+    Args:
+        apply_fn: the network.
+        variables: of one network, or their shapes and dtypes.
+        inputs: one batch, or its shape and dtype.
+        population_size: individuals P.
+
+    Returns:
+        1 or `population_size`.
+
+    Example:
+        >>> auto_chunk(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((1, 3)), 20)
+        20
+    """
+    if jax.default_backend() != "cpu":
+        return population_size
+    program = jax.make_jaxpr(apply_fn)(variables, inputs)
+    convolves = "conv_general_dilated" in _primitives(program.jaxpr)
+    return 1 if convolves else population_size
+
+
+def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for inner in core.jaxprs_in_params(equation.params):
+            yield from _primitives(inner)
