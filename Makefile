@@ -1,0 +1,36 @@
+# `make run` and `make test` need Python 3.11 or newer and nothing else; both make .venv themselves.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+CONFIG ?= experiments/digits.py
+
+.PHONY: run test test-slow lint clean
+
+run: .venv/installed  ## the default experiment, on bundled data
+	$(BIN)/python -m megajax.run --config $(CONFIG)
+
+test: lint  ## lint, format check, types, doctests and tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed-dev  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch .venv/installed $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

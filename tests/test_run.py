@@ -1,0 +1,260 @@
+"""The command line, end to end on real digits, and each mistake's one clear line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+import megajax as mj
+from megajax import data, models, run, workdir
+from megajax.config import Config, from_dict, to_dict
+
+ROOT = Path(__file__).parent.parent
+DIGITS = str(ROOT / "experiments" / "digits.py")
+SMALL = {
+    "data": {"validation_fraction": 0.3},
+    "model": {"options": {"width": 4}},
+    "parents": {"shards": "skewed"},
+    "training": {"epochs": 2},
+    "evolution": {"population_size": 8, "generations": 4},
+}
+
+
+def without_seconds(path):
+    results = json.loads((path / "results.json").read_text())
+    assert set(results.pop("seconds")) == {"data", "training", "search", "evaluation"}
+    return results
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    run.run(from_dict(SMALL), folder)
+    return folder
+
+
+def test_the_workdir_keeps_its_contract(finished):
+    results = without_seconds(finished)
+    for entry in [*results["parents"], *results["baselines"].values(), results["merged"]]:
+        for part in ("validation", "test"):
+            assert 0 <= entry[f"{part}_accuracy"] <= 1
+            assert entry[f"{part}_nll"] > 0
+    assert set(results["baselines"]) == {"uniform_average", "ensemble"}
+    assert results["merged"]["fitness"] >= max(entry["fitness"] for entry in results["parents"])
+    assert results["evaluations"] == 8 + 4 * 8
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["generation"] for line in lines] == [0, 1, 2, 3, 4]
+    assert lines[-1]["best_ever"] == pytest.approx(results["merged"]["fitness"])
+    expected = {"best", "mean", "std", "diversity", "seconds", "evaluations", "invalid"}
+    assert expected <= set(lines[0])
+    stored = json.loads((finished / "config.json").read_text())
+    assert from_dict(stored["config"]) == from_dict(SMALL)
+    assert stored["device"]["platform"] == "cpu"
+    assert {"jax", "flax", "megajax", "python"} <= set(stored["versions"])
+    report = (finished / "report.md").read_text()
+    assert f"{100 * results['merged']['test_accuracy']:.1f} %" in report
+    for name in ("fitness", "mask"):
+        with Image.open(finished / "plots" / f"{name}.png") as picture:
+            assert min(picture.size) > 200
+
+
+def test_the_saved_network_has_the_reported_accuracy(finished):
+    results = without_seconds(finished)
+    config = from_dict(SMALL)
+    data_key = jax.random.split(jax.random.key(0), 4)[0]
+    dataset = data.load(data_key, config.data)
+    model = models.build("cnn", 10, {"width": 4})
+    apply_fn = mj.from_linen(model, {}, train=False).apply_fn
+    folders = [finished / "merged", finished / "parents" / "0", finished / "parents" / "1"]
+    for folder, entry in zip(folders, [results["merged"], *results["parents"]], strict=True):
+        variables = workdir.load_network(folder)
+        metrics = mj.measure(
+            mj.predict(apply_fn, variables, dataset.test.images), dataset.test.labels
+        )
+        assert metrics.accuracy == entry["test_accuracy"]
+        assert metrics.nll == pytest.approx(entry["test_nll"], rel=1e-5)
+
+
+def test_the_same_config_gives_the_same_bits_and_another_seed_others(finished, tmp_path):
+    run.run(from_dict(SMALL), tmp_path / "again")
+    assert without_seconds(tmp_path / "again") == without_seconds(finished)
+    run.run(from_dict(SMALL | {"seed": 1}), tmp_path / "other")
+    assert without_seconds(tmp_path / "other")["merged"] != without_seconds(finished)["merged"]
+
+
+def test_a_finished_run_is_not_run_again_but_shown(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    config = from_dict(SMALL)
+    assert run.run(config, finished, Console()) == json.loads(
+        (finished / "results.json").read_text()
+    )
+    assert "is finished; its result was" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatch):
+    """Interrupted in the middle of the search; the trained parents are kept."""
+    calls = []
+
+    def interrupting(path, rows):
+        calls.append(rows)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "append_lines", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            run.run(from_dict(SMALL), tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(run.training, "train", None)  # would fail if called
+        run.run(from_dict(SMALL), tmp_path / "run")
+    assert without_seconds(tmp_path / "run") == without_seconds(finished)
+
+
+def test_the_command_runs_with_overrides(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "megajax.run",
+        "--config",
+        DIGITS,
+        "--workdir",
+        str(tmp_path / "w"),
+    ]
+    overrides = ["training.epochs=1", "evolution.generations=2", "model.options.width=4"]
+    overrides += [
+        "evolution.mutation_rate=0.05",
+        "genome.freeze=head",
+        "fitness.population_chunk=2",
+    ]
+    done = subprocess.run(
+        [*command, *(f"--config.{override}" for override in overrides)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Test accuracy on 449 held-out images: merged" in done.stdout
+    config = json.loads((tmp_path / "w" / "config.json").read_text())["config"]
+    assert config["evolution"]["mutation_rate"] == 0.05
+    assert config["genome"]["freeze"] == "head"
+    assert config["fitness"]["population_chunk"] == 2
+    assert config["parents"]["shards"] == "skewed"
+
+
+BROKEN = {
+    "syntax": ("def get_config(:\n", "syntax.py, line 1: invalid syntax"),
+    "imports": ("x = 1\nimport not_there\n", "imports.py, line 2: ModuleNotFoundError: No module"),
+    "absent": ("x = 1\n", "the config file has no function get_config()"),
+    "number": ("def get_config():\n    return 3\n", "get_config() returned int: start from"),
+    "field": (
+        "from megajax.config import default_config\n\n\n"
+        "def get_config():\n    config = default_config()\n"
+        "    config.evolution.populaton_size = 3\n    return config\n",
+        "evolution.populaton_size is no field of the configuration; did you mean "
+        "evolution.population_size?",
+    ),
+}
+
+
+def call(capsys, tmp_path, *arguments):
+    """The command's exit code and its error output; nothing may be left behind."""
+    folder = tmp_path / "workdir"
+    code = run.main(["megajax.run", "--workdir", str(folder), *arguments])
+    assert not folder.exists()
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_config_file_is_one_line(name, capsys, tmp_path):
+    text, message = BROKEN[name]
+    (tmp_path / f"{name}.py").write_text(text)
+    code, error = call(capsys, tmp_path, "--config", str(tmp_path / f"{name}.py"))
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere.py"], "config file nowhere.py does not exist"),
+        ([], "--config FILE is missing"),
+        (["--config", DIGITS, "--colour"], "Unknown command line flag 'colour'"),
+        (["--config", DIGITS, "extra"], "'extra' is no flag"),
+        (["--config", DIGITS, "--config.evolution.size=3"], "evolution.size is no field"),
+        (["--config", DIGITS, "--config.evolution.population_size=many"], "population_size=many"),
+        (["--config", DIGITS, "--config.evolution.population_size=1"], "at least 2 (elites + 1)"),
+        (
+            [
+                "--config",
+                DIGITS,
+                "--config.evolution.population_size=2",
+                "--config.evolution.tournament_size=2",
+            ],
+            "2 parents and their mean",
+        ),
+        (["--config", DIGITS, "--config.parents.count=1"], "parents.count is 1"),
+        (["--config", DIGITS, "--config.genome.granularity=x"], "genome.granularity is 'x'"),
+        (["--config", DIGITS, "--config.genome.freeze=x"], "genome.freeze is 'x': it matches no"),
+        (
+            ["--config", DIGITS, "--config.data.validation_fraction=0.0"],
+            "validation split: it is e",
+        ),
+        (["--config", DIGITS, "--config.model.name=x"], "model.name is 'x'"),
+        (["--config", DIGITS, "--config.model.options.x=1"], "model.options.x is no option"),
+        (["--config", DIGITS, "--config.data.name=x"], "x is no data set"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_behind(arguments, message, capsys, tmp_path):
+    code, error = call(capsys, tmp_path, *arguments)
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_workdir_that_cannot_be_written_or_is_anothers_is_one_line(capsys, tmp_path, finished):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    code = run.main(["run", "--config", DIGITS, "--workdir", str(blocked / "w")])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert f"workdir {blocked / 'w'} cannot be written: Not a directory" in error
+    code = run.main(["run", "--config", DIGITS, "--workdir", str(finished)])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "training.epochs is 2 there, 20 here" in error
+    assert error.count("\n") == 1
+
+
+def test_damaged_files_are_named(tmp_path):
+    (tmp_path / "variables.msgpack").write_bytes(b"\xc1 not msgpack")
+    with pytest.raises(mj.WorkdirError, match=r"variables.msgpack is damaged"):
+        workdir.load_network(tmp_path)
+    with pytest.raises(mj.WorkdirError, match="cannot be read: No such file"):
+        workdir.load_network(tmp_path / "nowhere")
+    run_folder = tmp_path / "run"
+    workdir.open_workdir(run_folder, to_dict(Config()), {})
+    (run_folder / "config.json").write_text('{"config": ')
+    with pytest.raises(mj.WorkdirError, match=r"config.json is damaged"):
+        workdir.finished(run_folder, to_dict(Config()))
+
+
+def test_a_network_survives_saving_bit_for_bit(tmp_path):
+    variables = nn.Dense(3).init(jax.random.key(0), np.ones((1, 2)))
+    variables["params"]["half"] = variables["params"]["bias"].astype("bfloat16")
+    workdir.save_network(tmp_path / "net", variables)
+    chex.assert_trees_all_equal(workdir.load_network(tmp_path / "net"), jax.device_get(variables))
+    chex.assert_trees_all_equal(
+        workdir.load_network(tmp_path / "net", like=variables), jax.device_get(variables)
+    )
