@@ -65,7 +65,9 @@ def main() -> None:
     print(f"{options.population} networks x {options.examples} examples, {device}, seconds")
     table = {name: seconds(name, options.population, options.examples) for name in NETWORKS}
     columns = list(table["mlp"])
-    print(f"{'network':<10}" + "".join(f"{f'chunk {c}' if c != 'auto' else c:>12}" for c in columns))
+    print(
+        f"{'network':<10}" + "".join(f"{f'chunk {c}' if c != 'auto' else c:>12}" for c in columns)
+    )
     for name, row in table.items():
         print(f"{name:<10}" + "".join(f"{row[column]:>12.3f}" for column in columns))
     if options.json:
