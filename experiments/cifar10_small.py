@@ -2,7 +2,7 @@
 
     python -m megajax.run --config experiments/cifar10_small.py --config.data.data_dir=DIR
 
-DIR is a TFDS directory in which cifar10 is prepared (once, `python -m megajax.data prepare cifar10`).
+DIR is a TFDS directory that holds cifar10: `python -m megajax.data prepare cifar10` makes it, once.
 Parent 0 sees mostly the even classes, parent 1 mostly the odd ones.
 """
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -17,9 +18,10 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from megajax.errors import ConfigError
+from megajax.genome import FROZEN, Genome
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Statistic", "find_statistics", "recalibrate"]
+__all__ = ["Statistic", "find_statistics", "recalibrate", "recalibrated"]
 
 _CALLS = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
@@ -58,7 +60,7 @@ def find_statistics(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[
         ...     return (x - w["mean"]) * jax.lax.rsqrt(w["var"] + 1e-5)
         >>> w = {"mean": jnp.zeros(3), "var": jnp.ones(3)}
         >>> find_statistics(apply_fn, w, jnp.ones((8, 3)))
-        (Statistic(mean=0, variance=1, equation=2, axes=(0,)),)
+        (Statistic(mean=0, variance=1, equation=1, axes=(0,)),)
     """
     program, shapes = _trace(apply_fn, variables, inputs)
     leaves = [_Trait(weight=True, leaf=i, dims=tuple(range(s.ndim))) for i, s in enumerate(shapes)]
@@ -134,6 +136,44 @@ def recalibrate(apply_fn: ApplyFn, variables: PyTree, inputs: jax.Array) -> PyTr
     return jax.tree.unflatten(treedef, leaves)
 
 
+def recalibrated(genome: Genome, apply_fn: ApplyFn) -> Genome:
+    """A genome of masks whose networks are recalibrated as they are expressed.
+
+    Every candidate is then scored, and used, with statistics of its own. An individual that is one
+    of the parents keeps that parent's statistics, bit for bit.
+
+    Args:
+        genome: a genome of masks.
+        apply_fn: the network, in inference mode.
+
+    Returns:
+        The genome; its `express` takes `(parents, inputs)` in place of `parents`, where `inputs`
+        `[n, ...]` are the calibration inputs.
+
+    Example:
+        >>> from megajax.genome import masks
+        >>> parents = {"mean": jnp.zeros((2, 1)), "var": jnp.ones((2, 1)), "w": jnp.ones((2, 1))}
+        >>> def apply_fn(w, x):
+        ...     return (x * w["w"] - w["mean"]) * jax.lax.rsqrt(w["var"] + 1e-5)
+        >>> genome = recalibrated(masks(parents, granularity="global"), apply_fn)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> float(genome.express(jnp.array([[0.5, 0.5]]), (parents, x))["mean"][0])
+        2.0
+        >>> float(genome.express(jnp.array([[1.0, 0.0]]), (parents, x))["mean"][0])
+        0.0
+    """
+    frozen = any((label == FROZEN).any() for label in jax.tree.leaves(genome.labels))
+
+    def express(genes: jax.Array, context: tuple[PyTree, jax.Array]) -> PyTree:
+        parents, inputs = context
+        variables = genome.express(genes, parents)
+        is_parent = jnp.all((genes[:, :1] if frozen else genes) == 1, axis=0)
+        new = recalibrate(apply_fn, variables, inputs)
+        return jax.tree.map(lambda old, new: jnp.where(is_parent.any(), old, new), variables, new)
+
+    return genome._replace(express=express)
+
+
 _Delayed: TypeAlias = Callable[[], Any]
 
 
@@ -141,7 +181,8 @@ def _delay(equation: core.JaxprEqn, operands: Sequence[_Delayed]) -> list[_Delay
     """The outputs of an equation, computed at the first use of one of them."""
     pairs = zip(equation.invars, operands, strict=True)
     values = {atom: value for atom, value in pairs if not isinstance(atom, core.Literal)}
-    alone = core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects)
+    names = core.DebugInfo("equation", equation.primitive.name, None, None)
+    alone = core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects, names)
     compute = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
     computed: list[Any] = []
 
@@ -150,7 +191,7 @@ def _delay(equation: core.JaxprEqn, operands: Sequence[_Delayed]) -> list[_Delay
             computed.extend(compute(*(value() for value in values.values())))
         return computed[index]
 
-    return [lambda i=i: output(i) for i in range(len(equation.outvars))]
+    return [partial(output, i) for i in range(len(equation.outvars))]
 
 
 class _Trait(NamedTuple):
@@ -173,20 +214,17 @@ class _Trait(NamedTuple):
 
 def _follow(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) -> _Trait:
     """The trait of an equation's output."""
-    name, ndim = equation.primitive.name, len(equation.outvars[0].aval.shape)
+    name, ndim = equation.primitive.name, len(_shape(equation.outvars[0]))
     first, *others = operands or [_Trait(weight=True)]
     second = others[0] if others else _Trait(weight=True)
     if all(operand.weight for operand in operands):
         if name in ("reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "copy"):
             dims = _moved(equation, first.dims) if first.leaf is not None else None
             return first._replace(leaf=first.leaf if dims else None, dims=dims or ())
-        if name in ("rsqrt", "sqrt"):
-            return _Trait(weight=True, root=first.leaf)
-        if name == "pow":
+        if name in ("rsqrt", "sqrt", "pow", "integer_pow"):
             return _Trait(weight=True, root=first.leaf)
         if name == "add" and (first.leaf is None) != (second.leaf is None):  # variance + epsilon
-            known = first if first.leaf is not None else second
-            return known
+            return first if first.leaf is not None else second
         if name in ("mul", "div"):
             return _Trait(weight=True, root=first.root if first.root is not None else second.root)
         return _Trait(weight=True)
@@ -204,7 +242,7 @@ def _follow(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) ->
 
 def _moved(equation: core.JaxprEqn, dims: tuple[int, ...]) -> tuple[int, ...] | None:
     """Where axes are after a reshape that only adds or drops axes of length one, or a broadcast."""
-    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    before, after = _shape(equation.invars[0]), _shape(equation.outvars[0])
     if equation.primitive.name == "broadcast_in_dim":
         return tuple(equation.params["broadcast_dimensions"][dim] for dim in dims)
     if equation.primitive.name in ("convert_element_type", "copy"):
@@ -214,6 +252,11 @@ def _moved(equation: core.JaxprEqn, dims: tuple[int, ...]) -> tuple[int, ...] | 
     if [before[dim] for dim in kept] != [after[dim] for dim in places]:
         return None
     return tuple(places) if len(kept) == len(dims) else None
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = atom.aval.shape
+    return shape
 
 
 def _trace(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[Any, list[Any]]:
@@ -255,7 +298,7 @@ def _walk(
             inner = getattr(body, "jaxpr", body)
             of_body = getattr(body, "consts", ())
             consts = [_Trait(weight=True) if static else lambda c=c: c for c in of_body]
-            outputs = _walk(inner, consts, operands, visit, numbers)
+            outputs: Sequence[Any] = _walk(inner, consts, operands, visit, numbers)
         else:
             outputs = visit(next(numbers), equation, operands)
         values.update(zip(equation.outvars, outputs, strict=True))
