@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
+from megajax.programs import trace
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["find_layers"]
@@ -46,6 +47,7 @@ def find_layers(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> PyTree:
         program does not use is a layer of its own.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> def apply_fn(variables, x):
         ...     for w, b in variables:
         ...         x = jnp.tanh(x @ w + b)
@@ -54,20 +56,16 @@ def find_layers(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> PyTree:
         >>> find_layers(apply_fn, mlp, jnp.ones((1, 4)))
         [(0, 0), (1, 1)]
     """
-    shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, variables))
-
-    def flat_apply(flat: Sequence[jax.Array], inputs: Any) -> jax.Array:
-        return apply_fn(jax.tree.unflatten(treedef, flat), inputs)
-
-    program = jax.make_jaxpr(flat_apply)(shapes, inputs)
-    arguments = [_Value(leaves=frozenset({i})) for i in range(len(shapes))]
+    program = trace(apply_fn, variables, inputs)
+    count = len(program.shapes)
+    arguments = [_Value(leaves=frozenset({i})) for i in range(count)]
     arguments += [_Value(layer=-1) for _ in jax.tree.leaves(inputs)]
     layer_of: dict[int, int] = {}
-    _follow(program.jaxpr, arguments, layer_of)
-    unused = [i for i in range(len(shapes)) if i not in layer_of]
+    _follow(program.closed.jaxpr, arguments, layer_of)
+    unused = [i for i in range(count) if i not in layer_of]
     next_layer = max(layer_of.values(), default=-1) + 1
     layer_of.update({i: next_layer + n for n, i in enumerate(unused)})
-    return jax.tree.unflatten(treedef, [layer_of[i] for i in range(len(shapes))])
+    return jax.tree.unflatten(program.treedef, [layer_of[i] for i in range(count)])
 
 
 def _follow(

@@ -1,0 +1,597 @@
+"""How each primitive of a jaxpr ties the axes of its operands and results together.
+
+`propagate` walks a jaxpr once and gives every value its axes (see `megajax.alignment.axes`). A rule
+states which axes must be permuted alike for the primitive to commute with the permutation. A
+primitive without a rule pins all that it touches and is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from megajax.alignment.axes import Axis, atom, concat, pin, product, split, unify
+
+__all__ = [
+    "CALLS",
+    "RULES",
+    "Axes",
+    "Place",
+    "Record",
+    "first_uses",
+    "fresh",
+    "pin_all",
+    "propagate",
+    "subjaxpr",
+]
+
+Axes = tuple[Axis | None, ...]
+"""The axes of one value; None where the value is constant along the axis (or the size is 1)."""
+
+Place = tuple[int, ...]
+"""Where an equation stands: its index in the jaxpr, after those of the calls around it."""
+
+
+@dataclasses.dataclass
+class Record:
+    """What a walk leaves behind.
+
+    Attributes:
+      values: the axes of every value that was met.
+      contracted: for every dot product and convolution outside control flow, its place and the axes
+        of its operands.
+      unknown: the names of the primitives that had no rule and touched an axis.
+    """
+
+    values: list[Axes] = dataclasses.field(default_factory=list)
+    contracted: dict[Place, list[Axes]] = dataclasses.field(default_factory=dict)
+    unknown: set[str] = dataclasses.field(default_factory=set)
+
+
+Rule = Callable[[core.JaxprEqn, list[Axes], Record, Place | None], list[Axes]]
+
+
+def fresh(shape: Sequence[int], reason: str | None = None) -> Axes:
+    """New atoms for the axes of an array.
+
+    >>> [axis and axis.size for axis in fresh((1, 4))]
+    [None, 4]
+    """
+    return tuple(None if size == 1 else atom(size, reason) for size in shape)
+
+
+def pin_all(axes: Iterable[Axis | None], reason: str) -> None:
+    """Pins every axis.
+
+    >>> axes = fresh((2, 3))
+    >>> pin_all(axes, "input")
+    >>> [axis.reason for axis in axes]
+    ['input', 'input']
+    """
+    for axis in axes:
+        pin(axis, reason)
+
+
+def subjaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
+    """The program that a call-like equation calls.
+
+    >>> eqn = jax.make_jaxpr(jax.jit(lambda x: 2 * x))(1.0).eqns[0]
+    >>> len(subjaxpr(eqn).eqns)
+    1
+    """
+    inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
+    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
+
+
+def propagate(
+    closed: core.ClosedJaxpr,
+    args: Sequence[Axes],
+    record: Record,
+    place: Place | None = (),
+) -> list[Axes]:
+    """Gives every value of a program its axes, tying together what its primitives tie.
+
+    Args:
+      closed: the program.
+      args: the axes of its arguments.
+      record: filled with what was met on the way.
+      place: the place of the call that this program is the body of; None inside control flow.
+
+    Returns:
+      The axes of its results.
+
+    >>> closed = jax.make_jaxpr(lambda x, w: x @ w)(np.ones((2, 3)), np.ones((3, 4)))
+    >>> (out,) = propagate(closed, [fresh((2, 3)), fresh((3, 4))], Record())
+    >>> [axis.size for axis in out]
+    [2, 4]
+    """
+    jaxpr = closed.jaxpr
+    env: dict[core.Var, Axes] = dict(zip(jaxpr.invars, args, strict=True))
+    env.update(zip(jaxpr.constvars, map(_constant, closed.consts), strict=True))
+    record.values.extend(env.values())
+
+    def read(x: core.Var | core.Literal) -> Axes:
+        return _constant(x.val) if isinstance(x, core.Literal) else env[x]
+
+    for index, eqn in enumerate(jaxpr.eqns):
+        here = None if place is None else (*place, index)
+        operands = [read(x) for x in eqn.invars]
+        results = RULES.get(eqn.primitive.name, _unknown)(eqn, operands, record, here)
+        env.update(zip(eqn.outvars, results, strict=True))
+        record.values.extend(results)
+    return [read(x) for x in jaxpr.outvars]
+
+
+def first_uses(closed: core.ClosedJaxpr) -> list[Place | None]:
+    """The place of the equation that first reads each argument; None where none does.
+
+    >>> closed = jax.make_jaxpr(lambda a, b, c: (b + 1) * a)(1.0, 1.0, 1.0)
+    >>> first_uses(closed)
+    [(1,), (0,), None]
+    """
+    first: dict[core.Var, Place] = {}
+    for index, eqn in enumerate(closed.eqns):
+        inner: list[Place | None] = [()] * len(eqn.invars)
+        if eqn.primitive.name in CALLS:
+            inner = first_uses(subjaxpr(eqn))
+        for x, place in zip(eqn.invars, inner, strict=True):
+            if isinstance(x, core.Var) and place is not None:
+                first.setdefault(x, (index, *place))
+    for x in closed.jaxpr.outvars:
+        if isinstance(x, core.Var):
+            first.setdefault(x, (len(closed.eqns),))
+    return [first.get(x) for x in closed.jaxpr.invars]
+
+
+def _constant(value: Any) -> Axes:
+    """The axes of a constant: free along an axis where it does not change, else pinned."""
+    shape = np.shape(value)
+    if not shape:
+        return ()
+    if jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        return fresh(shape, "constant")
+    array = np.asarray(value)
+    return tuple(
+        None if n == 0 or np.all(array == array.take([0], axis)) else atom(n, "constant")
+        for axis, n in enumerate(shape)
+    )
+
+
+def _shape(x: core.Var | core.Literal) -> tuple[int, ...]:
+    return tuple(getattr(x.aval, "shape", ()))
+
+
+def _shapes(eqn: core.JaxprEqn) -> list[tuple[int, ...]]:
+    return [_shape(x) for x in eqn.outvars]
+
+
+def _unify_all(many: Iterable[Axes]) -> Axes:
+    """Unifies values of one shape; scalars go with anything."""
+    tied: Axes = ()
+    for axes in many:
+        tied = tuple(map(unify, tied, axes)) if tied and axes else tied or axes
+    return tied
+
+
+def _pinned(axis: Axis | None, size: int, reason: str) -> Axis | None:
+    """Pins `axis` and gives a pinned result axis in its stead."""
+    pin(axis, reason)
+    return None if size == 1 else atom(size, reason)
+
+
+def _unknown(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: Place | None) -> list[Axes]:
+    name = eqn.primitive.name
+    if any(axis is not None for axes in ins for axis in axes):
+        record.unknown.add(name)
+    for axes in ins:
+        pin_all(axes, name)
+    return [fresh(shape, name) for shape in _shapes(eqn)]
+
+
+# Rules for data that stays where it is.
+
+
+def _elementwise(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    tied = _unify_all(ins)
+    return [tied] * len(eqn.outvars)
+
+
+def _each(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    return list(ins)
+
+
+def _reduce(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    gone = eqn.params["axes"]
+    return [tuple(axis for i, axis in enumerate(ins[0]) if i not in gone)]
+
+
+def _locate(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    """For argmax and argmin: the result names positions, so the reduced axis is pinned."""
+    for i in eqn.params["axes"]:
+        pin(ins[0][i], eqn.primitive.name)
+    return _reduce(eqn, ins)
+
+
+def _ordered(*names: str) -> Rule:
+    """Elementwise, but for the axes that the parameter names: there, order matters."""
+
+    def rule(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+        tied = _unify_all(ins)
+        along = next(eqn.params[name] for name in names if name in eqn.params)
+        along = (along,) if isinstance(along, int) else tuple(along)
+        return [
+            tuple(
+                _pinned(axis, n, eqn.primitive.name) if i in along else axis
+                for i, (axis, n) in enumerate(zip(tied, shape, strict=True))
+            )
+            for shape in _shapes(eqn)
+        ]
+
+    return rule
+
+
+# Rules for data that changes its layout.
+
+
+def _transpose(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    return [tuple(ins[0][i] for i in eqn.params["permutation"])]
+
+
+def _squeeze(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    gone = [d % len(ins[0]) for d in eqn.params["dimensions"]]
+    return [tuple(axis for i, axis in enumerate(ins[0]) if i not in gone)]
+
+
+def _broadcast_in_dim(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    out: list[Axis | None] = [None] * len(eqn.params["shape"])
+    for axis, i in zip(ins[0], eqn.params["broadcast_dimensions"], strict=True):
+        out[i] = axis
+    return [tuple(out)]
+
+
+def _reshape(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    old, new = _shape(eqn.invars[0]), tuple(eqn.params["new_sizes"])
+    axes = ins[0]
+    if eqn.params.get("dimensions") is not None or 0 in old:
+        pin_all(axes, "reshape")
+        return [fresh(new, "reshape")]
+    out: list[Axis | None] = [None] * len(new)
+    for source, target in _blocks(old, new):
+        if all(axes[i] is None for i in source):
+            continue
+        whole = product([axes[i] or atom(old[i]) for i in source])
+        parts = split(whole, [new[i] for i in target])
+        for i, part in zip(target, parts, strict=True):
+            out[i] = part if new[i] != 1 else None
+    return [tuple(out)]
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Pairs the smallest runs of axes (without those of size 1) that hold the same entries."""
+    left = [i for i, n in enumerate(old) if n != 1]
+    right = [i for i, n in enumerate(new) if n != 1]
+    while left and right:
+        source, target = [left.pop(0)], [right.pop(0)]
+        while (a := math.prod(old[i] for i in source)) != (b := math.prod(new[i] for i in target)):
+            if a < b:
+                source.append(left.pop(0))
+            else:
+                target.append(right.pop(0))
+        yield source, target
+
+
+def _concatenate(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    d = eqn.params["dimension"]
+    segments = [axes[d] or atom(_shape(x)[d]) for axes, x in zip(ins, eqn.invars, strict=True)]
+    tied = list(_unify_all((*axes[:d], None, *axes[d + 1 :]) for axes in ins))
+    tied[d] = concat(segments)
+    return [tuple(tied)]
+
+
+def _stack(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    d = eqn.params["axis"]
+    tied = _unify_all(ins)
+    (new,) = fresh((len(ins),), "stack")
+    return [(*tied[:d], new, *tied[d:])]
+
+
+def _unstack(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    d = eqn.params["axis"]
+    pin(ins[0][d], "unstack")
+    return [(*ins[0][:d], *ins[0][d + 1 :])] * len(eqn.outvars)
+
+
+def _split(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    d, sizes = eqn.params["axis"], eqn.params["sizes"]
+    axis = ins[0][d]
+    parts = [None] * len(sizes) if axis is None else split(axis, sizes, "concat")
+    return [(*ins[0][:d], part, *ins[0][d + 1 :]) for part in parts]
+
+
+def _pad(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    out = []
+    shapes = zip(ins[0], _shape(eqn.invars[0]), _shapes(eqn)[0], strict=True)
+    for (axis, n, new), (low, high, between) in zip(
+        shapes, eqn.params["padding_config"], strict=True
+    ):
+        if low == high == between == 0:
+            out.append(axis)
+        elif low >= 0 and high >= 0 and between == 0:
+            out.append(concat([atom(low), axis or atom(n), atom(high)]))
+        else:
+            out.append(_pinned(axis, new, "pad"))
+    return [tuple(out)]
+
+
+def _slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    p = eqn.params
+    strides = p["strides"] or (1,) * len(p["start_indices"])
+    out = []
+    for axis, n, start, stop, stride in zip(
+        ins[0],
+        _shape(eqn.invars[0]),
+        p["start_indices"],
+        p["limit_indices"],
+        strides,
+        strict=True,
+    ):
+        if axis is None or (start, stop, stride) == (0, n, 1):
+            out.append(axis)
+        elif stride == 1:
+            part = split(axis, (start, stop - start, n - stop), "concat")[1]
+            out.append(part if part.size != 1 else None)
+        else:
+            out.append(_pinned(axis, -(-(stop - start) // stride), "slice"))
+    return [tuple(out)]
+
+
+def _dynamic_slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    shapes = zip(ins[0], _shape(eqn.invars[0]), _shapes(eqn)[0], strict=True)
+    return [
+        tuple(
+            axis if axis is None or n == new else _pinned(axis, new, "dynamic_slice")
+            for axis, n, new in shapes
+        )
+    ]
+
+
+def _dynamic_update_slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    out = []
+    shapes = zip(ins[0], ins[1], _shape(eqn.invars[0]), _shape(eqn.invars[1]), strict=True)
+    for axis, update, n, m in shapes:
+        if n == m:
+            out.append(unify(axis, update))
+        else:
+            pin(update, "dynamic_update_slice")
+            out.append(_pinned(axis, n, "dynamic_update_slice"))
+    return [tuple(out)]
+
+
+def _tile(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    return [
+        tuple(
+            axis if axis is None or times == 1 else product([atom(times), axis])
+            for axis, times in zip(ins[0], eqn.params["reps"], strict=True)
+        )
+    ]
+
+
+def _gather(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    """Indexed axes are pinned; axes taken whole go through, as do those of the indices."""
+    operand, indices = ins
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    shape = _shape(eqn.invars[0])
+    pin(indices[-1], "gather")
+    batch = list(indices[:-1])
+    for i, j in zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    ):
+        batch[j] = unify(operand[i], batch[j])
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    window = []
+    for i, axis in enumerate(operand):
+        indexed = i in numbers.start_index_map or sizes[i] != shape[i]
+        if i in numbers.collapsed_slice_dims:
+            pin(axis, "gather")
+        elif i not in gone:
+            window.append(_pinned(axis, sizes[i], "gather") if indexed else axis)
+    rank = len(batch) + len(window)
+    offsets, rest = iter(window), iter(batch)
+    return [tuple(next(offsets if i in numbers.offset_dims else rest) for i in range(rank))]
+
+
+# Rules for sums of products and windows.
+
+
+def _dot_general(
+    eqn: core.JaxprEqn, ins: list[Axes], record: Record, place: Place | None
+) -> list[Axes]:
+    (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
+    left, right = ins
+    for i, j in zip(left_sum, right_sum, strict=True):
+        unify(left[i], right[j])
+    batch = tuple(unify(left[i], right[j]) for i, j in zip(left_batch, right_batch, strict=True))
+    if place is not None:
+        record.contracted[place] = ins
+    return [
+        (
+            *batch,
+            *(axis for i, axis in enumerate(left) if i not in (*left_sum, *left_batch)),
+            *(axis for i, axis in enumerate(right) if i not in (*right_sum, *right_batch)),
+        )
+    ]
+
+
+def _conv_general_dilated(
+    eqn: core.JaxprEqn, ins: list[Axes], record: Record, place: Place | None
+) -> list[Axes]:
+    p = eqn.params
+    if p["batch_group_count"] != 1:
+        return _unknown(eqn, ins, record, place)
+    numbers, groups = p["dimension_numbers"], p["feature_group_count"]
+    image, kernel = ins
+    (image_shape, kernel_shape), (shape,) = (_shape(x) for x in eqn.invars), _shapes(eqn)
+    batch, channels, *space = numbers.lhs_spec
+    outputs, inputs, *window = numbers.rhs_spec
+    out: list[Axis | None] = [None] * len(shape)
+
+    features = kernel[outputs]
+    if groups == 1:
+        unify(image[channels], kernel[inputs])
+    else:
+        sizes = (groups, kernel_shape[inputs])
+        # A constant image has no axes of its own, but the sums over it differ between groups.
+        grouped = split(image[channels] or atom(image_shape[channels]), sizes)
+        unify(grouped[1] if sizes[1] != 1 else None, kernel[inputs])
+        features = features or atom(kernel_shape[outputs])
+        unify(split(features, (groups, kernel_shape[outputs] // groups))[0], grouped[0])
+    out[numbers.out_spec[0]] = image[batch]
+    out[numbers.out_spec[1]] = features
+
+    dilation = zip(p["lhs_dilation"], p["window_strides"], p["padding"], strict=True)
+    for i, j, k, still in zip(space, window, numbers.out_spec[2:], dilation, strict=True):
+        pointwise = kernel_shape[j] == 1 and still == (1, 1, (0, 0))
+        pin(kernel[j], "convolution window")
+        out[k] = image[i] if pointwise else _pinned(image[i], shape[k], "convolution window")
+    if place is not None:
+        record.contracted[place] = ins
+    return [tuple(out)]
+
+
+def _reduce_window(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    p = eqn.params
+    out = []
+    for axis, n, *still in zip(
+        ins[0],
+        _shapes(eqn)[0],
+        p["window_dimensions"],
+        p["window_strides"],
+        p["padding"],
+        p["base_dilation"],
+        strict=True,
+    ):
+        out.append(axis if still == [1, 1, (0, 0), 1] else _pinned(axis, n, "pooling window"))
+    return [tuple(out)]
+
+
+# Rules for programs inside programs.
+
+
+def _call(eqn: core.JaxprEqn, ins: list[Axes], record: Record, place: Place | None) -> list[Axes]:
+    return propagate(subjaxpr(eqn), ins, record, place)
+
+
+def _cond(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: Place | None) -> list[Axes]:
+    results = [propagate(branch, ins[1:], record, None) for branch in eqn.params["branches"]]
+    return [_unify_all(alike) for alike in zip(*results, strict=True)]
+
+
+def _carried(init: Axes, shape: Sequence[int]) -> Axes:
+    """The axes of a loop's carry: a value constant at the start may change inside."""
+    return tuple(a or b for a, b in zip(init, fresh(shape), strict=True))
+
+
+def _scan(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: Place | None) -> list[Axes]:
+    p = eqn.params
+    first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
+    carry = [
+        _carried(axes, _shape(x))
+        for axes, x in zip(ins[first:last], eqn.invars[first:last], strict=True)
+    ]
+    # With a carry the steps come one after another; without, they are alike.
+    step = atom(p["length"], "loop order" if carry else None)
+    for axes in ins[last:]:
+        unify(axes[0], step if axes[0] is not None else None)
+    inside = Record(unknown=record.unknown)
+    args = [*ins[:first], *carry, *(axes[1:] for axes in ins[last:])]
+    results = propagate(p["jaxpr"], args, inside, None)
+    # What a step holds is one entry of what the loop holds.
+    record.values.extend((*axes, step) for axes in inside.values)
+    after = [_unify_all(pair) for pair in zip(carry, results[: len(carry)], strict=True)]
+    time = None if p["length"] == 1 else step
+    return [*after, *((time, *axes) for axes in results[len(carry) :])]
+
+
+def _while(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: Place | None) -> list[Axes]:
+    p = eqn.params
+    first, last = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+    carry = [
+        _carried(axes, _shape(x)) for axes, x in zip(ins[last:], eqn.invars[last:], strict=True)
+    ]
+    propagate(p["cond_jaxpr"], [*ins[:first], *carry], record, None)
+    results = propagate(p["body_jaxpr"], [*ins[first:last], *carry], record, None)
+    return [_unify_all(pair) for pair in zip(carry, results, strict=True)]
+
+
+def _iota(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
+    (shape,) = _shapes(eqn)
+    return [
+        tuple(
+            atom(n, "iota") if i == eqn.params["dimension"] and n != 1 else None
+            for i, n in enumerate(shape)
+        )
+    ]
+
+
+ELEMENTWISE = tuple(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
+    clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv
+    erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to lgamma
+    log log1p logistic lt lt_to max min mul name ne neg nextafter not or polygamma
+    population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt
+    select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin
+    sinh sqrt square stop_gradient sub tan tanh xor zeta
+    """.split()  # noqa: SIM905
+)
+EACH = ("device_put", "optimization_barrier")
+REDUCTIONS = (
+    "reduce_and",
+    "reduce_max",
+    "reduce_min",
+    "reduce_or",
+    "reduce_prod",
+    "reduce_sum",
+    "reduce_xor",
+)
+ORDERED = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "rev", "sort")
+WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
+CALLS = ("call", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "remat2")
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
+    **dict.fromkeys(EACH, _each),
+    **dict.fromkeys(REDUCTIONS, _reduce),
+    **dict.fromkeys(ORDERED, _ordered("axis", "dimension", "dimensions")),
+    **dict.fromkeys(WINDOWS, _reduce_window),
+    **dict.fromkeys(CALLS, _call),
+    "argmax": _locate,
+    "argmin": _locate,
+    "broadcast_in_dim": _broadcast_in_dim,
+    "concatenate": _concatenate,
+    "cond": _cond,
+    "conv_general_dilated": _conv_general_dilated,
+    "dot_general": _dot_general,
+    "dynamic_slice": _dynamic_slice,
+    "dynamic_update_slice": _dynamic_update_slice,
+    "gather": _gather,
+    "iota": _iota,
+    "pad": _pad,
+    "reshape": _reshape,
+    "scan": _scan,
+    "slice": _slice,
+    "split": _split,
+    "squeeze": _squeeze,
+    "stack": _stack,
+    "tile": _tile,
+    "transpose": _transpose,
+    "unstack": _unstack,
+    "while": _while,
+}
