@@ -8,10 +8,9 @@ divided by the root of another leaf, the variance. So no training mode, name or 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,18 @@ from jax.extend import core
 
 from megajax.errors import ConfigError
 from megajax.genome import FROZEN, Genome
+from megajax.programs import Delayed, Program, delay, shape_of, trace, walk
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Statistic", "find_statistics", "recalibrate", "recalibrated"]
-
-_CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
-)
+__all__ = [
+    "Linear",
+    "Statistic",
+    "find_linear",
+    "find_statistics",
+    "recalibrate",
+    "recalibrated",
+    "repair",
+]
 
 
 class Statistic(NamedTuple):
@@ -42,6 +46,24 @@ class Statistic(NamedTuple):
     variance: int
     equation: int
     axes: tuple[int, ...]
+
+
+class Linear(NamedTuple):
+    """A dense layer or convolution with a bias, whose outputs are hidden units.
+
+    Attributes:
+        kernel: index of the kernel's leaf, in flattening order.
+        kernel_axis: the kernel's axis of output units.
+        bias: index of the bias's leaf, `[units]`.
+        equation: which equation adds the bias, in the order of execution.
+        axis: the activations' axis of units.
+    """
+
+    kernel: int
+    kernel_axis: int
+    bias: int
+    equation: int
+    axis: int
 
 
 def find_statistics(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[Statistic, ...]:
@@ -62,9 +84,7 @@ def find_statistics(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[
         >>> find_statistics(apply_fn, w, jnp.ones((8, 3)))
         (Statistic(mean=0, variance=1, equation=1, axes=(0,)),)
     """
-    program, shapes = _trace(apply_fn, variables, inputs)
-    leaves = [_Trait(weight=True, leaf=i, dims=tuple(range(s.ndim))) for i, s in enumerate(shapes)]
-    arguments = [*leaves, *(_Trait() for _ in jax.tree.leaves(inputs))]
+    program = trace(apply_fn, variables, inputs)
     found: list[Statistic] = []
 
     def visit(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) -> Sequence[_Trait]:
@@ -74,7 +94,7 @@ def find_statistics(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[
             trait = _Trait()
         return [trait] * len(equation.outvars)
 
-    _walk(program.jaxpr, [_Trait(weight=True)] * len(program.consts), arguments, visit)
+    walk(program.closed, _traits(program, inputs), visit, lambda constant: _Trait(weight=True))
     return tuple(found)
 
 
@@ -113,27 +133,20 @@ def recalibrate(apply_fn: ApplyFn, variables: PyTree, inputs: jax.Array) -> PyTr
             "recalibrate: the network has no BatchNorm statistics (a leaf that is subtracted from "
             "activations, which are then divided by the root of another)"
         )
-    program, _ = _trace(apply_fn, variables, inputs)
-    leaves, treedef = jax.tree.flatten(variables)
+    leaves = jax.tree.leaves(variables)
 
-    def visit(
-        number: int, equation: core.JaxprEqn, operands: Sequence[_Delayed]
-    ) -> Sequence[_Delayed]:
+    def step_in(
+        number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]
+    ) -> Sequence[Delayed]:
         statistic = statistics.get(number)
         if statistic is not None:
             x = operands[0]().astype(jnp.float32)
-            mean, variance = jnp.mean(x, statistic.axes), jnp.var(x, statistic.axes)
-            for index, value in ((statistic.mean, mean), (statistic.variance, variance)):
-                leaves[index] = value.reshape(leaves[index].shape).astype(leaves[index].dtype)
-        return _delay(equation, operands)
+            _set(leaves, statistic.mean, jnp.mean(x, statistic.axes))
+            _set(leaves, statistic.variance, jnp.var(x, statistic.axes))
+        return delay(equation, operands)
 
-    # A leaf is read when its value is needed and not before: by then its statistics are new.
-    arguments = [lambda i=i: leaves[i] for i in range(len(leaves))]
-    arguments += [lambda leaf=leaf: leaf for leaf in jax.tree.leaves(inputs)]
-    constants = [lambda const=const: const for const in program.consts]
-    for output in _walk(program.jaxpr, constants, arguments, visit):
-        output()
-    return jax.tree.unflatten(treedef, leaves)
+    _run(trace(apply_fn, variables, inputs), leaves, inputs, step_in)
+    return jax.tree.unflatten(jax.tree.structure(variables), leaves)
 
 
 def recalibrated(genome: Genome, apply_fn: ApplyFn) -> Genome:
@@ -174,24 +187,176 @@ def recalibrated(genome: Genome, apply_fn: ApplyFn) -> Genome:
     return genome._replace(express=express)
 
 
-_Delayed: TypeAlias = Callable[[], Any]
+def find_linear(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[Linear, ...]:
+    """Finds the layers with kernel and bias whose pre-activations can be rescaled exactly.
+
+    Args:
+        apply_fn: `apply_fn(variables, inputs) -> logits`, in inference mode.
+        variables: of one network, or their shapes and dtypes.
+        inputs: a batch of inputs `[b, ...]`, or its shape and dtype.
+
+    Returns:
+        The layers in the order of the program, but the last, whose outputs are the logits; none
+        inside loops, and none whose kernel is used twice.
+
+    Example:
+        >>> def apply_fn(w, x):
+        ...     return jnp.tanh(x @ w["u"] + w["b"]) @ w["v"]
+        >>> w = {"u": jnp.ones((2, 3)), "b": jnp.ones(3), "v": jnp.ones((3, 1))}
+        >>> find_linear(apply_fn, w, jnp.ones((4, 2)))
+        (Linear(kernel=1, kernel_axis=1, bias=0, equation=2, axis=1),)
+    """
+    program = trace(apply_fn, variables, inputs)
+    found: list[Linear] = []
+    used: list[int] = []
+    contractions: list[int] = []
+
+    def visit(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) -> Sequence[_Trait]:
+        trait = _follow(number, equation, operands)
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            contractions.append(number)
+            used.extend(operand.leaf for operand in operands if operand.leaf is not None)
+            trait = trait._replace(linear=_linear(number, equation, operands))
+        elif equation.primitive.name in ("add", "add_any") and len(operands) == 2:
+            for one, other in (operands, operands[::-1]):
+                linear = one.linear
+                if linear is not None and other.leaf is not None and other.dims == (linear.axis,):
+                    found.append(linear._replace(bias=other.leaf, equation=number))
+        return [trait] * len(equation.outvars)
+
+    walk(program.closed, _traits(program, inputs), visit, lambda constant: _Trait(weight=True))
+    last = max(contractions, default=-1)
+    return tuple(
+        layer for layer in found if used.count(layer.kernel) == 1 and layer.equation < last
+    )
 
 
-def _delay(equation: core.JaxprEqn, operands: Sequence[_Delayed]) -> list[_Delayed]:
-    """The outputs of an equation, computed at the first use of one of them."""
-    pairs = zip(equation.invars, operands, strict=True)
-    values = {atom: value for atom, value in pairs if not isinstance(atom, core.Literal)}
-    names = core.DebugInfo("equation", equation.primitive.name, None, None)
-    alone = core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects, names)
-    compute = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
-    computed: list[Any] = []
+def repair(
+    apply_fn: ApplyFn,
+    variables: PyTree,
+    parents: Sequence[PyTree],
+    inputs: jax.Array,
+    weights: Sequence[float] | None = None,
+) -> PyTree:
+    """Gives every hidden unit of a merged network the parents' mean and spread (REPAIR).
 
-    def output(index: int) -> Any:
-        if not computed:
-            computed.extend(compute(*(value() for value in values.values())))
-        return computed[index]
+    For networks without BatchNorm. Layer by layer in the order of the program, kernel and bias of
+    each unit are rescaled so that its pre-activations on `inputs` have the weighted mean of the
+    parents' means, and of their standard deviations.
 
-    return [partial(output, i) for i in range(len(equation.outvars))]
+    Args:
+        apply_fn: `apply_fn(variables, inputs) -> logits`, in inference mode.
+        variables: of the merged network.
+        parents: the K networks it was merged from, hidden units aligned.
+        inputs: calibration inputs `[n, ...]`, all in one batch.
+        weights: `[K]`, how much each parent counts; None counts them alike.
+
+    Returns:
+        The variables with rescaled kernels and biases. A unit that is constant stays as it is.
+
+    Raises:
+        ConfigError: no layer has a kernel and a bias that hidden units come from.
+
+    Example:
+        >>> def apply_fn(w, x):
+        ...     return jnp.tanh(x @ w["u"] + w["b"]) @ w["v"]
+        >>> w = {"u": jnp.ones((1, 1)), "b": jnp.zeros(1), "v": jnp.ones((1, 1))}
+        >>> shrunk = w | {"u": w["u"] / 4}
+        >>> x = jnp.array([[1.0], [-1.0]])
+        >>> round(float(repair(apply_fn, shrunk, [w, w], x)["u"][0, 0]), 3)
+        1.0
+
+    Source: Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair",
+    arXiv 2211.08403.
+    """
+    layers = {layer.equation: layer for layer in find_linear(apply_fn, variables, inputs)}
+    if not layers:
+        raise ConfigError("repair: no hidden layer of the network has a kernel and a bias")
+    program = trace(apply_fn, variables, inputs)
+
+    def moments(z: jax.Array, axis: int) -> jax.Array:
+        others = tuple(i for i in range(z.ndim) if i != axis)
+        return jnp.stack([jnp.mean(z, others), jnp.std(z, others)])
+
+    def measured(variables: PyTree) -> dict[int, jax.Array]:
+        moments_of: dict[int, jax.Array] = {}
+
+        def look(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:
+            outputs = delay(equation, operands)
+            if number in layers:
+                moments_of[number] = moments(outputs[0](), layers[number].axis)
+            return outputs
+
+        _run(program, jax.tree.leaves(variables), inputs, look)
+        return moments_of
+
+    of_parents = [measured(parent) for parent in parents]
+    share = jnp.full(len(parents), 1 / len(parents)) if weights is None else jnp.asarray(weights)
+    target = {
+        number: jnp.tensordot(share, jnp.stack([m[number] for m in of_parents]), 1)
+        for number in layers
+    }
+    leaves = jax.tree.leaves(variables)
+
+    def step_in(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:
+        outputs = delay(equation, operands)
+        if number not in layers:
+            return outputs
+        layer, z = layers[number], outputs[0]()
+        (mean, spread), (new_mean, new_spread) = moments(z, layer.axis), target[number]
+        scale = jnp.where(spread > 1e-6, new_spread / jnp.maximum(spread, 1e-6), 1.0)
+        shift = jnp.where(spread > 1e-6, new_mean - scale * mean, 0.0)
+        kernel, bias = leaves[layer.kernel], leaves[layer.bias]
+        _set(leaves, layer.kernel, kernel * _along(scale, layer.kernel_axis, kernel.ndim))
+        _set(leaves, layer.bias, bias * scale.reshape(bias.shape) + shift.reshape(bias.shape))
+        repaired = z * _along(scale, layer.axis, z.ndim) + _along(shift, layer.axis, z.ndim)
+        return [_known(repaired)]
+
+    _run(program, leaves, inputs, step_in)
+    return jax.tree.unflatten(jax.tree.structure(variables), leaves)
+
+
+def _along(vector: jax.Array, axis: int, ndim: int) -> jax.Array:
+    return vector.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def _linear(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) -> Linear | None:
+    """A contraction of activations with one leaf, its bias still unknown."""
+    activations, kernel = operands[:2]
+    if activations.weight or kernel.leaf is None or not kernel.weight:
+        return None
+    ndim = len(shape_of(equation.outvars[0]))
+    if equation.primitive.name == "dot_general":
+        (_, contracted), (_, batch) = equation.params["dimension_numbers"]
+        free = [d for d in range(len(kernel.dims)) if d not in (*contracted, *batch)]
+        place, axis = free[-1] if len(free) == 1 and not batch else -1, ndim - 1
+    else:
+        numbers = equation.params["dimension_numbers"]
+        place, axis = numbers.rhs_spec[0], numbers.out_spec[1]
+    if place not in kernel.dims:
+        return None
+    return Linear(kernel.leaf, kernel.dims.index(place), -1, number, axis)
+
+
+def _run(
+    program: Program,
+    leaves: list[Any],
+    inputs: Any,
+    step_in: Callable[[int, core.JaxprEqn, Sequence[Delayed]], Sequence[Delayed]],
+) -> None:
+    """Runs a program on leaves that may change on the way: each is read when its value is used."""
+    arguments: list[Delayed] = [partial(leaves.__getitem__, i) for i in range(len(leaves))]
+    arguments += [_known(leaf) for leaf in jax.tree.leaves(inputs)]
+    for output in walk(program.closed, arguments, step_in, _known):
+        output()
+
+
+def _known(value: Any) -> Delayed:
+    return lambda: value
+
+
+def _set(leaves: list[Any], index: int, value: jax.Array) -> None:
+    leaves[index] = value.reshape(leaves[index].shape).astype(leaves[index].dtype)
 
 
 class _Trait(NamedTuple):
@@ -203,6 +368,7 @@ class _Trait(NamedTuple):
         dims: see `leaf`.
         root: a factor or divisor that is the root of this leaf.
         centred: activations from which a mean was just subtracted.
+        linear: what a contraction just computed, before its bias is added.
     """
 
     weight: bool = False
@@ -210,11 +376,21 @@ class _Trait(NamedTuple):
     dims: tuple[int, ...] = ()
     root: int | None = None
     centred: Statistic | None = None
+    linear: Linear | None = None
+
+
+def _traits(program: Program, inputs: Any) -> list[_Trait]:
+    """The traits of a program's arguments."""
+    leaves = [
+        _Trait(weight=True, leaf=i, dims=tuple(range(len(shape.shape))))
+        for i, shape in enumerate(program.shapes)
+    ]
+    return [*leaves, *(_Trait() for _ in jax.tree.leaves(inputs))]
 
 
 def _follow(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) -> _Trait:
     """The trait of an equation's output."""
-    name, ndim = equation.primitive.name, len(_shape(equation.outvars[0]))
+    name, ndim = equation.primitive.name, len(shape_of(equation.outvars[0]))
     first, *others = operands or [_Trait(weight=True)]
     second = others[0] if others else _Trait(weight=True)
     if all(operand.weight for operand in operands):
@@ -242,7 +418,7 @@ def _follow(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) ->
 
 def _moved(equation: core.JaxprEqn, dims: tuple[int, ...]) -> tuple[int, ...] | None:
     """Where axes are after a reshape that only adds or drops axes of length one, or a broadcast."""
-    before, after = _shape(equation.invars[0]), _shape(equation.outvars[0])
+    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
     if equation.primitive.name == "broadcast_in_dim":
         return tuple(equation.params["broadcast_dimensions"][dim] for dim in dims)
     if equation.primitive.name in ("convert_element_type", "copy"):
@@ -252,54 +428,3 @@ def _moved(equation: core.JaxprEqn, dims: tuple[int, ...]) -> tuple[int, ...] | 
     if [before[dim] for dim in kept] != [after[dim] for dim in places]:
         return None
     return tuple(places) if len(kept) == len(dims) else None
-
-
-def _shape(atom: Any) -> tuple[int, ...]:
-    shape: tuple[int, ...] = atom.aval.shape
-    return shape
-
-
-def _trace(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[Any, list[Any]]:
-    """The program over the flattened leaves and inputs, and the leaves' shapes."""
-    shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, variables))
-
-    def flat_apply(flat: Sequence[jax.Array], inputs: Any) -> jax.Array:
-        return apply_fn(jax.tree.unflatten(treedef, flat), inputs)
-
-    return jax.make_jaxpr(flat_apply)(shapes, inputs), shapes
-
-
-def _walk(
-    jaxpr: core.Jaxpr,
-    constants: Sequence[Any],
-    arguments: Sequence[Any],
-    visit: Callable[[int, core.JaxprEqn, Sequence[Any]], Sequence[Any]],
-    numbers: Iterator[int] | None = None,
-) -> list[Any]:
-    """Visits the equations in order, those inside calls too, with the values of their operands.
-
-    `visit(number, equation, operands)` returns the values of the outputs. A value is whatever the
-    visitor makes of it; for a literal it is made from the constants' kind.
-    """
-    numbers = itertools.count() if numbers is None else numbers
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
-    values.update(zip(jaxpr.invars, arguments, strict=True))
-    static = bool(arguments) and isinstance(arguments[0], _Trait)
-
-    def read(atom: Any) -> Any:
-        if not isinstance(atom, core.Literal):
-            return values[atom]
-        return _Trait(weight=True) if static else lambda: atom.val
-
-    for equation in jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
-        body = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        if equation.primitive.name in _CALLS and body is not None:
-            inner = getattr(body, "jaxpr", body)
-            of_body = getattr(body, "consts", ())
-            consts = [_Trait(weight=True) if static else lambda c=c: c for c in of_body]
-            outputs: Sequence[Any] = _walk(inner, consts, operands, visit, numbers)
-        else:
-            outputs = visit(next(numbers), equation, operands)
-        values.update(zip(equation.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]

@@ -11,7 +11,13 @@ from flax import nnx
 import megajax as mj
 from megajax import models
 from megajax.genome import masks
-from megajax.normalization import find_statistics, recalibrate, recalibrated
+from megajax.normalization import (
+    find_linear,
+    find_statistics,
+    recalibrate,
+    recalibrated,
+    repair,
+)
 from megajax.parents import leaf_paths
 
 X = jax.random.normal(jax.random.key(1), (32, 16, 16, 3))
@@ -112,3 +118,69 @@ def test_with_frozen_leaves_only_parent_0_is_a_parent():
     chex.assert_trees_all_equal(genome.express(genes[0], (parents, X)), trees[0])
     other = genome.express(genes[1], (parents, X))["batch_stats"]["norm2"]["mean"]
     assert not np.allclose(other, trees[1]["batch_stats"]["norm2"]["mean"])
+
+
+# REPAIR --------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """Convolutions and dense layers with biases, no normalisation."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (3, 3), strides=2, name="a")(x))
+        x = nn.relu(nn.Conv(8, (3, 3), name="b")(x)).reshape(len(x), -1)
+        return nn.Dense(4, name="d")(nn.relu(nn.Dense(10, name="c")(x)))
+
+
+def pre_activations(variables):
+    """Means and deviations of every hidden unit before its nonlinearity, by Flax's own capture."""
+    _, state = Plain().apply(variables, X, capture_intermediates=True)
+    layers = state["intermediates"]
+    return {
+        name: (z.mean(tuple(range(z.ndim - 1))), z.std(tuple(range(z.ndim - 1))))
+        for name in "abc"
+        for z in [np.asarray(layers[name]["__call__"][0], np.float64)]
+    }
+
+
+def biased(seed):
+    keys = iter(jax.random.split(jax.random.key(seed), 9))
+    variables = Plain().init(next(keys), X)
+    return jax.tree.map(
+        lambda leaf: leaf + 0.1 * jax.random.normal(next(keys), leaf.shape), variables
+    )
+
+
+def test_repair_gives_every_hidden_unit_the_parents_mean_and_spread():
+    parents = [biased(seed) for seed in range(3)]
+    merged = jax.tree.map(lambda *leaves: sum(leaves) / 3, *parents)
+    weights = np.array([0.5, 0.3, 0.2])
+    new = jax.jit(lambda merged: repair(Plain().apply, merged, parents, X, weights))(merged)
+    wanted = [pre_activations(parent) for parent in parents]
+    found, before = pre_activations(new), pre_activations(merged)
+    for name in "abc":
+        for moment in range(2):
+            target = sum(
+                w * parent[name][moment] for w, parent in zip(weights, wanted, strict=True)
+            )
+            np.testing.assert_allclose(found[name][moment], target, rtol=2e-3, atol=2e-4)
+            assert not np.allclose(before[name][moment], target, rtol=0.05, atol=1e-2)
+    chex.assert_trees_all_equal(new["params"]["d"], merged["params"]["d"])  # the logits' layer
+
+
+def test_repair_leaves_a_parent_as_it_is_and_refuses_a_network_without_biases():
+    parent = biased(0)
+    new = repair(Plain().apply, parent, [parent, parent], X)
+    chex.assert_trees_all_close(new, parent, rtol=1e-4, atol=1e-5)
+    with pytest.raises(mj.ConfigError, match="no hidden layer of the network has a kernel and a b"):
+        repair(
+            lambda w, x: jnp.tanh(x @ w["u"]) @ w["v"], {"u": jnp.eye(3), "v": jnp.eye(3)}, [], X
+        )
+
+
+def test_a_kernel_that_is_used_twice_or_not_transposable_is_left_alone():
+    def tied(w, x):
+        return jnp.tanh(x @ w["u"] + w["b"]) @ w["u"].T
+
+    assert find_linear(tied, {"u": jnp.ones((3, 5)), "b": jnp.ones(5)}, jnp.ones((2, 3))) == ()
