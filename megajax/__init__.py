@@ -5,6 +5,7 @@
     parents     check and stack variable pytrees     adapters    from Flax Linen and NNX
     genome      genes <-> variables                  operators   selection, crossover, mutation
     fitness     score a population in one program    evolution   init, step, run
+    alignment   symmetries, matching                 normalization  BatchNorm, REPAIR
     evaluation  held-out metrics                     layers      which leaves form a layer
     config      every choice and its default         errors      what can be caught
 """
@@ -13,14 +14,19 @@ from megajax.adapters import Network as Network
 from megajax.adapters import from_linen as from_linen
 from megajax.adapters import from_nnx as from_nnx
 from megajax.adapters import to_nnx as to_nnx
+from megajax.alignment import align as align
+from megajax.alignment import find_symmetries as find_symmetries
+from megajax.config import AlignConfig as AlignConfig
 from megajax.config import Config as Config
 from megajax.config import EvolutionConfig as EvolutionConfig
 from megajax.config import FitnessConfig as FitnessConfig
 from megajax.config import GenomeConfig as GenomeConfig
+from megajax.config import RecalibrateConfig as RecalibrateConfig
 from megajax.errors import ConfigError as ConfigError
 from megajax.errors import DataError as DataError
 from megajax.errors import MegajaxError as MegajaxError
 from megajax.errors import ParentsError as ParentsError
+from megajax.errors import SymmetryError as SymmetryError
 from megajax.errors import WorkdirError as WorkdirError
 from megajax.evaluation import ensemble as ensemble
 from megajax.evaluation import measure as measure
@@ -31,6 +37,8 @@ from megajax.genome import masks as masks
 from megajax.layers import find_layers as find_layers
 from megajax.merging import MergeResult as MergeResult
 from megajax.merging import merge as merge
+from megajax.normalization import recalibrate as recalibrate
+from megajax.normalization import repair as repair
 from megajax.parents import check_parents as check_parents
 from megajax.parents import stack_parents as stack_parents
 from megajax.parents import unstack_parents as unstack_parents

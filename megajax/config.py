@@ -29,6 +29,7 @@ from ml_collections.config_dict import placeholder
 from megajax.errors import ConfigError
 
 __all__ = [
+    "AlignConfig",
     "Config",
     "DataConfig",
     "EvolutionConfig",
@@ -36,12 +37,14 @@ __all__ = [
     "GenomeConfig",
     "ModelConfig",
     "ParentsConfig",
+    "RecalibrateConfig",
     "TrainingConfig",
     "default_config",
     "from_dict",
     "to_dict",
 ]
 
+ALIGNMENTS: tuple[str, ...] = ("weights", "activations", "both", "none")
 GRANULARITIES: tuple[str, ...] = ("global", "layer", "leaf", "channel", "element")
 SELECTIONS: tuple[str, ...] = ("tournament", "roulette", "rank")
 CROSSOVERS: tuple[str, ...] = (
@@ -247,6 +250,49 @@ class TrainingConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AlignConfig(_Section):
+    """How the parents' hidden units are brought into correspondence before the search.
+
+    Attributes:
+        method: `weights` (Git Re-Basin's weight matching), `activations` (correlations on the
+            calibration inputs), `both` (activations, then weights from there) or `none`.
+        reference: the number of the parent that the others are aligned to, or `mean` for their
+            common mean.
+    """
+
+    _name: ClassVar[str] = "align"
+    method: str = "weights"
+    reference: int | str = 0
+
+    def _check(self) -> None:
+        self._one_of("method", ALIGNMENTS)
+        if isinstance(self.reference, str):
+            self._one_of("reference", ("mean",))
+            self._require(
+                self.method != "activations", "reference", "only weights can be matched to a mean"
+            )
+        else:
+            self._at_least(0, "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecalibrateConfig(_Section):
+    """Whether BatchNorm statistics are measured anew for every candidate, inside the fitness.
+
+    Attributes:
+        enabled: for networks with BatchNorm; others are refused.
+        examples: training images to measure on, all in one batch.
+    """
+
+    _name: ClassVar[str] = "recalibrate"
+    enabled: bool = False
+    examples: int = 256
+
+    def _check(self) -> None:
+        self._at_least(2, "examples")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenomeConfig(_Section):
     """What a gene is: the granularity and kind of the mixing masks.
 
@@ -373,6 +419,8 @@ class Config(_Section):
         model: the network.
         parents: how many, and what they saw.
         training: how they are trained.
+        align: how their hidden units are brought into correspondence.
+        recalibrate: whether BatchNorm statistics are measured anew.
         genome: what a gene is.
         fitness: how an individual is scored.
         evolution: the search.
@@ -384,6 +432,8 @@ class Config(_Section):
     model: ModelConfig = field(default_factory=ModelConfig)
     parents: ParentsConfig = field(default_factory=ParentsConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    recalibrate: RecalibrateConfig = field(default_factory=RecalibrateConfig)
     genome: GenomeConfig = field(default_factory=GenomeConfig)
     fitness: FitnessConfig = field(default_factory=FitnessConfig)
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,10 @@ from scipy.special import log_softmax
 from megajax.fitness import Batches, batches
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Metrics", "ensemble", "measure", "predict"]
+__all__ = ["Metrics", "ensemble", "measure", "predict", "straight_path"]
+
+
+TENTHS = tuple(i / 10 for i in range(11))
 
 
 class Metrics(NamedTuple):
@@ -77,6 +81,51 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
         log_probability = log_softmax(np.asarray(logits, np.float64), axis=-1)
     nll = -log_probability[np.arange(len(labels)), labels].mean()
     return Metrics(float(right.mean()), float(nll))
+
+
+def straight_path(
+    apply_fn: ApplyFn,
+    first: PyTree,
+    second: PyTree,
+    images: Any,
+    labels: Any,
+    *,
+    shares: Sequence[float] = TENTHS,
+    prepare: Callable[[PyTree], PyTree] = lambda variables: variables,
+    batch_size: int = 512,
+) -> list[Metrics]:
+    """The metrics of the networks on the straight line between two.
+
+    Args:
+        apply_fn: the network.
+        first: variables at share 0.
+        second: variables at share 1.
+        images: `[N, ...]`.
+        labels: `[N]`.
+        shares: of the second network, from 0 to 1.
+        prepare: done to every network that is neither end, such as recalibration.
+        batch_size: the largest batch to run.
+
+    Returns:
+        The metrics at each share.
+
+    Example:
+        >>> data = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> path = straight_path(lambda w, x: x @ w, np.eye(2), -np.eye(2), *data)
+        >>> path[0].accuracy, path[10].accuracy
+        (1.0, 0.0)
+    """
+
+    @jax.jit
+    def between(share: float) -> PyTree:
+        mixed = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)
+        return prepare(mixed)
+
+    path = []
+    for share in shares:
+        network = first if share == 0 else second if share == 1 else between(share)
+        path.append(measure(predict(apply_fn, network, images, batch_size), labels))
+    return path
 
 
 def ensemble(logits: np.ndarray) -> np.ndarray:

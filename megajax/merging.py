@@ -11,10 +11,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from megajax import operators
-from megajax.config import EvolutionConfig, FitnessConfig, GenomeConfig
+from megajax.alignment import Alignment, find_symmetries, verify
+from megajax.alignment import align as match
+from megajax.config import (
+    AlignConfig,
+    EvolutionConfig,
+    FitnessConfig,
+    GenomeConfig,
+    RecalibrateConfig,
+)
 from megajax.errors import ConfigError, DataError
 from megajax.evolution import (
     GAInfo,
@@ -27,10 +36,11 @@ from megajax.evolution import (
 from megajax.fitness import METRICS, Evaluate, auto_chunk, batches, evaluator
 from megajax.genome import Genome, masks
 from megajax.layers import find_layers
-from megajax.parents import num_parents, stack_parents
+from megajax.normalization import find_statistics, recalibrated
+from megajax.parents import check_parents, leaf_paths, stack_parents
 from megajax.types import ApplyFn, Key, PyTree
 
-__all__ = ["MergeResult", "algorithm_for", "check_labels", "genome_for", "merge"]
+__all__ = ["MergeResult", "algorithm_for", "align_parents", "check_labels", "genome_for", "merge"]
 
 _SELECTIONS = {
     "tournament": operators.tournament,
@@ -59,6 +69,7 @@ class MergeResult(NamedTuple):
         history: one entry for the first population and one for each generation, NumPy `[1 + G]`.
         evaluations: networks scored in all.
         genome: what the genes mean.
+        parents: the K parents as they were mixed, hidden units aligned.
         state: the search's last state, from which it can go on.
         population_chunk: networks that were evaluated side by side.
     """
@@ -70,6 +81,7 @@ class MergeResult(NamedTuple):
     history: GAInfo
     evaluations: int
     genome: Genome
+    parents: list[PyTree]
     state: GAState
     population_chunk: int
 
@@ -80,6 +92,9 @@ def merge(
     parents: Sequence[PyTree],
     validation: tuple[Any, Any],
     *,
+    calibration: Any | None = None,
+    align: AlignConfig | None = None,
+    recalibrate: RecalibrateConfig | None = None,
     genome: GenomeConfig | None = None,
     fitness: FitnessConfig | None = None,
     evolution: EvolutionConfig | None = None,
@@ -96,7 +111,12 @@ def merge(
         apply_fn: `apply_fn(variables, inputs [b, ...]) -> logits [b, C]`, in inference mode.
         parents: K >= 2 variable pytrees of one structure.
         validation: inputs `[N, ...]` and labels `[N]`, which no parent was trained on.
-        genome: what a gene is; None takes the defaults, here as below.
+        calibration: training inputs `[n, ...]`, without labels: what activations are matched and
+            statistics measured on. Needed only where `align` or `recalibrate` ask for it.
+        align: how hidden units are brought into correspondence; None takes the defaults, here as
+            below.
+        recalibrate: whether BatchNorm statistics are measured anew for every candidate.
+        genome: what a gene is.
         fitness: how an individual is scored.
         evolution: the search.
         labels: the user's own genes instead of `genome.granularity`; see `megajax.genome.masks`.
@@ -124,27 +144,38 @@ def merge(
     Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607. The search over masks is megajax's own.
     """
+    align, recalibrate = align or AlignConfig(), recalibrate or RecalibrateConfig()
     genome, fitness = genome or GenomeConfig(), fitness or FitnessConfig()
     evolution = evolution or EvolutionConfig()
-    stacked = stack_parents(parents)
-    one = jax.tree.map(lambda leaf: leaf[0], stacked)
+    align_key, genes_key, init_key, run_key = jax.random.split(key, 4)
+
+    check_parents(parents)
+    one = parents[0]
     data = batches(*validation, fitness.batch_size)
     batch = data.images[0]
     check_labels(validation[1], jax.eval_shape(apply_fn, one, batch).shape[-1])
 
+    if calibration is None and (recalibrate.enabled or align.method in ("activations", "both")):
+        raise DataError("calibration inputs are missing: align or recalibrate needs them")
+
+    aligned, _ = align_parents(align_key, apply_fn, parents, batch, calibration, align)
+    stacked = stack_parents(aligned)
     masked = genome_for(apply_fn, stacked, batch, genome, labels=labels)
+    context = stacked
+    if recalibrate.enabled:
+        masked = recalibrated(masked, apply_fn)
+        context = (stacked, jnp.asarray(calibration)[: recalibrate.examples])
     chunk = fitness.population_chunk
     if isinstance(chunk, str):
         chunk = auto_chunk(apply_fn, one, batch, evolution.population_size)
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
-    evaluate = evaluator(masked.express, apply_fn, metric, stacked, data, population_chunk=chunk)
+    evaluate = evaluator(masked.express, apply_fn, metric, context, data, population_chunk=chunk)
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary)
 
-    genes_key, init_key, run_key = jax.random.split(key, 3)
-    genes = masked.init(genes_key, evolution.population_size)
+    genes = jax.jit(masked.init, static_argnums=1)(genes_key, evolution.population_size)
     state = algorithm.init(init_key, genes)
     first = jax.device_get(jax.tree.map(lambda leaf: leaf[None], describe(state)))
-    parent_fitness = np.asarray(state.population.fitness[: num_parents(stacked)])
+    parent_fitness = np.asarray(state.population.fitness[: len(parents)])
     history = [first]
     if not (callback is not None and callback(state, first)):
         state, infos = run(
@@ -160,15 +191,80 @@ def merge(
         )
         history.append(infos)
     return MergeResult(
-        variables=jax.jit(masked.express)(state.best.genes, stacked),
+        variables=jax.jit(masked.express)(state.best.genes, context),
         fitness=float(state.best.fitness),
         parent_fitness=parent_fitness,
         genes=state.best.genes,
         history=jax.tree.map(lambda *leaves: np.concatenate(leaves), *history),
         evaluations=int(state.evaluations),
         genome=masked,
+        parents=aligned,
         state=state,
         population_chunk=chunk,
+    )
+
+
+def align_parents(
+    key: Key,
+    apply_fn: ApplyFn,
+    parents: Sequence[PyTree],
+    inputs: Any,
+    calibration: Any | None = None,
+    config: AlignConfig | None = None,
+) -> tuple[list[PyTree], Alignment | None]:
+    """Finds a network's symmetries and brings the parents' hidden units into correspondence.
+
+    That the permuted parents are the same functions is verified on `inputs`. BatchNorm statistics
+    move along and do not count.
+
+    Args:
+        key: PRNG key.
+        apply_fn: the network.
+        parents: K variable pytrees of one structure.
+        inputs: one batch.
+        calibration: training inputs, to match activations on.
+        config: method and reference; None takes the defaults.
+
+    Returns:
+        The aligned parents, and how they were permuted; with the method `none`, or for a network
+        without symmetries, the parents as they are, and None.
+
+    Raises:
+        ConfigError: choices that cannot work.
+        SymmetryError: a permuted network is not the same function.
+
+    Example:
+        >>> def mlp(w, x):
+        ...     return jax.nn.relu(x @ w["u"]) @ w["v"]
+        >>> net = {"u": jnp.array([[1.0, -1.0]]), "v": jnp.array([[1.0], [2.0]])}
+        >>> swapped = {"u": net["u"][:, ::-1], "v": net["v"][::-1]}
+        >>> (_, back), _ = align_parents(jax.random.key(0), mlp, [net, swapped], jnp.ones((1, 1)))
+        >>> back["u"].tolist()
+        [[1.0, -1.0]]
+    """
+    config = config or AlignConfig()
+    if isinstance(config.reference, int) and config.reference >= len(parents):
+        raise ConfigError(
+            f"align.reference is {config.reference}: the parents are 0 to {len(parents) - 1}"
+        )
+    if config.method == "none":
+        return list(parents), None
+    symmetries = find_symmetries(apply_fn, parents[0], inputs)
+    if not symmetries.groups:
+        return list(parents), None
+    verify_key, align_key = jax.random.split(key)
+    verify(verify_key, symmetries, apply_fn, parents[0], inputs)
+    paths = leaf_paths(parents[0])
+    statistics = find_statistics(apply_fn, parents[0], inputs)
+    return match(
+        align_key,
+        symmetries,
+        parents,
+        method=config.method,
+        reference=config.reference,
+        apply_fn=apply_fn,
+        inputs=calibration,
+        ignore={paths[index] for s in statistics for index in (s.mean, s.variance)},
     )
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from megajax.errors import WorkdirError
 from megajax.workdir import write_text
 
-__all__ = ["answer", "plot_fitness", "plot_mask", "rows", "write_report"]
+__all__ = ["answer", "plot_fitness", "plot_mask", "plot_path", "rows", "write_report"]
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -100,6 +100,7 @@ def write_report(
         for name, figure in (
             ("fitness", plot_fitness(history)),
             ("mask", plot_mask(shares)),
+            ("path", plot_path(results["path"])),
         ):
             figure.savefig(plots / f"{name}.png", dpi=150)
     except OSError as error:
@@ -127,6 +128,8 @@ def write_report(
                 "![fitness over generations](plots/fitness.png)",
                 "",
                 "![share of each parent by layer](plots/mask.png)",
+                "",
+                "![line between two parents](plots/path.png)",
                 "",
             ]
         ),
@@ -187,4 +190,30 @@ def plot_mask(shares: Mapping[str, Sequence[float]]) -> Figure:
     axes.margins(0)
     axes.set_xlabel("mean share in the merged network")
     figure.legend(frameon=False, loc="outside upper center", ncols=values.shape[1])
+    return figure
+
+
+def plot_path(path: Mapping[str, Any]) -> Figure:
+    """Accuracy and loss on the straight line between two parents, and the merged network's place.
+
+    Args:
+        path: the entry `path` of `results.json`.
+
+    Returns:
+        The figure.
+    """
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    labels = {"accuracy": "accuracy on validation data", "nll": "cross-entropy [nats]"}
+    for panel, (name, label) in zip(axes, labels.items(), strict=True):
+        for (line, points), marker in zip(path["lines"].items(), "osD", strict=False):
+            colour = _COLOURS[list(path["lines"]).index(line)]
+            values = [np.nan if point[name] is None else point[name] for point in points]
+            panel.plot(path["shares"], values, color=colour, marker=marker, ms=4, label=line)
+        merged = path["merged"]
+        panel.plot(merged["share"], merged[name], "*", color=_COLOURS[5], ms=14, label="merged")
+        panel.set_xlabel("share of parent 1")
+        panel.set_ylabel(label)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside upper center", ncols=len(names))
     return figure

@@ -14,11 +14,13 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import linen as nn
@@ -33,14 +35,16 @@ from megajax import data, models, report, training, workdir
 from megajax.adapters import from_linen
 from megajax.config import Config, from_dict, to_dict
 from megajax.errors import ConfigError, MegajaxError
-from megajax.evaluation import ensemble, measure, predict
+from megajax.evaluation import TENTHS, ensemble, measure, predict, straight_path
 from megajax.evolution import GAInfo, GAState
 from megajax.genome import parent_shares
 from megajax.merging import MergeResult, genome_for, merge
+from megajax.normalization import find_statistics, recalibrate
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["main", "run"]
 
+_PATH_IMAGES = 1000
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -93,7 +97,7 @@ def run(config: Config, folder: Path, console: Console | None = None) -> dict[st
     model = models.build(config.model.name, dataset.num_classes, config.model.options)
     shards = data.shards(shard_key, dataset.train.labels, dataset.num_classes, config.parents)
     apply_fn = from_linen(model, {}, train=False).apply_fn
-    _check_genome(config, model, apply_fn, dataset.train.images[:1])
+    _check_choices(config, model, apply_fn, dataset.train.images[:1])
     workdir.open_workdir(folder, to_dict(config), _environment())
 
     clock.append(time.monotonic())
@@ -102,6 +106,7 @@ def run(config: Config, folder: Path, console: Console | None = None) -> dict[st
     merged, history = _search(merge_key, config, folder, apply_fn, parents, dataset, console)
     clock.append(time.monotonic())
     results = _measure(config, apply_fn, dataset, parents, merged)
+    results["path"] = _path(config, apply_fn, dataset, parents, merged)
     clock.append(time.monotonic())
 
     stages = ("data", "training", "search", "evaluation")
@@ -115,12 +120,18 @@ def run(config: Config, folder: Path, console: Console | None = None) -> dict[st
     return results
 
 
-def _check_genome(config: Config, model: nn.Module, apply_fn: ApplyFn, images: np.ndarray) -> None:
-    """Finds mistakes in the genome's section before the parents are trained, not after."""
+def _check_choices(config: Config, model: nn.Module, apply_fn: ApplyFn, images: np.ndarray) -> None:
+    """Finds mistakes that only show with the network before the parents are trained, not after."""
     one = jax.eval_shape(model.init, jax.random.key(0), images)
     count = config.parents.count
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), one)
     genome = genome_for(apply_fn, stacked, images, config.genome)
+    if config.recalibrate.enabled and not find_statistics(apply_fn, one, images):
+        raise ConfigError("recalibrate.enabled is True: the network has no BatchNorm statistics")
+    if isinstance(config.align.reference, int) and config.align.reference >= count:
+        raise ConfigError(
+            f"align.reference is {config.align.reference}: the parents are 0 to {count - 1}"
+        )
     jax.eval_shape(lambda: genome.init(jax.random.key(0), config.evolution.population_size))
 
 
@@ -189,6 +200,9 @@ def _search(
             apply_fn,
             parents,
             (dataset.validation.images, dataset.validation.labels),
+            calibration=_calibration(config, dataset),
+            align=config.align,
+            recalibrate=config.recalibrate,
             genome=config.genome,
             fitness=config.fitness,
             evolution=config.evolution,
@@ -205,11 +219,15 @@ def _measure(
     merged: MergeResult,
 ) -> dict[str, Any]:
     """Everybody's figures on validation and, for the first and only time, on test images."""
-    average = jax.tree.map(
-        lambda *leaves: np.mean(np.stack(leaves), axis=0, dtype=np.float32), *parents
-    )
-    names = [*range(len(parents)), "uniform_average", "merged"]
-    networks = [*parents, average, merged.variables]
+    baselines = {"uniform_average": _average(parents)}
+    if config.align.method != "none":
+        baselines["aligned_average"] = _average(merged.parents)
+    if config.recalibrate.enabled:
+        baselines["recalibrated_average"] = recalibrate(
+            apply_fn, _average(merged.parents), _calibration(config, dataset)
+        )
+    names = [*range(len(parents)), *baselines, "merged"]
+    networks = [*parents, *baselines.values(), merged.variables]
     figures: dict[Any, dict[str, float]] = {name: {} for name in [*names, "ensemble"]}
     for part, split in (("validation", dataset.validation), ("test", dataset.test)):
         logits = [
@@ -227,7 +245,7 @@ def _measure(
     return {
         "seed": config.seed,
         "parents": [figures[k] for k in range(len(parents))],
-        "baselines": {name: figures[name] for name in ("uniform_average", "ensemble")},
+        "baselines": {name: figures[name] for name in (*baselines, "ensemble")},
         "merged": figures["merged"],
         "evaluations": merged.evaluations,
         "generations": int(merged.history.generation[-1]),
@@ -240,6 +258,42 @@ def _measure(
             "test": len(dataset.test.labels),
         },
     }
+
+
+def _path(
+    config: Config,
+    apply_fn: ApplyFn,
+    dataset: data.Dataset,
+    parents: Sequence[PyTree],
+    merged: MergeResult,
+) -> dict[str, Any]:
+    """Validation metrics on the line between parents 0 and 1, as they are and aligned."""
+    images, labels = (part[:_PATH_IMAGES] for part in dataset.validation[:2])
+    measured = partial(straight_path, images=images, labels=labels)
+    lines = {"as they are": measured(apply_fn, *parents[:2])}
+    if config.align.method != "none":
+        lines["aligned"] = measured(apply_fn, *merged.parents[:2])
+    if config.recalibrate.enabled:
+        prepare = partial(recalibrate, apply_fn, inputs=_calibration(config, dataset))
+        lines["aligned, recalibrated"] = measured(apply_fn, *merged.parents[:2], prepare=prepare)
+    of_merged = measure(predict(apply_fn, merged.variables, images), labels)
+    by_layer = parent_shares(merged.genome, merged.genes, merged.variables)
+    share = float(np.mean([row[1] for row in by_layer.values()]))
+    return {
+        "shares": TENTHS,
+        "lines": {name: [point._asdict() for point in line] for name, line in lines.items()},
+        "merged": {"share": share, **of_merged._asdict()},
+    }
+
+
+def _average(parents: Sequence[PyTree]) -> PyTree:
+    return jax.tree.map(
+        lambda *leaves: np.mean(np.stack(leaves), axis=0, dtype=np.float32), *parents
+    )
+
+
+def _calibration(config: Config, dataset: data.Dataset) -> jax.Array:
+    return jnp.asarray(dataset.train.images[: config.recalibrate.examples])
 
 
 def _parse(argv: list[str]) -> tuple[Config, Path]:

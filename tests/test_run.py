@@ -23,6 +23,7 @@ SMALL = {
     "data": {"validation_fraction": 0.3},
     "model": {"options": {"width": 4}},
     "parents": {"shards": "skewed"},
+    "recalibrate": {"enabled": True},
     "training": {"epochs": 2},
     "evolution": {"population_size": 8, "generations": 4},
 }
@@ -47,7 +48,12 @@ def test_the_workdir_keeps_its_contract(finished):
         for part in ("validation", "test"):
             assert 0 <= entry[f"{part}_accuracy"] <= 1
             assert entry[f"{part}_nll"] > 0
-    assert set(results["baselines"]) == {"uniform_average", "ensemble"}
+    assert set(results["baselines"]) == {
+        "uniform_average",
+        "aligned_average",
+        "recalibrated_average",
+        "ensemble",
+    }
     assert results["merged"]["fitness"] >= max(entry["fitness"] for entry in results["parents"])
     assert results["evaluations"] == 8 + 4 * 8
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -61,7 +67,7 @@ def test_the_workdir_keeps_its_contract(finished):
     assert {"jax", "flax", "megajax", "python"} <= set(stored["versions"])
     report = (finished / "report.md").read_text()
     assert f"{100 * results['merged']['test_accuracy']:.1f} %" in report
-    for name in ("fitness", "mask"):
+    for name in ("fitness", "mask", "path"):
         with Image.open(finished / "plots" / f"{name}.png") as picture:
             assert min(picture.size) > 200
 

@@ -1,0 +1,107 @@
+"""What alignment, recalibration and the search are worth, on really trained pairs.
+
+    python benchmarks/alignment.py [--pairs 5] [--width 16] [--shards skewed] [--json FILE]
+
+Pairs of the digits experiment's CNNs with seeds 0, 1, ... For each: the best parent (chosen on
+validation), the midpoint as it is, aligned by each method, and recalibrated; the network evolved at
+each granularity, at an equal number of evaluations; the ensemble. Test accuracy, mean and 95 %
+interval (t) over the pairs, the difference to the best parent, paired, and in how many pairs it is
+positive.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import stats
+
+import megajax as mj
+from megajax import data, models, training
+from megajax.config import Config, DataConfig, ModelConfig, ParentsConfig
+from megajax.merging import align_parents
+
+METHODS = ("weights", "activations", "both")
+GRANULARITIES = ("global", "layer", "channel", "element")
+
+
+def pair(seed: int, config: Config) -> dict[str, dict[str, float]]:
+    """Test figures of one pair by every method."""
+    data_key, shard_key, train_key, merge_key = jax.random.split(jax.random.key(seed), 4)
+    dataset = data.load(data_key, config.data)
+    model = models.build(config.model.name, dataset.num_classes, config.model.options)
+    shards = data.shards(shard_key, dataset.train.labels, dataset.num_classes, config.parents)
+    parents, _ = training.train(train_key, model, dataset.train, shards, config.training)
+    apply_fn = mj.from_linen(model, {}, train=False).apply_fn
+    validation, test = dataset.validation, dataset.test
+    calibration = jax.numpy.asarray(dataset.train.images[:256])
+
+    def logits(variables: Any, split: data.Split = test) -> np.ndarray:
+        return mj.predict(apply_fn, variables, split.images)
+
+    def midpoint(networks: list[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *networks)
+
+    scores = [mj.measure(logits(p, validation), validation.labels).accuracy for p in parents]
+    predictions = {"best parent": logits(parents[int(np.argmax(scores))])}
+    predictions["midpoint as it is"] = logits(midpoint(parents))
+    recalibrated = mj.recalibrate(apply_fn, midpoint(parents), calibration)
+    predictions["midpoint recalibrated"] = logits(recalibrated)
+    for method in METHODS:
+        align = mj.AlignConfig(method=method)
+        aligned, _ = align_parents(merge_key, apply_fn, parents, calibration, calibration, align)
+        predictions[f"midpoint aligned by {method}"] = logits(midpoint(aligned))
+        recalibrated = mj.recalibrate(apply_fn, midpoint(aligned), calibration)
+        predictions[f"midpoint aligned by {method}, recalibrated"] = logits(recalibrated)
+    for granularity in GRANULARITIES:
+        result = mj.merge(
+            merge_key,
+            apply_fn,
+            parents,
+            (validation.images, validation.labels),
+            calibration=calibration,
+            align=mj.AlignConfig(method="activations"),
+            recalibrate=mj.RecalibrateConfig(enabled=True),
+            genome=mj.GenomeConfig(granularity=granularity),
+            evolution=mj.EvolutionConfig(generations_per_chunk=20),
+        )
+        predictions[f"evolved, {granularity} masks"] = logits(result.variables)
+    predictions["ensemble"] = mj.ensemble(np.stack([logits(parent) for parent in parents]))
+    return {name: mj.measure(p, test.labels)._asdict() for name, p in predictions.items()}
+
+
+def interval(values: np.ndarray, sign: str = "") -> str:
+    """Mean and 95 % interval, in points."""
+    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else np.nan
+    return f"{100 * values.mean():{sign}.1f} +- {100 * half:.1f}"
+
+
+def main() -> None:
+    """Prints the table and writes the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--shards", default="skewed")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    config = Config(
+        data=DataConfig(validation_fraction=0.3),
+        model=ModelConfig(options={"width": options.width}),
+        parents=ParentsConfig(shards=options.shards, skew=0.95),
+    )
+    pairs = [pair(seed, config) for seed in range(options.pairs)]
+    accuracy = {row: np.array([p[row]["accuracy"] for p in pairs]) for row in pairs[0]}
+    print("| network | test accuracy [%] | against the best parent | better in |")
+    print("| --- | --- | --- | --- |")
+    for row, values in accuracy.items():
+        gain = values - accuracy["best parent"]
+        better = f"{int((gain > 0).sum())} of {len(gain)}"
+        print(f"| {row} | {interval(values)} | {interval(gain, '+')} | {better} |")
+    if options.json:
+        options.json.write_text(json.dumps(pairs, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
