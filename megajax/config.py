@@ -297,8 +297,8 @@ class GenomeConfig(_Section):
     """What a gene is: the granularity and kind of the mixing masks.
 
     Attributes:
-        granularity: `global` (one gene), `layer`, `leaf`, `channel` (per layer and output channel)
-            or `element`.
+        granularity: `global` (one gene), `layer`, `leaf`, `channel` (one for each hidden unit:
+            all that writes it moves together) or `element`.
         binary: each gene picks one parent, instead of mixing them.
         freeze: regular expression; leaves whose path it matches stay as in parent 0.
     """

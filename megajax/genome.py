@@ -123,7 +123,9 @@ def masks(
     def sample(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         if binary:
             return _one_hot(jax.random.randint(key, shape[:-1], 0, K), K).astype(dtype)
-        return jax.random.dirichlet(key, jnp.ones(K), shape[:-1]).astype(dtype)
+        # Uniform on the simplex; `jax.random.dirichlet` would compile a rejection sampler.
+        waits = jax.random.exponential(key, shape, dtype)
+        return waits / waits.sum(-1, keepdims=True)
 
     def init(key: Key, population_size: int) -> jax.Array:
         founders = jnp.eye(K) if binary else jnp.concatenate([jnp.eye(K), jnp.full((1, K), 1 / K)])

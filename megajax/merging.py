@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megajax import operators
-from megajax.alignment import Alignment, find_symmetries, verify
+from megajax.alignment import Alignment, find_symmetries, unit_labels, verify
 from megajax.alignment import align as match
 from megajax.config import (
     AlignConfig,
@@ -299,7 +299,10 @@ def genome_for(
     layers = None
     if labels is None and config.granularity in ("layer", "channel"):
         one = jax.eval_shape(lambda parents: jax.tree.map(lambda leaf: leaf[0], parents), parents)
-        layers = find_layers(apply_fn, one, inputs)
+        if config.granularity == "channel":
+            labels = unit_labels(apply_fn, one, inputs)
+        else:
+            layers = find_layers(apply_fn, one, inputs)
     return masks(
         parents,
         granularity=config.granularity,

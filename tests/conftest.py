@@ -1,10 +1,34 @@
-"""What every test runs under: the CPU backend with eight simulated devices, and no display."""
+"""What every test runs under: the CPU backend with eight simulated devices, and no display.
+
+Compiling is most of what the tests do: so programs are optimised less, and each is compiled once
+for all workers and for the commands that tests start.
+"""
 
 import os
+import tempfile
+
+_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_backend_optimization_level": "1",
+}
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [given, *(f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in given)]
+).strip()
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the workers inherit the environment
+        config.stash["cache"] = tempfile.TemporaryDirectory(prefix="megajax-test-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = config.stash["cache"].name
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_unconfigure(config):
+    cache = config.stash.get("cache", None)
+    if cache is not None:
+        cache.cleanup()

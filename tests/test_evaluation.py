@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from megajax.evaluation import measure, predict, straight_path
@@ -20,7 +21,7 @@ def test_points_are_the_mixed_networks_and_only_they_are_prepared():
         np.testing.assert_allclose(point, expected, rtol=1e-5)
 
     def zeros(variables):
-        return jax.tree.map(np.zeros_like, variables)
+        return jax.tree.map(jnp.zeros_like, variables)
 
     prepared = straight_path(nn.Dense(3).apply, *ENDS, X, LABELS, shares=shares, prepare=zeros)
     assert prepared[0] == plain[0]

@@ -18,3 +18,4 @@ from megajax.alignment.symmetries import permute as permute
 from megajax.alignment.symmetries import random_permutations as random_permutations
 from megajax.alignment.symmetries import validate as validate
 from megajax.alignment.symmetries import verify as verify
+from megajax.alignment.units import unit_labels as unit_labels

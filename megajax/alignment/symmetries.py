@@ -53,6 +53,7 @@ __all__ = [
     "site_at",
     "symmetries_of",
     "trace",
+    "unit_layout",
     "units_of",
     "validate",
     "verify",
@@ -590,6 +591,31 @@ def units_of(leaf: Any, group: Group, site: Site) -> Any:
     copies = _indices(site.copies.offset, held).reshape(group.copies, 1, -1, 1)
     moved = xp.moveaxis(leaf, (site.copies.axis, site.axis), (0, 1))
     return moved[copies, units.reshape(1, group.size, 1, -1)].reshape(shape)
+
+
+def unit_layout(group: Group, site: Site, shape: Sequence[int]) -> tuple[Array, Array]:
+    """Which unit, and which copy of the group, each entry of a leaf's axes belongs to.
+
+    Args:
+      group: the group.
+      site: where it sits in the leaf.
+      shape: the leaf's shape.
+
+    Returns:
+      The copy of each entry along the axis of the copies (the site's axis if there are none), and
+      the unit of each entry along the site's axis: int arrays, -1 where the group is not.
+
+    >>> hidden = Group("hidden", 2, (Site("w", 1, offset=1),))
+    >>> [entries.tolist() for entries in unit_layout(hidden, hidden.sites[0], (3, 4))]
+    [[-1, 0, 0, -1], [-1, 0, 1, -1]]
+    """
+    here = _layout(site.offset, tuple(_factors(group, site)), shape[site.axis])
+    unit = np.where(here.stride != 0, here.unit, -1)
+    if site.copies is None or site.copies.axis == site.axis:
+        return np.where(here.stride != 0, here.copy, -1), unit
+    held = ((group.copies, site.copies.stride), (1, 1), *site.copies.repeats)
+    there = _layout(site.copies.offset, held, shape[site.copies.axis])
+    return np.where(there.stride != 0, there.copy, -1), unit
 
 
 # Reading the trace.
