@@ -1,6 +1,8 @@
 """The workdir of a run: which files there are, and how they are written so that none is ever half.
 
 config.json       the resolved configuration, versions, device
+stages/           what each finished stage found: figures, and which files hold the rest
+parents/0, ...    the parents; aligned/0, ... the same with hidden units in correspondence
 metrics.jsonl     one line for each generation
 merged/           the merged network: `load_network(workdir / "merged")`
 results.json      the figures; its presence means that the run is finished
@@ -14,7 +16,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,20 +26,42 @@ from megajax.errors import WorkdirError
 from megajax.types import PyTree
 
 __all__ = [
+    "METRICS",
     "RESULTS",
+    "Outcome",
     "append_lines",
     "finished",
     "load_network",
+    "load_outcome",
     "open_workdir",
     "read_json",
+    "read_lines",
     "save_network",
+    "save_outcome",
     "write_json",
     "write_text",
 ]
 
 RESULTS = "results.json"
+METRICS = "metrics.jsonl"
 _CONFIG = "config.json"
 _NETWORK = "variables.msgpack"
+
+
+class Outcome(NamedTuple):
+    """What a stage of a run found.
+
+    Attributes:
+        networks: folder in the workdir -> variables.
+        values: figures, as plain data.
+        files: names of other files that it left in the workdir.
+        seconds: how long it took.
+    """
+
+    networks: Mapping[str, PyTree] = {}
+    values: Mapping[str, Any] = {}
+    files: Sequence[str] = ()
+    seconds: float = 0.0
 
 
 def finished(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -99,6 +123,42 @@ def open_workdir(path: Path, config: Mapping[str, Any], environment: Mapping[str
     write_json(path / _CONFIG, {"config": config, **environment})
 
 
+def save_outcome(folder: Path, name: str, outcome: Outcome) -> None:
+    """Stores the outcome of a stage; the record of it comes last and says that all is there.
+
+    Raises:
+        WorkdirError: a file cannot be written.
+    """
+    for network, variables in outcome.networks.items():
+        save_network(folder / network, variables)
+    record = outcome._asdict() | {"networks": list(outcome.networks)}
+    write_json(folder / "stages" / f"{name}.json", record)
+
+
+def load_outcome(folder: Path, name: str) -> Outcome | None:
+    """The stored outcome of a stage.
+
+    Returns:
+        The outcome, networks made of dictionaries and NumPy arrays; None if there is none.
+
+    Raises:
+        WorkdirError: a file cannot be read or is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_outcome(folder, "search", Outcome(values={"fitness": 0.5}))
+        >>> load_outcome(folder, "search").values, load_outcome(folder, "measure")
+        ({'fitness': 0.5}, None)
+    """
+    path = folder / "stages" / f"{name}.json"
+    if not path.exists():
+        return None
+    record = read_json(path)
+    networks = {network: load_network(folder / network) for network in record["networks"]}
+    return Outcome(**record | {"networks": networks})
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all (temporary name, fsync, rename).
 
@@ -136,6 +196,20 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             file.write(text)
     except OSError as error:
         raise WorkdirError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of one JSON object a line.
+
+    Raises:
+        WorkdirError: the file cannot be read or is damaged.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise WorkdirError(f"{path} is damaged: {error}") from None
 
 
 def read_json(path: Path) -> Any:
