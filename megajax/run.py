@@ -2,28 +2,46 @@
 
     python -m megajax.run --config experiments/digits.py
     python -m megajax.run --config exp.py --config.evolution.population_size=64 --workdir DIR
+    python -m megajax.run --config exp.py --seeds 0:5
+    python -m megajax.run --config other.py --workdir OLD --fork NEW
 
-A config file is a Python program: run only those you trust. A mistake in it, in a flag or in the
-data is one line on the standard error and exit code 2. What a run does is in `megajax.pipeline`.
+The same command goes on where an interrupted one stopped. `--fork` starts a run with another
+configuration from the state of an old one, which stays as it is. A config file is a Python program:
+run only those you trust. A mistake in it, in a flag or in the data is one line on the standard
+error and exit code 2. What a run does is in `megajax.pipeline`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import logging
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from megajax import pipeline
+from megajax import pipeline, workdir
+from megajax.aggregation import aggregate
 from megajax.config import Config, from_dict
-from megajax.errors import ConfigError, MegajaxError
+from megajax.errors import ConfigError, Interrupted, MegajaxError
 
 __all__ = ["main"]
+
+
+class _Command(NamedTuple):
+    """What the command line asks for: the runs `(config, workdir, workdir to start from)`."""
+
+    runs: list[tuple[Config, Path, Path | None]]
+    summary: Path | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,22 +51,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: program name and arguments; None takes the command line's.
 
     Returns:
-        The exit code: 0; 2 for a mistake that could be named; 130 when interrupted.
+        The exit code: 0; 2 for a mistake that could be named; 130 or 143 when interrupted.
     """
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    try:
-        config, folder = _parse(list(sys.argv if argv is None else argv))
-        pipeline.run(config, folder, Console())
-    except MegajaxError as error:
-        errors.print(f"error: {error}")
-        return 2
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        return 130
+    console = Console()
+    with _one_line_warnings(errors), _signals(errors) as received:
+        try:
+            command = _parse(list(sys.argv if argv is None else argv))
+            results = [
+                pipeline.run(
+                    config, folder, console, origin=origin, stopping=lambda: bool(received)
+                )
+                for config, folder, origin in command.runs
+            ]
+            if command.summary is not None:
+                workdir.write_json(command.summary, aggregate(results))
+                console.print(f"all seeds: {command.summary}", soft_wrap=True)
+        except Interrupted as error:
+            errors.print(str(error))
+            return 128 + received[0]
+        except MegajaxError as error:
+            errors.print(f"error: {error}")
+            return 2
+        except KeyboardInterrupt:
+            errors.print("interrupted")
+            return 128 + (received or [signal.SIGINT])[-1]
     return 0
 
 
-def _parse(argv: list[str]) -> tuple[Config, Path]:
+def _parse(argv: list[str]) -> _Command:
     """Reads the flags and the config file that they name."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
@@ -60,9 +91,12 @@ def _parse(argv: list[str]) -> tuple[Config, Path]:
         flag_values=values,
         sys_argv=argv,
     )
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run; runs/NAME-seedSEED if absent.", flag_values=values
-    )
+    for name, default, text in (
+        ("workdir", None, "Folder of the run; runs/NAME-seedSEED if absent."),
+        ("fork", None, "New folder, for a run that starts from the state of the one in --workdir."),
+        ("seeds", None, "Several runs, in WORKDIR/seedSEED: FIRST:END (without END) or A,B,C."),
+    ):
+        flags.DEFINE_string(name, default, text, flag_values=values)
     flags.DEFINE_bool("help", False, "Shows this help.", short_name="h", flag_values=values)
     try:
         rest = values(argv)
@@ -87,7 +121,87 @@ def _parse(argv: list[str]) -> tuple[Config, Path]:
         raise
     except Exception as error:  # whatever a config file or a flag may raise
         raise ConfigError(_describe(error)) from None
-    return config, Path(values.workdir or Path("runs") / f"{file.stem}-seed{config.seed}")
+    return _plan(config, file.stem, values.workdir, values.fork, values.seeds)
+
+
+def _plan(
+    config: Config, name: str, folder: str | None, fork: str | None, seeds: str | None
+) -> _Command:
+    """The runs that the flags ask for."""
+    if fork is not None and folder is None:
+        raise ConfigError("--fork needs the --workdir to start from")
+    if fork is not None and folder is not None and Path(fork).resolve() == Path(folder).resolve():
+        raise ConfigError(f"--fork {fork} is the --workdir itself: name a new folder")
+    if seeds is None:
+        old = Path(folder or Path("runs") / f"{name}-seed{config.seed}")
+        return _Command([(config, old, None) if fork is None else (config, Path(fork), old)], None)
+    old = Path(folder or Path("runs") / name)
+    new, origin = (old, None) if fork is None else (Path(fork), old)
+    runs = [
+        (
+            dataclasses.replace(config, seed=seed),
+            new / f"seed{seed}",
+            None if origin is None else origin / f"seed{seed}",
+        )
+        for seed in _seeds(seeds)
+    ]
+    return _Command(runs, new / workdir.RESULTS)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        if ":" in text:
+            first, end = map(int, text.split(":"))
+            seeds = list(range(first, end))
+        else:
+            seeds = list(map(int, text.split(",")))
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"--seeds is {text!r}: FIRST:END (without END) or A,B,C is needed")
+    return seeds
+
+
+@contextlib.contextmanager
+def _signals(errors: Console) -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM, for the run to stop where it can save; a second one ends it."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        errors.print("stopping as soon as the state is saved; once more to stop at once")
+
+    before = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _one_line_warnings(errors: Console) -> Iterator[None]:
+    """Shows the package's warnings as lines, and not what Orbax says where an error follows."""
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.print(f"warning: {record.getMessage()}")
+
+    ours, orbax, handler = logging.getLogger("megajax"), logging.getLogger("absl"), Handler()
+    before = orbax.level, ours.propagate
+    ours.addHandler(handler)
+    ours.propagate = False
+    orbax.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        orbax.setLevel(before[0])
+        ours.propagate = before[1]
 
 
 def _describe(error: Exception) -> str:

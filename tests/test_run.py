@@ -110,13 +110,13 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(finished, tmp_path, monke
     """Interrupted in the middle of the search; the trained parents are kept."""
     calls = []
 
-    def interrupting(path, rows):
+    def interrupting(path, rows, append=False):
         calls.append(rows)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(workdir, "append_lines", interrupting)
+        patch.setattr(workdir, "write_lines", interrupting)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(from_dict(SMALL), tmp_path / "run")
     assert not (tmp_path / "run" / "results.json").exists()
@@ -250,10 +250,10 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(mj.WorkdirError, match="cannot be read: No such file"):
         workdir.load_network(tmp_path / "nowhere")
     run_folder = tmp_path / "run"
-    workdir.open_workdir(run_folder, to_dict(Config()), {})
+    workdir.write_config(run_folder, to_dict(Config()), {})
     (run_folder / "config.json").write_text('{"config": ')
     with pytest.raises(mj.WorkdirError, match=r"config.json is damaged"):
-        workdir.finished(run_folder, to_dict(Config()))
+        workdir.check_config(run_folder, to_dict(Config()))
 
 
 def test_a_network_survives_saving_bit_for_bit(tmp_path):
