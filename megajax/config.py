@@ -30,6 +30,7 @@ from megajax.errors import ConfigError
 
 __all__ = [
     "AlignConfig",
+    "CheckpointConfig",
     "Config",
     "DataConfig",
     "EvolutionConfig",
@@ -410,6 +411,29 @@ class EvolutionConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(_Section):
+    """How often a run saves its state. It has no influence on what the run finds.
+
+    A state is saved as soon as one of the two is due, always after a whole chunk of generations or
+    epoch of training, and once more when the search ends or the run is asked to stop.
+
+    Attributes:
+        every_generations: save after so many generations (for training: epochs); None never does.
+        every_seconds: save after so many seconds; None never does.
+        keep: newest checkpoints to keep; with more than one, a damaged one costs little.
+    """
+
+    _name: ClassVar[str] = "checkpoint"
+    every_generations: int | None = None
+    every_seconds: float | None = 60.0
+    keep: int = 3
+
+    def _check(self) -> None:
+        self._at_least(1, "every_generations", "keep")
+        self._at_least(0, "every_seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(_Section):
     """A whole run: `python -m megajax.run --config FILE` builds one and follows it.
 
@@ -424,6 +448,7 @@ class Config(_Section):
         genome: what a gene is.
         fitness: how an individual is scored.
         evolution: the search.
+        checkpoint: how often the state is saved.
     """
 
     _name: ClassVar[str] = "config"
@@ -437,6 +462,7 @@ class Config(_Section):
     genome: GenomeConfig = field(default_factory=GenomeConfig)
     fitness: FitnessConfig = field(default_factory=FitnessConfig)
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def _check(self) -> None:
         self._at_least(0, "seed")

@@ -31,3 +31,15 @@ class SymmetryError(MegajaxError, ValueError):
 
 class WorkdirError(MegajaxError, OSError):
     """A workdir cannot be read or written, or belongs to another run."""
+
+
+class SearchError(MegajaxError, ArithmeticError):
+    """A search cannot go on: none of the networks of a generation has a finite fitness."""
+
+
+class DeviceError(MegajaxError, RuntimeError):
+    """The accelerator or the host ran out of memory, or the device was lost."""
+
+
+class Interrupted(MegajaxError):  # noqa: N818 - nothing went wrong
+    """A run was asked to stop, and did, after saving its state."""

@@ -26,11 +26,20 @@ import numpy as np
 from jax.tree_util import Partial
 
 from megajax import operators
+from megajax.errors import SearchError
 from megajax.fitness import Evaluate
 from megajax.operators import Crossover, Mutation, Population, Selection, Survival
 from megajax.types import Genes, Key
 
-__all__ = ["GAInfo", "GAState", "GeneticAlgorithm", "describe", "genetic_algorithm", "run"]
+__all__ = [
+    "GAInfo",
+    "GAState",
+    "GeneticAlgorithm",
+    "check_alive",
+    "describe",
+    "genetic_algorithm",
+    "run",
+]
 
 
 class GAState(NamedTuple):
@@ -169,6 +178,10 @@ def run(
     Returns:
         The last state, and the infos of all generations that this call did (NumPy, leaves `[G]`).
 
+    Raises:
+        SearchError: none of the offspring of a generation has a finite fitness. The callback has
+            seen the state by then.
+
     Example:
         >>> ga = genetic_algorithm(lambda genes: (genes.sum(-1), ()), num_offspring=8)
         >>> key = jax.random.key(0)
@@ -196,7 +209,9 @@ def run(
         chunk = jax.tree.map(lambda leaf, count=count: leaf[:count], chunk)
         infos.append(chunk)
         done += count
-        if callback is not None and callback(state, chunk):
+        stop = callback is not None and callback(state, chunk)
+        check_alive(chunk, algorithm.num_offspring)
+        if stop:
             break
     if not infos:
         info = jax.eval_shape(algorithm.step, key, state)[1]
@@ -204,12 +219,40 @@ def run(
     return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
 
 
-def describe(state: GAState, invalid: jax.Array | int = 0) -> GAInfo:
+def check_alive(infos: GAInfo, scored: int) -> None:
+    """Checks that every generation had a network with a finite fitness.
+
+    Args:
+        infos: of some generations, NumPy, leaves `[G]`.
+        scored: networks that each of them scored.
+
+    Raises:
+        SearchError: one had none; names the generation.
+
+    Example:
+        >>> ga = genetic_algorithm(lambda genes: (genes.sum(-1), ()), num_offspring=2)
+        >>> info = describe(ga.init(jax.random.key(0), jnp.full((2, 1), jnp.nan)))
+        >>> check_alive(jax.tree.map(lambda leaf: np.array([leaf]), info), 2)
+        Traceback (most recent call last):
+        ...
+        megajax.errors.SearchError: generation 0: none of the 2 networks has a finite fitness; check
+        fitness.metric and evolution.mutation_scale
+    """
+    dead = infos.generation[infos.invalid == scored]
+    if len(dead):
+        raise SearchError(
+            f"generation {dead[0]}: none of the {scored} networks has a finite fitness; check "
+            "fitness.metric and evolution.mutation_scale"
+        )
+
+
+def describe(state: GAState, invalid: jax.Array | int | None = None) -> GAInfo:
     """The figures of a state, as `step` reports them.
 
     Args:
         state: any state.
-        invalid: how many of the last individuals scored had no finite fitness.
+        invalid: how many of the last individuals scored had no finite fitness; None counts the
+            population's, as is right for a first one.
 
     Returns:
         The infos, scalars.
@@ -221,6 +264,8 @@ def describe(state: GAState, invalid: jax.Array | int = 0) -> GAInfo:
     """
     fitness = state.population.fitness
     finite = jnp.isfinite(fitness)
+    if invalid is None:
+        invalid = jnp.sum(~finite)
     known = jnp.where(finite, fitness, jnp.nan)
     spread = [jnp.std(leaf, axis=0).mean() for leaf in jax.tree.leaves(state.population.genes)]
     sizes = [leaf[0].size for leaf in jax.tree.leaves(state.population.genes)]

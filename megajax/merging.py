@@ -29,6 +29,7 @@ from megajax.evolution import (
     GAInfo,
     GAState,
     GeneticAlgorithm,
+    check_alive,
     describe,
     genetic_algorithm,
     run,
@@ -66,7 +67,8 @@ class MergeResult(NamedTuple):
         fitness: its fitness on the validation data.
         parent_fitness: `[K]`, of the parents on the same data; never above `fitness`.
         genes: the merged network's genes.
-        history: one entry for the first population and one for each generation, NumPy `[1 + G]`.
+        history: one entry for the first population and one for each generation, NumPy `[1 + G]`;
+            for a search that went on from a state, the generations after it.
         evaluations: networks scored in all.
         genome: what the genes mean.
         parents: the K parents as they were mixed, hidden units aligned.
@@ -99,6 +101,7 @@ def merge(
     fitness: FitnessConfig | None = None,
     evolution: EvolutionConfig | None = None,
     labels: PyTree | None = None,
+    state: GAState | None = None,
     callback: Callable[[GAState, GAInfo], bool | None] | None = None,
 ) -> MergeResult:
     """Merges networks of one architecture by a genetic algorithm over mixing masks (MeGA).
@@ -120,8 +123,10 @@ def merge(
         fitness: how an individual is scored.
         evolution: the search.
         labels: the user's own genes instead of `genome.granularity`; see `megajax.genome.masks`.
-        callback: called with the state and the infos after each chunk of generations, and once
-            before the first; a true result stops the search.
+        state: where an earlier call with the same other arguments got to; the search goes on from
+            it exactly as it would have. None starts anew.
+        callback: called with the state and the infos after each chunk of generations, and, for a
+            search that starts anew, once before the first; a true result stops the search.
 
     Returns:
         The merged network and how it was found.
@@ -129,7 +134,8 @@ def merge(
     Raises:
         ParentsError: parents that do not fit together or are not finite.
         DataError: validation data that is empty or has impossible labels.
-        ConfigError: choices that cannot work.
+        ConfigError: choices that cannot work, or a state of another search.
+        SearchError: none of the networks of a generation has a finite fitness.
 
     Example:
         >>> import jax.numpy as jnp
@@ -173,11 +179,17 @@ def merge(
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary)
 
     genes = jax.jit(masked.init, static_argnums=1)(genes_key, evolution.population_size)
-    state = algorithm.init(init_key, genes)
-    first = jax.device_get(jax.tree.map(lambda leaf: leaf[None], describe(state)))
-    parent_fitness = np.asarray(state.population.fitness[: len(parents)])
-    history = [first]
-    if not (callback is not None and callback(state, first)):
+    start = algorithm.init(init_key, genes)
+    first = jax.device_get(jax.tree.map(lambda leaf: leaf[None], describe(start)))
+    parent_fitness = np.asarray(start.population.fitness[: len(parents)])
+    history, stopped = [], False
+    if state is None:
+        state, history = start, [first]
+        stopped = bool(callback is not None and callback(state, first))
+        check_alive(first, start.population.fitness.size)
+    else:
+        state = _check_state(state, start)
+    if not stopped:
         state, infos = run(
             run_key,
             algorithm,
@@ -202,6 +214,24 @@ def merge(
         state=state,
         population_chunk=chunk,
     )
+
+
+def _check_state(state: GAState, start: GAState) -> GAState:
+    """The state on the device, if it is one of a search that starts so."""
+
+    def kinds(state: GAState) -> dict[str, str]:
+        leaves = zip(leaf_paths(state), jax.tree.leaves(state), strict=True)
+        return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+    there, here = kinds(state), kinds(start)
+    for path in {**here, **there}:
+        if there.get(path) != here.get(path):
+            raise ConfigError(
+                f"the state is of another search: {path} is {there.get(path, 'absent')} there, "
+                f"{here.get(path, 'absent')} here"
+            )
+    placed: GAState = jax.tree.map(jnp.asarray, state)
+    return placed
 
 
 def align_parents(

@@ -122,7 +122,7 @@ def write_report(
                 "",
                 f"Seed {results['seed']}; {results['generations']} generations, "
                 f"{results['evaluations']:,} networks scored on the validation images. Training "
-                f"the parents took {seconds['training']:.0f} s, the search "
+                f"the parents took {seconds['parents']:.0f} s, the search "
                 f"{seconds['search']:.0f} s.",
                 "",
                 "![fitness over generations](plots/fitness.png)",

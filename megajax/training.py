@@ -92,7 +92,8 @@ def train(
     config: TrainingConfig,
     *,
     shared_initialization: bool = False,
-    callback: Callable[[int, Metrics], None] | None = None,
+    state: TrainState | None = None,
+    callback: Callable[[TrainState, Metrics], None] | None = None,
     mapping: str = "auto",
 ) -> tuple[list[Variables], Metrics]:
     """Trains one parent per shard, all of them with one compiled program.
@@ -106,24 +107,26 @@ def train(
             the longest shard needs; shorter ones start over within it.
         config: how to train.
         shared_initialization: all parents start from the same weights.
-        callback: called with the epoch's number (from 0) and its metrics [K] after each epoch.
+        state: where an earlier call got to, with the same other arguments; None starts anew.
+        callback: called after each epoch with the state and the epoch's metrics [K].
         mapping: `vmap` trains the parents side by side, a whole epoch in one compiled call; `loop`
             trains them in turn, one compiled step at a time. `auto` takes `loop` on a CPU, whose
             convolutions are slow when they are grouped and, for gradients, inside compiled loops,
             and `vmap` elsewhere.
 
     Returns:
-        K variables pytrees, and the metrics [epochs, K].
+        K variables pytrees, and the metrics [epochs, K] of the epochs that this call did.
 
     Raises:
         ConfigError: `mapping` or the schedule cannot work.
         DataError: a shard is empty, or holds what is no index into the split; names the parent.
         ParentsError: a parent's loss or weights are not finite; names the parent and the epoch.
     """
-    state = init(key, model, split, shards, config, shared_initialization=shared_initialization)
+    if state is None:
+        state = init(key, model, split, shards, config, shared_initialization=shared_initialization)
     run_epoch = make_epoch(model, split, shards, config, mapping=mapping)
-    history = []
-    for epoch in range(config.epochs):
+    history = [Metrics(*np.zeros((2, 0, len(shards)), np.float32))]
+    for epoch in range(int(state.epoch), config.epochs):
         state, metrics = run_epoch(key, state)
         metrics = jax.device_get(metrics)
         if not np.isfinite(metrics.loss).all():
@@ -132,10 +135,10 @@ def train(
                 f"parent {parent}: training diverged in epoch {epoch} (loss or weights are not "
                 f"finite); try a training.learning_rate below {config.learning_rate:g}"
             )
-        history.append(metrics)
+        history.append(jax.tree.map(lambda leaf: leaf[None], metrics))
         if callback is not None:
-            callback(epoch, metrics)
-    return _unstack(state.variables), Metrics(*map(np.stack, zip(*history, strict=True)))
+            callback(state, metrics)
+    return _unstack(state.variables), Metrics(*map(np.concatenate, zip(*history, strict=True)))
 
 
 def init(

@@ -1,6 +1,9 @@
 """The workdir of a run: which files there are, and how they are written so that none is ever half.
 
 config.json       the resolved configuration, versions, device
+stages/           what each finished stage found: figures, and which files hold the rest
+checkpoints/      the state of a stage under way, to go on from
+parents/0, ...    the parents; aligned/0, ... the same with hidden units in correspondence
 metrics.jsonl     one line for each generation
 merged/           the merged network: `load_network(workdir / "merged")`
 results.json      the figures; its presence means that the run is finished
@@ -9,103 +12,290 @@ report.md, plots/ for people
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import serialization
 
 from megajax.errors import WorkdirError
+from megajax.files import file_digest, write_bytes
 from megajax.types import PyTree
 
 __all__ = [
+    "METRICS",
     "RESULTS",
-    "append_lines",
-    "finished",
+    "Outcome",
+    "check_config",
+    "config_changes",
+    "copy_state",
+    "digest",
+    "is_workdir",
     "load_network",
-    "open_workdir",
+    "load_outcome",
+    "locked",
+    "read_config",
     "read_json",
+    "read_lines",
     "save_network",
+    "save_outcome",
+    "write_config",
     "write_json",
+    "write_lines",
     "write_text",
 ]
 
 RESULTS = "results.json"
+METRICS = "metrics.jsonl"
 _CONFIG = "config.json"
+_LOCK = ".lock"
 _NETWORK = "variables.msgpack"
+_DIGEST = "sha256"  # of the rest, in the files that are not for people
+_FREE = "checkpoint."  # fields that may differ: they have no influence on the result
 
 
-def finished(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The results of a finished run.
+class Outcome(NamedTuple):
+    """What a stage of a run found.
+
+    Attributes:
+        networks: folder in the workdir -> variables.
+        values: figures, as plain data.
+        files: names of other files that it left in the workdir.
+        seconds: how long it took; None lets the clock decide.
+        identity: of all that went into it and came out of it; given when it is stored.
+    """
+
+    networks: Mapping[str, PyTree] = {}
+    values: Mapping[str, Any] = {}
+    files: Sequence[str] = ()
+    seconds: float | None = None
+    identity: str = ""
+
+
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Checks that a workdir is free or holds a run with this configuration.
 
     Args:
-        path: the workdir, which need not exist.
+        folder: the workdir, which need not exist.
         config: the resolved configuration, as plain data.
 
-    Returns:
-        The content of `results.json`, or None if the run is not finished.
-
     Raises:
-        WorkdirError: the workdir holds a run with another configuration; lists the fields.
+        WorkdirError: it holds a run with another configuration (lists the fields), or its
+            `config.json` is damaged.
 
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()) / "run"
-        >>> open_workdir(folder, {"seed": 0}, {"jax": "0.10.2"})
-        >>> finished(folder, {"seed": 0})
-        >>> finished(folder, {"seed": 1})
+        >>> check_config(folder, {"seed": 0})
+        >>> write_config(folder, {"seed": 0}, {"jax": "0.10.2"})
+        >>> check_config(folder, {"seed": 1})
         Traceback (most recent call last):
         ...
         megajax.errors.WorkdirError: .../run holds a run with another configuration: seed is 0
-        there, 1 here; choose another --workdir
+        there, 1 here; choose another --workdir, or start one from its state: --fork NEW_WORKDIR
     """
-    if not (path / _CONFIG).exists():
-        return None
-    there, here = _flat(read_json(path / _CONFIG)["config"]), _flat(_plain(config))
-    changed = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    if not is_workdir(folder):
+        return
+    changed = config_changes(folder, config)
     if changed:
         fields = ", ".join(
-            f"{name} is {there.get(name)!r} there, {here.get(name)!r} here" for name in changed
+            f"{name} is {there!r} there, {here!r} here" for name, (there, here) in changed.items()
         )
         raise WorkdirError(
-            f"{path} holds a run with another configuration: {fields}; choose another --workdir"
+            f"{folder} holds a run with another configuration: {fields}; choose another "
+            "--workdir, or start one from its state: --fork NEW_WORKDIR"
         )
-    if not (path / RESULTS).exists():
-        return None
-    results: dict[str, Any] = read_json(path / RESULTS)
-    return results
 
 
-def open_workdir(path: Path, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
-    """Creates a workdir, if need be, and writes `config.json`.
+def is_workdir(folder: Path) -> bool:
+    """Whether a run was started in a folder."""
+    return (folder / _CONFIG).exists()
+
+
+def config_changes(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The fields in which a workdir's configuration differs from another: name -> (there, here).
+
+    Raises:
+        WorkdirError: there is no configuration in it that can be read.
+    """
+    there, here = _flat(read_config(folder)["config"]), _flat(_plain(config))
+    return {
+        name: (there.get(name), here.get(name))
+        for name in {**here, **there}
+        if there.get(name) != here.get(name) and not name.startswith(_FREE)
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Raises:
+        WorkdirError: it cannot be read or is damaged.
+    """
+    path = folder / _CONFIG
+    try:
+        return _unsealed(path)
+    except WorkdirError as error:
+        hint = "; delete it to go on with the configuration given" if path.exists() else ""
+        raise WorkdirError(f"{error}{hint}") from None
+
+
+def write_config(folder: Path, config: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Makes a folder a workdir: writes `config.json`.
 
     Args:
-        path: the folder.
+        folder: made if need be.
         config: the resolved configuration, as plain data.
-        environment: versions and device, written beside it.
+        about: written beside it: versions, device, origin.
 
     Raises:
         WorkdirError: it cannot be written.
     """
+    _write_sealed(folder / _CONFIG, {**about, "config": config})
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes out of a workdir, which is made if need be.
+
+    The operating system lets go of the lock when the process ends, however it ends.
+
+    Raises:
+        WorkdirError: another process holds the lock, or the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with locked(folder), locked(folder):
+        ...     pass
+        Traceback (most recent call last):
+        ...
+        megajax.errors.WorkdirError: another process (...) is at work in ...
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("a+")
     except OSError as error:
-        raise WorkdirError(f"workdir {path} cannot be written: {error.strerror}") from None
-    write_json(path / _CONFIG, {"config": config, **environment})
+        raise WorkdirError(f"workdir {folder} cannot be written: {error.strerror}") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read(100).strip()
+            raise WorkdirError(f"another process ({holder}) is at work in {folder}") from None
+        except OSError as error:
+            raise WorkdirError(f"workdir {folder} cannot be locked: {error.strerror}") from None
+        with contextlib.suppress(OSError):  # only for the message above
+            file.truncate(0)
+            file.write(f"number {os.getpid()} on {os.uname().nodename}")
+            file.flush()
+        yield
+
+
+def copy_state(old: Path, new: Path) -> None:
+    """Copies what a run has done so far, but not what is made of it at the end, nor its name.
+
+    Raises:
+        WorkdirError: a file cannot be read or written.
+    """
+    leave = shutil.ignore_patterns(_CONFIG, _LOCK, RESULTS, "report.*", "plots", "*.partial")
+    try:
+        shutil.copytree(old, new, ignore=leave, dirs_exist_ok=True)
+    except (OSError, shutil.Error) as error:
+        raise WorkdirError(f"{old} cannot be copied to {new}: {error}") from None
+
+
+def save_outcome(folder: Path, name: str, key: str, outcome: Outcome) -> None:
+    """Stores the outcome of a stage. The record of it comes last and says that all is there.
+
+    Args:
+        folder: the workdir.
+        name: of the stage.
+        key: of all that went into it.
+        outcome: what it found.
+
+    Raises:
+        WorkdirError: a file cannot be written.
+    """
+    for network, variables in outcome.networks.items():
+        save_network(folder / network, variables)
+    files = [*(f"{network}/{_NETWORK}" for network in outcome.networks), *outcome.files]
+    record = {
+        "key": key,
+        "values": outcome.values,
+        "seconds": outcome.seconds,
+        "networks": list(outcome.networks),
+        "files": {file: file_digest(folder / file) for file in files},
+    }
+    _write_sealed(_record(folder, name), record)
+
+
+def load_outcome(folder: Path, name: str, key: str) -> Outcome | None:
+    """The stored outcome of a stage, checked for damage.
+
+    Args:
+        folder: the workdir.
+        name: of the stage.
+        key: of all that would go into it.
+
+    Returns:
+        The outcome, networks made of dictionaries and NumPy arrays; None if there is none, or one
+        with another key.
+
+    Raises:
+        WorkdirError: a file of it is damaged; names the file.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_outcome(folder, "search", "key", Outcome(values={"fitness": 0.5}))
+        >>> load_outcome(folder, "search", "key").values
+        {'fitness': 0.5}
+        >>> load_outcome(folder, "search", "other"), load_outcome(folder, "measure", "key")
+        (None, None)
+    """
+    if not _record(folder, name).exists():
+        return None
+    record = _unsealed(_record(folder, name))
+    if record["key"] != key:
+        return None
+    for file, noted in record["files"].items():
+        if file_digest(folder / file) != noted:
+            raise WorkdirError(f"{folder / file} is damaged")
+    networks = {network: load_network(folder / network) for network in record["networks"]}
+    files = [file for file in record["files"] if Path(file).parent.as_posix() not in networks]
+    identity = digest([key, record["values"], record["files"]])
+    return Outcome(networks, record["values"], files, record["seconds"], identity)
+
+
+def digest(value: Any) -> str:
+    """The SHA-256 digest of plain data.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+        True
+    """
+    text = json.dumps(_plain(value), sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all (temporary name, fsync, rename).
+    """Writes a file whole or not at all.
 
     Raises:
         WorkdirError: it cannot be written.
     """
-    _write_bytes(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -124,20 +314,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
 
 
-def append_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Appends one JSON line for each row.
-
-    Raises:
-        WorkdirError: it cannot be written.
-    """
-    text = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
-    try:
-        with path.open("a") as file:
-            file.write(text)
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be written: {error.strerror}") from None
-
-
 def read_json(path: Path) -> Any:
     """Reads JSON.
 
@@ -146,6 +322,47 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise WorkdirError(f"{path} is damaged: {error}") from None
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]], *, append: bool = False) -> None:
+    """Writes one JSON line for each row, in place of the file or at its end.
+
+    Only the whole file is written so that it is never half; a line at the end may be.
+
+    Raises:
+        WorkdirError: it cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "x.jsonl"
+        >>> write_lines(path, [{"generation": 0}])
+        >>> write_lines(path, [{"generation": 1}], append=True)
+        >>> read_lines(path)
+        [{'generation': 0}, {'generation': 1}]
+    """
+    text = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
+    if not append:
+        write_text(path, text)
+        return
+    try:
+        with path.open("a") as file:
+            file.write(text)
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of one JSON object a line.
+
+    Raises:
+        WorkdirError: the file cannot be read or is damaged.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
     except OSError as error:
         raise WorkdirError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -163,7 +380,7 @@ def save_network(folder: Path, variables: PyTree) -> None:
         WorkdirError: it cannot be written.
     """
     state = serialization.to_state_dict(jax.device_get(variables))
-    _write_bytes(folder / _NETWORK, serialization.msgpack_serialize(state))
+    write_bytes(folder / _NETWORK, serialization.msgpack_serialize(state))
 
 
 def load_network(folder: Path | str, like: PyTree | None = None) -> PyTree:
@@ -197,22 +414,24 @@ def load_network(folder: Path | str, like: PyTree | None = None) -> PyTree:
         raise WorkdirError(f"{path} is damaged or does not fit: {error}") from None
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be written: {error.strerror}") from None
+def _record(folder: Path, name: str) -> Path:
+    return folder / "stages" / f"{name}.json"
+
+
+def _write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    write_json(path, {**value, _DIGEST: digest(value)})
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict) or value.pop(_DIGEST, None) != digest(value):
+        raise WorkdirError(f"{path} is damaged")
+    return value
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):

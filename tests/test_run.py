@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 import megajax as mj
-from megajax import data, models, run, workdir
+from megajax import data, models, pipeline, run, workdir
 from megajax.config import Config, from_dict, to_dict
 
 ROOT = Path(__file__).parent.parent
@@ -31,14 +31,14 @@ SMALL = {
 
 def without_seconds(path):
     results = json.loads((path / "results.json").read_text())
-    assert set(results.pop("seconds")) == {"data", "training", "search", "evaluation"}
+    assert set(results.pop("seconds")) == {"data", "parents", "search", "measure"}
     return results
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "first"
-    run.run(from_dict(SMALL), folder)
+    pipeline.run(from_dict(SMALL), folder)
     return folder
 
 
@@ -90,16 +90,16 @@ def test_the_saved_network_has_the_reported_accuracy(finished):
 
 
 def test_the_same_config_gives_the_same_bits_and_another_seed_others(finished, tmp_path):
-    run.run(from_dict(SMALL), tmp_path / "again")
+    pipeline.run(from_dict(SMALL), tmp_path / "again")
     assert without_seconds(tmp_path / "again") == without_seconds(finished)
-    run.run(from_dict(SMALL | {"seed": 1}), tmp_path / "other")
+    pipeline.run(from_dict(SMALL | {"seed": 1}), tmp_path / "other")
     assert without_seconds(tmp_path / "other")["merged"] != without_seconds(finished)["merged"]
 
 
 def test_a_finished_run_is_not_run_again_but_shown(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     config = from_dict(SMALL)
-    assert run.run(config, finished, Console()) == json.loads(
+    assert pipeline.run(config, finished, Console()) == json.loads(
         (finished / "results.json").read_text()
     )
     assert "is finished; its result was" in capsys.readouterr().out
@@ -110,19 +110,19 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(finished, tmp_path, monke
     """Interrupted in the middle of the search; the trained parents are kept."""
     calls = []
 
-    def interrupting(path, rows):
+    def interrupting(path, rows, append=False):
         calls.append(rows)
         if len(calls) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(workdir, "append_lines", interrupting)
+        patch.setattr(workdir, "write_lines", interrupting)
         with pytest.raises(KeyboardInterrupt):
-            run.run(from_dict(SMALL), tmp_path / "run")
+            pipeline.run(from_dict(SMALL), tmp_path / "run")
     assert not (tmp_path / "run" / "results.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(run.training, "train", None)  # would fail if called
-        run.run(from_dict(SMALL), tmp_path / "run")
+        patch.setattr(pipeline.training, "train", None)  # would fail if called
+        pipeline.run(from_dict(SMALL), tmp_path / "run")
     assert without_seconds(tmp_path / "run") == without_seconds(finished)
 
 
@@ -250,10 +250,10 @@ def test_damaged_files_are_named(tmp_path):
     with pytest.raises(mj.WorkdirError, match="cannot be read: No such file"):
         workdir.load_network(tmp_path / "nowhere")
     run_folder = tmp_path / "run"
-    workdir.open_workdir(run_folder, to_dict(Config()), {})
+    workdir.write_config(run_folder, to_dict(Config()), {})
     (run_folder / "config.json").write_text('{"config": ')
     with pytest.raises(mj.WorkdirError, match=r"config.json is damaged"):
-        workdir.finished(run_folder, to_dict(Config()))
+        workdir.check_config(run_folder, to_dict(Config()))
 
 
 def test_a_network_survives_saving_bit_for_bit(tmp_path):

@@ -274,8 +274,8 @@ def test_no_augmentation_is_no_change():
 
 def test_callback_gets_each_epoch(tiny):
     seen = []
-    _, history = train_tiny(tiny, callback=lambda epoch, metrics: seen.append((epoch, metrics)))
-    assert [epoch for epoch, _ in seen] == [0, 1]
+    _, history = train_tiny(tiny, callback=lambda *arguments: seen.append(arguments))
+    assert [int(state.epoch) for state, _ in seen] == [1, 2]
     np.testing.assert_array_equal([metrics.loss for _, metrics in seen], history.loss)
 
 
