@@ -258,7 +258,8 @@ def _unit(images: npt.ArrayLike) -> Images:
 
 
 def _clipped(images: npt.NDArray[Any]) -> Images:
-    return np.clip(images, 0, 1).astype(np.float32)
+    clipped: Images = np.clip(images, 0, 1).astype(np.float32)
+    return clipped
 
 
 def _constant(constants: Sequence[float], severity: int) -> float:

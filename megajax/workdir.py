@@ -31,6 +31,7 @@ __all__ = [
     "open_workdir",
     "read_json",
     "save_network",
+    "write_bytes",
     "write_json",
     "write_text",
 ]
@@ -105,7 +106,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         WorkdirError: it cannot be written.
     """
-    _write_bytes(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -163,7 +164,7 @@ def save_network(folder: Path, variables: PyTree) -> None:
         WorkdirError: it cannot be written.
     """
     state = serialization.to_state_dict(jax.device_get(variables))
-    _write_bytes(folder / _NETWORK, serialization.msgpack_serialize(state))
+    write_bytes(folder / _NETWORK, serialization.msgpack_serialize(state))
 
 
 def load_network(folder: Path | str, like: PyTree | None = None) -> PyTree:
@@ -197,7 +198,12 @@ def load_network(folder: Path | str, like: PyTree | None = None) -> PyTree:
         raise WorkdirError(f"{path} is damaged or does not fit: {error}") from None
 
 
-def _write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all (temporary name, fsync, rename).
+
+    Raises:
+        WorkdirError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
