@@ -39,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "ParentsConfig",
     "RecalibrateConfig",
+    "RobustnessConfig",
     "TrainingConfig",
     "default_config",
     "from_dict",
@@ -63,6 +64,33 @@ SHARDS: tuple[str, ...] = ("same", "disjoint", "skewed")
 OPTIMIZERS: tuple[str, ...] = ("sgd", "adam", "adamw")
 SCHEDULES: tuple[str, ...] = ("constant", "cosine")
 AUGMENTATIONS: tuple[str, ...] = ("flip", "crop")
+CORRUPTIONS: tuple[str, ...] = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "gaussian_blur",
+    "brightness",
+    "contrast",
+    "pixelate",
+    "jpeg_compression",
+)
+PUBLISHED_CORRUPTIONS: tuple[str, ...] = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "frosted_glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic",
+    "pixelate",
+    "jpeg_compression",
+)
 
 
 def _annotations(section: type) -> dict[str, Any]:
@@ -434,6 +462,37 @@ class CheckpointConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RobustnessConfig(_Section):
+    """Whether all networks are also tested on corrupted test images, and on which.
+
+    Attributes:
+        enabled: measure it, once, after the search.
+        published: take the published CIFAR-10-C (`cifar10_corrupted` of TFDS, in `data.data_dir`)
+            instead of corrupting the test images here.
+        corruptions: names of corruptions; none means all that there are, here or published.
+        severities: from 1 to 5.
+        examples: at most this many test images, the first ones; None takes all.
+    """
+
+    _name: ClassVar[str] = "robustness"
+    enabled: bool = True
+    published: bool = False
+    corruptions: tuple[str, ...] = ()
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    examples: int | None = 1000
+
+    def _check(self) -> None:
+        self._all_of("corruptions", PUBLISHED_CORRUPTIONS if self.published else CORRUPTIONS)
+        self._require(bool(self.severities), "severities", "at least one is needed")
+        self._require(
+            all(1 <= severity <= 5 for severity in self.severities),
+            "severities",
+            "they run from 1 to 5",
+        )
+        self._at_least(1, "examples")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(_Section):
     """A whole run: `python -m megajax.run --config FILE` builds one and follows it.
 
@@ -449,6 +508,8 @@ class Config(_Section):
         fitness: how an individual is scored.
         evolution: the search.
         checkpoint: how often the state is saved.
+        robustness: the test on corrupted images.
+        tensorboard: write the lines of `metrics.jsonl` for TensorBoard too.
     """
 
     _name: ClassVar[str] = "config"
@@ -463,9 +524,16 @@ class Config(_Section):
     fitness: FitnessConfig = field(default_factory=FitnessConfig)
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
+    tensorboard: bool = False
 
     def _check(self) -> None:
         self._at_least(0, "seed")
+        if self.robustness.enabled and self.robustness.published and self.data.name != "cifar10":
+            raise ConfigError(
+                "robustness.published is True: CIFAR-10-C fits data.name cifar10, which is "
+                f"{self.data.name!r}"
+            )
 
 
 def to_dict(config: _Section) -> dict[str, Any]:

@@ -40,7 +40,7 @@ import numpy.typing as npt
 from megajax.config import DataConfig, ParentsConfig
 from megajax.errors import DataError, MegajaxError
 
-__all__ = ["Dataset", "Split", "check_dataset", "load", "prepare", "shards"]
+__all__ = ["Dataset", "Split", "check_dataset", "load", "load_part", "prepare", "shards"]
 
 DIGITS = "digits"
 BLOCK = 1000  # records per read: twice as fast as one by one
@@ -140,6 +140,30 @@ def load(key: int | jax.Array, config: DataConfig) -> Dataset:
     dataset = Dataset(train, validation, test, source.num_classes, source.name, mean, std)
     check_dataset(dataset)
     return dataset
+
+
+def load_part(config: DataConfig, part: str) -> Split:
+    """One official part of a prepared TFDS set as it is: whole, in the set's order, in [0, 1].
+
+    Args:
+        config: the set's `name` and `data_dir`, and the `image_size` to resize to.
+        part: `train`, `validation` or `test`.
+
+    Returns:
+        The images and labels, without ids.
+
+    Raises:
+        DataError: the set is unknown, not prepared, no image classification set, or has no such
+            part. Never waits for a network.
+    """
+    with _quiet():
+        builder = _opened(config)
+        if part not in builder.info.splits:
+            raise DataError(
+                f"{config.name} has no {part} split, only {', '.join(builder.info.splits)}"
+            )
+        images, labels = _cached(builder, part, config)
+    return Split(_to_unit(images), labels)
 
 
 def check_dataset(dataset: Dataset) -> None:
@@ -339,6 +363,17 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def _load_tfds(config: DataConfig) -> _Source:
+    builder = _opened(config)
+    names = [name for name in ("train", "validation", "test") if name in builder.info.splits]
+    if "train" not in names:
+        raise DataError(f"{config.name} has no train split, only {', '.join(builder.info.splits)}")
+    parts = {name: _cached(builder, name, config) for name in names}
+    num_classes = builder.info.features[builder.info.supervised_keys[1]].num_classes
+    return _Source(parts, int(num_classes), str(builder.info.full_name))
+
+
+def _opened(config: DataConfig) -> Any:
+    """The builder of a prepared set of labelled images."""
     builder = _builder(config.name, config.data_dir)
     if not builder.is_prepared():
         raise DataError(f"{config.name} is not prepared; {_how_to_prepare(config)}")
@@ -352,11 +387,7 @@ def _load_tfds(config: DataConfig) -> _Source:
             f"{config.name} holds images of several sizes: give the one to resize to as "
             "data.image_size"
         )
-    names = [name for name in ("train", "validation", "test") if name in builder.info.splits]
-    if "train" not in names:
-        raise DataError(f"{config.name} has no train split, only {', '.join(builder.info.splits)}")
-    parts = {name: _cached(builder, name, config) for name in names}
-    return _Source(parts, int(num_classes), str(builder.info.full_name))
+    return builder
 
 
 def _builder(name: str, data_dir: str | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 from megajax.fitness import Batches, batches
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Metrics", "ensemble", "measure", "predict", "straight_path"]
+__all__ = ["Metrics", "ensemble", "measure", "predict", "predictor", "straight_path"]
 
 
 TENTHS = tuple(i / 10 for i in range(11))
@@ -144,3 +144,40 @@ def ensemble(logits: np.ndarray) -> np.ndarray:
     log_probabilities = log_softmax(np.asarray(logits, np.float64), axis=-1)
     mean: np.ndarray = np.logaddexp.reduce(log_probabilities, axis=0) - np.log(len(logits))
     return mean
+
+
+def predictor(
+    apply_fn: ApplyFn,
+    networks: Mapping[str, PyTree],
+    ensembles: Mapping[str, Sequence[str]] | None = None,
+    batch_size: int = 512,
+) -> Callable[[Any], dict[str, np.ndarray]]:
+    """All networks of a comparison as one function of the images, by name.
+
+    Args:
+        apply_fn: the architecture of them all.
+        networks: name -> variables.
+        ensembles: name of an ensemble -> names of the networks whose probabilities it averages.
+        batch_size: the largest batch to run.
+
+    Returns:
+        `logits_of(images [N, ...])` gives name -> logits `[N, C]`, networks before ensembles.
+
+    Example:
+        >>> logits_of = predictor(lambda w, x: x * w, {"a": 1.0, "b": -1.0}, {"both": ["a", "b"]})
+        >>> {name: logits.shape for name, logits in logits_of(np.ones((3, 2))).items()}
+        {'a': (3, 2), 'b': (3, 2), 'both': (3, 2)}
+    """
+
+    def logits_of(images: Any) -> dict[str, np.ndarray]:
+        logits = {
+            name: predict(apply_fn, variables, images, batch_size)
+            for name, variables in networks.items()
+        }
+        of_ensembles = {
+            name: ensemble(np.stack([logits[member] for member in members]))
+            for name, members in (ensembles or {}).items()
+        }
+        return logits | of_ensembles
+
+    return logits_of

@@ -17,7 +17,7 @@ Example:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from megajax.errors import ConfigError
 from megajax.parents import leaf_paths, num_parents
 from megajax.types import Genes, Key, PyTree
 
-__all__ = ["FROZEN", "Genome", "mask_labels", "masks", "parent_shares"]
+__all__ = ["FROZEN", "Genome", "channel_shares", "mask_labels", "masks", "parent_shares"]
 
 FROZEN = -1
 """The label of leaf elements that no gene governs: they stay as in parent 0."""
@@ -316,14 +316,58 @@ def parent_shares(genome: Genome, genes: jax.Array, variables: PyTree) -> dict[s
     coefficients = np.asarray(genes, np.float64)
     frozen = np.eye(coefficients.shape[1])[0]
     labels = jax.tree.leaves(genome.labels)
-    paths = [path.split("/") for path in leaf_paths(variables)]
-    collections = {"params", "batch_stats"} >= {path[0] for path in paths}
+    names = _modules(leaf_paths(variables))
     sums: dict[str, tuple[int, int, np.ndarray]] = {}
-    for path, label, leaf in zip(paths, labels, jax.tree.leaves(variables), strict=True):
-        name = "/".join(path[1 if collections else 0 : -1]) or path[-1]
+    for name, label, leaf in zip(names, labels, jax.tree.leaves(variables), strict=True):
         of_leaf = np.where((label == FROZEN)[..., None], frozen, coefficients[label])
         mean = of_leaf.reshape(-1, coefficients.shape[1]).mean(axis=0)
         first, count, total = sums.get(name, (int(label.flat[0]), 0, np.zeros_like(frozen)))
         sums[name] = (min(first, int(label.flat[0])), count + leaf.size, total + leaf.size * mean)
     ordered = sorted(sums.items(), key=lambda item: (item[1][0], -item[1][1]))
     return {name: (total / count).tolist() for name, (_, count, total) in ordered}
+
+
+def channel_shares(genome: Genome, genes: jax.Array, variables: PyTree) -> dict[str, np.ndarray]:
+    """How much of each parent there is in each output channel of an individual's modules.
+
+    Args:
+        genome: a genome of masks.
+        genes: `[G, K]` of one individual.
+        variables: one network, for its paths and shapes.
+
+    Returns:
+        For each module, named and ordered as by `parent_shares`, the coefficients `[channels, K]`
+        of its largest leaf, mean over all axes but the channels'. That is the axis along which
+        genes change, or the last one.
+
+    Example:
+        >>> genome = masks({"w": jnp.zeros((2, 4, 2))}, granularity="element")
+        >>> genes = jnp.eye(2)[jnp.array([0, 0, 0, 1, 0, 0, 0, 1])]
+        >>> channel_shares(genome, genes, {"w": jnp.zeros((4, 2))})["w"].tolist()
+        [[1.0, 0.0], [0.5, 0.5]]
+    """
+    coefficients = np.asarray(genes, np.float64)
+    frozen = np.eye(coefficients.shape[1])[0]
+    labels = jax.tree.leaves(genome.labels)
+    paths, leaves = leaf_paths(variables), jax.tree.leaves(variables)
+    largest: dict[str, int] = {}
+    for i, name in enumerate(_modules(paths)):
+        if name not in largest or leaves[i].size > leaves[largest[name]].size:
+            largest[name] = i
+    found = {}
+    for name in parent_shares(genome, genes, variables):
+        label, leaf = labels[largest[name]], leaves[largest[name]]
+        varying = [axis for axis, size in enumerate(label.shape) if size > 1]
+        axis = varying[0] if len(varying) == 1 else leaf.ndim - 1
+        of_leaf = np.where((label == FROZEN)[..., None], frozen, coefficients[label])
+        others = tuple(i for i in range(leaf.ndim) if i != axis)
+        rows = of_leaf.mean(axis=others)
+        found[name] = np.broadcast_to(rows, (leaf.shape[axis] if leaf.ndim else 1, len(frozen)))
+    return found
+
+
+def _modules(paths: Sequence[str]) -> list[str]:
+    """For each leaf, its path without a collection's name in front and its own name behind."""
+    split = [path.split("/") for path in paths]
+    collections = {"params", "batch_stats"} >= {path[0] for path in split}
+    return ["/".join(path[1 if collections else 0 : -1]) or path[-1] for path in split]

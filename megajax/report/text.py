@@ -1,0 +1,261 @@
+"""A comparison in words and tables: strings only, for a terminal as well as for a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megajax.results import Comparison, Row
+from megajax.statistics import Difference, Interval
+
+__all__ = [
+    "budgets",
+    "notes",
+    "p_value",
+    "percent",
+    "points",
+    "robust_sentence",
+    "robust_table",
+    "sentence",
+    "table",
+    "with_interval",
+]
+
+Column = tuple[str, Callable[[Row], str]]
+
+
+def sentence(found: Comparison) -> str:
+    """The result in one sentence: merged against the best parent, which validation chose."""
+    best, merged = _row(found, found.best), _row(found, "merged")
+    which = "chosen on validation"
+    if found.best.startswith("parent_"):
+        which = f"number {found.best.removeprefix('parent_')}, {which}"
+    text = (
+        f"{_what(found)}: merged {percent(merged.test.estimate)} against "
+        f"{percent(best.test.estimate)} for the best parent ({which}), "
+        f"{_verdict(merged.test.estimate - best.test.estimate, merged.difference)}"
+    )
+    if merged.difference is not None and np.isfinite(merged.difference.p_value):
+        test = "exact McNemar test" if found.seeds == 1 else "t-test paired by seed"
+        text += f", {p_value(merged.difference.p_value)} ({test})"
+    ensemble = found.row("ensemble")
+    if ensemble is not None:
+        text += f"; ensemble {percent(ensemble.test.estimate)}"
+    return f"{text}."
+
+
+def robust_sentence(found: Comparison, robustness: Mapping[str, Any]) -> str | None:
+    """The same for corrupted images; None where merged or parents were not tested on them."""
+    best, merged = _row(found, found.best), _row(found, "merged")
+    if best.corrupted is None or merged.corrupted is None:
+        return None
+    count = len(next(iter(robustness["networks"].values()))["accuracy"])
+    severities = len(robustness["severities"])
+    return (
+        f"Mean accuracy over {_many(count, 'corruption')} at "
+        f"{_many(severities, 'severity', 'severities')}: merged {percent(merged.corrupted)} "
+        f"against {percent(best.corrupted)} for the best parent, "
+        f"{_verdict(merged.corrupted - best.corrupted, merged.corrupted_difference)}."
+    )
+
+
+def table(found: Comparison, *, full: bool = False) -> list[tuple[str, ...]]:
+    """The table of all methods: rows of strings, the header first; what nobody has is no column.
+
+    Args:
+        found: everybody against the best parent.
+        full: with calibration error and budgets too, which a terminal has no room for.
+    """
+    columns: list[Column] = [
+        ("network", lambda row: f"{row.name} (best)" if _is_best(row, found) else row.name),
+        ("validation", lambda row: percent(row.validation.estimate)),
+        ("test [95 %]", lambda row: with_interval(row.test)),
+        ("to best parent [points]", lambda row: points(row.difference)),
+        ("p (Holm)", lambda row: p_value(row.adjusted, "")),
+        ("NLL [nats]", lambda row: "" if row.test_nll is None else f"{row.test_nll:.3f}"),
+    ]
+    if full:
+        columns[1] = ("validation [95 %]", lambda row: with_interval(row.validation))
+        columns += [
+            ("calibration error", lambda row: percent(row.calibration_error)),
+            ("networks x images scored", _budget),
+        ]
+    return _table(found.rows, columns)
+
+
+def robust_table(
+    found: Comparison, robustness: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, ...]]:
+    """The table of the accuracies on corrupted images, means over the severities.
+
+    Args:
+        found: everybody against the best parent.
+        robustness: the entry of `results.json`.
+        figures: for each network its entry, for the agreement with the parents.
+    """
+    by_name = robustness["networks"]
+    columns: list[Column] = [
+        ("network", lambda row: f"{row.name} (best)" if _is_best(row, found) else row.name),
+        ("test", lambda row: percent(row.test.estimate)),
+        ("mean over corruptions", lambda row: percent(row.corrupted)),
+        ("to best parent [points]", lambda row: points(row.corrupted_difference)),
+    ]
+
+    def mean(name: str) -> Column:
+        def cell(row: Row) -> str:
+            accuracy = by_name.get(row.key, {}).get("accuracy", {}).get(name)
+            return "" if accuracy is None else percent(float(np.mean(accuracy)))
+
+        return name.replace("_", " "), cell
+
+    def agreement(parent: int) -> Column:
+        def cell(row: Row) -> str:
+            shares = figures[row.key].get("agreement") or ()
+            return percent(shares[parent]) if parent < len(shares) else ""
+
+        return f"agrees with parent {parent}", cell
+
+    columns += [mean(name) for name in next(iter(by_name.values()))["accuracy"]]
+    parents = max(len(figures[row.key].get("agreement") or ()) for row in found.rows)
+    columns += [agreement(k) for k in range(parents)]
+    return _table(found.rows, columns)
+
+
+def budgets(found: Comparison) -> str | None:
+    """What the searches cost, and whether that was the same; None where only one was made."""
+    searchers = [row for row in found.rows if row.evaluations]
+    costs = {(row.evaluations or 0) * (row.examples or 0) for row in searchers}
+    if len(searchers) < 2:
+        return None
+    if len(costs) == 1:
+        return (
+            f"All {len(searchers)} searches had the same budget of {_budget(searchers[0])} "
+            "networks x images scored."
+        )
+    each = ", ".join(f"{row.name} {_budget(row)}" for row in searchers)
+    return f"Budgets differ: {each} networks x images scored."
+
+
+def notes(found: Comparison) -> list[str]:
+    """How the figures were made, a sentence or two for each kind."""
+    best, merged = _row(found, found.best), _row(found, "merged")
+    lines = []
+    if found.held_out:
+        lines.append(
+            "Choosing on validation images flatters what was chosen: from validation to test the "
+            f"merged network goes {_change(merged)}, the best parent {_change(best)}."
+        )
+    if found.seeds > 1:
+        lines.append(
+            f"Means over {found.seeds} seeds with 95 % intervals of Student's t; differences are "
+            "paired by seed. The best parent is chosen on validation for each seed anew."
+        )
+    elif any(row.difference is not None for row in found.rows):
+        lines.append(
+            "Intervals hold with 95 %: Wilson's for an accuracy; Bonett and Price's for a "
+            "difference on the same images, which McNemar's exact test is about. They know of the "
+            "choice of test images alone, not of the seed."
+        )
+    if any(row.adjusted is not None for row in found.rows):
+        lines.append(
+            "The p-values of the table are adjusted by Holm's method for being many; the one in "
+            "the sentence on top, which asks one question, is not."
+        )
+    return lines
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage, or nothing.
+
+    >>> percent(0.8213)
+    '82.1 %'
+    """
+    return "" if share is None or np.isnan(share) else f"{100 * share:.1f} %"
+
+
+def with_interval(interval: Interval) -> str:
+    """A share with its interval, or without where there is none.
+
+    >>> with_interval(Interval(0.8, 0.7112, 0.8666))
+    '80.0 % [71.1, 86.7]'
+    """
+    return percent(interval.estimate) + _limits(interval.low, interval.high)
+
+
+def points(difference: Difference | None) -> str:
+    """A difference of shares in percentage points, with its interval.
+
+    >>> points(Difference(0.012, -0.003, 0.027, 0.1))
+    '+1.2 [-0.3, 2.7]'
+    """
+    if difference is None:
+        return ""
+    return f"{100 * difference.estimate:+.1f}" + _limits(difference.low, difference.high)
+
+
+def p_value(value: float | None, name: str = "p") -> str:
+    """A p-value to three digits.
+
+    >>> p_value(0.0123), p_value(1e-9), p_value(0.5, name="")
+    ('p = 0.012', 'p < 0.001', '0.500')
+    """
+    if value is None or np.isnan(value):
+        return ""
+    relation, digits = ("<", "0.001") if value < 0.001 else ("=", f"{value:.3f}")
+    if name:
+        return f"{name} {relation} {digits}"
+    return digits if relation == "=" else f"{relation} {digits}"
+
+
+def _limits(low: float, high: float) -> str:
+    if np.isnan(low) or np.isnan(high):
+        return ""
+    # Rounded first, so that a small negative number does not become -0.0.
+    return f" [{round(100 * low, 1) + 0.0:.1f}, {round(100 * high, 1) + 0.0:.1f}]"
+
+
+def _verdict(estimate: float, difference: Difference | None) -> str:
+    known = difference is not None and np.isfinite(difference.low)
+    limits = _limits(difference.low, difference.high) if difference and known else ""
+    return f"{100 * estimate:+.1f} points{limits}"
+
+
+def _what(found: Comparison) -> str:
+    images = f"{found.images:,}"
+    if not found.held_out:
+        what = f"Accuracy on {images} test images that the search itself was scored on"
+    elif found.seeds == 1:
+        return f"Test accuracy on {images} held-out images"
+    else:
+        return f"Test accuracy over {found.seeds} seeds, {images} held-out images each"
+    return what if found.seeds == 1 else f"{what}, {found.seeds} seeds"
+
+
+def _budget(row: Row) -> str:
+    return f"{row.evaluations:,} x {row.examples:,}" if row.evaluations else ""
+
+
+def _change(row: Row) -> str:
+    change = 100 * (row.test.estimate - row.validation.estimate)
+    return f"{'up' if change >= 0 else 'down'} by {abs(change):.1f} points"
+
+
+def _many(count: int, one: str, more: str | None = None) -> str:
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
+def _is_best(row: Row, found: Comparison) -> bool:
+    return row.key == found.best and row.key.startswith("parent_")
+
+
+def _row(found: Comparison, key: str) -> Row:
+    return next(row for row in found.rows if row.key == key)
+
+
+def _table(found: Sequence[Row], columns: Sequence[Column]) -> list[tuple[str, ...]]:
+    filled = [[cell(row) for row in found] for _, cell in columns]
+    kept = [i for i, cells in enumerate(filled) if any(cells)]
+    header = tuple(columns[i][0] for i in kept)
+    return [header, *zip(*(filled[i] for i in kept), strict=True)]
