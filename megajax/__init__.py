@@ -22,6 +22,8 @@ from megajax.config import EvolutionConfig as EvolutionConfig
 from megajax.config import FitnessConfig as FitnessConfig
 from megajax.config import GenomeConfig as GenomeConfig
 from megajax.config import RecalibrateConfig as RecalibrateConfig
+from megajax.config import mega_paper as mega_paper
+from megajax.config import merge_sections as merge_sections
 from megajax.errors import ConfigError as ConfigError
 from megajax.errors import DataError as DataError
 from megajax.errors import MegajaxError as MegajaxError
@@ -34,6 +36,7 @@ from megajax.evaluation import predict as predict
 from megajax.evolution import genetic_algorithm as genetic_algorithm
 from megajax.genome import Genome as Genome
 from megajax.genome import masks as masks
+from megajax.genome import weights as weights
 from megajax.layers import find_layers as find_layers
 from megajax.merging import MergeResult as MergeResult
 from megajax.merging import merge as merge

@@ -85,9 +85,10 @@ def from_nnx(model: nnx.Module) -> Network:
     graph, state, rest = nnx.split(frozen, _WEIGHTS, ...)  # type: ignore[misc]
 
     def apply_fn(variables: PyTree, inputs: jax.Array) -> jax.Array:
-        filled = jax.tree.map(lambda leaf: leaf, state)
+        # Copies, because a model may count its random numbers even where it does not use them.
+        filled, others = jax.tree.map(lambda leaf: leaf, (state, rest))
         nnx.replace_by_pure_dict(filled, variables)
-        logits: jax.Array = nnx.merge(graph, filled, rest)(inputs)
+        logits: jax.Array = nnx.merge(graph, filled, others)(inputs)
         return logits
 
     return Network(apply_fn, nnx.to_pure_dict(state))

@@ -1,8 +1,11 @@
 """Genomes: what a gene is, and how the genes of one individual become a network.
 
-A genome is data plus three pure functions, `init`, `express` and `repair`. With mixing masks the
-population is ONE array of coefficients over the parents, `[P, G, K]`; which leaf elements a gene
-governs is a labels pytree, and every granularity is just another way to write those labels.
+A genome is data plus pure functions, `init`, `express` and `repair` above all. Two kinds:
+
+    masks    the population is ONE array of coefficients over the parents, `[P, G, K]`; which leaf
+             elements a gene governs is a labels pytree, and every granularity is just another way
+             to write those labels
+    weights  the population is the networks' own weights, leaf by leaf `[P, ...]`, as in MeGA
 
 Example:
     >>> parents = {"w": jnp.stack([jnp.zeros((2, 3)), jnp.ones((2, 3))])}
@@ -18,19 +21,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from optax.projections import projection_simplex
 
+from megajax import operators
 from megajax.config import GRANULARITIES
 from megajax.errors import ConfigError
 from megajax.parents import leaf_paths, num_parents
 from megajax.types import Genes, Key, PyTree
 
-__all__ = ["FROZEN", "Genome", "channel_shares", "mask_labels", "masks", "parent_shares"]
+if TYPE_CHECKING:
+    from megajax.normalization import Statistic
+
+__all__ = [
+    "FROZEN",
+    "Genome",
+    "mask_labels",
+    "masks",
+    "weights",
+]
 
 FROZEN = -1
 """The label of leaf elements that no gene governs: they stay as in parent 0."""
@@ -40,24 +54,31 @@ class Genome(NamedTuple):
     """How genes stand for networks.
 
     Attributes:
-        init: `init(key, population_size) -> genes [P, ...]`, the first population. The parents come
-            first, in order.
+        init: `init(key, population_size, parents) -> genes [P, ...]`, the first population. The
+            parents come first, in order, unless the genome was told otherwise. Masks need no
+            `parents` for it.
         express: `express(genes_of_one, parents) -> variables`, the network of one individual;
             `parents` has leaves `[K, ...]`.
         repair: `repair(genes) -> genes` puts what variation made back into the search space.
         sample: `sample(key, shape, dtype) -> genes` draws random genes, for the reset mutation.
         gene_ndim: trailing axes of one gene, for the operators.
         num_genes: genes of an individual.
-        labels: pytree like the variables, the gene of each leaf element; see `masks`.
+        labels: pytree like the variables, the gene of each leaf element; see `masks`. None for a
+            genome of weights.
+        noise: `noise(key, genes, *, rate, scale) -> genes`, the Gaussian mutation of these genes.
     """
 
-    init: Callable[[Key, int], Genes]
+    init: Callable[..., Genes]
     express: Callable[[Genes, PyTree], PyTree]
     repair: Callable[[Genes], Genes]
     sample: Callable[[Key, tuple[int, ...], Any], jax.Array]
     gene_ndim: int | None
     num_genes: int
     labels: PyTree
+    noise: Callable[..., Genes]
+
+
+# Masks -------------------------------------------------------------------------------------------
 
 
 def masks(
@@ -127,7 +148,8 @@ def masks(
         waits = jax.random.exponential(key, shape, dtype)
         return waits / waits.sum(-1, keepdims=True)
 
-    def init(key: Key, population_size: int) -> jax.Array:
+    def init(key: Key, population_size: int, parents: PyTree | None = None) -> jax.Array:
+        del parents
         founders = jnp.eye(K) if binary else jnp.concatenate([jnp.eye(K), jnp.full((1, K), 1 / K)])
         if population_size < len(founders):
             raise ConfigError(
@@ -148,7 +170,8 @@ def masks(
             others = (1 - distance) * home + distance * wild
         return jnp.concatenate([founders, others])
 
-    return Genome(init, express, repair, sample, 1, num_genes, labels)
+    noise = partial(operators.gaussian, gene_ndim=1)
+    return Genome(init, express, repair, sample, 1, num_genes, labels, noise)
 
 
 def mask_labels(variables: PyTree, granularity: str, layers: PyTree | None = None) -> PyTree:
@@ -295,79 +318,112 @@ def _one_hot(index: jax.Array, num: int) -> jax.Array:
     return jax.nn.one_hot(index, num, dtype=jnp.float32)
 
 
-def parent_shares(genome: Genome, genes: jax.Array, variables: PyTree) -> dict[str, list[float]]:
-    """How much of each parent there is in each module of an individual's network.
+# Weights -----------------------------------------------------------------------------------------
+
+
+def weights(
+    parents: PyTree,
+    *,
+    statistics: Sequence[Statistic] = (),
+    freeze: str | None = None,
+    parents_first: bool = True,
+    relative_noise: bool = True,
+    noise_on_statistics: bool = False,
+    clip_variances: bool = True,
+) -> Genome:
+    """The individual is the network: its leaves are the genes, stacked `[P, ...]`.
+
+    A leaf that is frozen or not floating point has no gene (None in its place) and stays as in
+    parent 0; half precision leaves evolve in float32. A population takes the memory of P networks,
+    so large networks are better searched by masks.
+
+    The options stand where MeGA's reference is doubtful; their defaults are the sound choices.
 
     Args:
-        genome: a genome of masks.
-        genes: `[G, K]` of one individual.
-        variables: one network, for its paths and shapes.
+        parents: stacked variables, leaves `[K, ...]`, or their shapes and dtypes.
+        statistics: the network's BatchNorm layers, from `find_statistics`.
+        freeze: regular expression; leaves whose path it matches (anywhere) stay as in parent 0.
+        parents_first: the first population holds the K parents, their mean, then points between
+            them, as with masks, so that the result cannot be worse than the best parent. Otherwise
+            it is random points between the parents only.
+        relative_noise: the scale of the noise is in units of the standard deviation of the leaf
+            that it hits, because one absolute scale drowns a layer of small weights and does
+            nothing to one of large weights.
+        noise_on_statistics: noise hits the leaves of `statistics` too. They are measurements of
+            activations, so that noise makes them wrong and nothing else.
+        clip_variances: negative variances are set to zero; the root of one is no number, and the
+            network is lost.
 
     Returns:
-        For each module (a leaf's path without its first part, if there are collections, and its
-        last), the mean coefficients over its elements: K numbers that sum to one. In the order of
-        the genes, larger modules first where they share genes.
+        The genome. A gene is a whole leaf (`gene_ndim` is None).
+
+    Raises:
+        ConfigError: `freeze` that matches no leaf, or all of them.
 
     Example:
-        >>> genome = masks({"conv": {"kernel": jnp.zeros((2, 3))}}, granularity="leaf")
-        >>> parent_shares(genome, jnp.array([[0.25, 0.75]]), {"conv": {"kernel": jnp.zeros(3)}})
-        {'conv': [0.25, 0.75]}
+        >>> parents = {"w": jnp.array([[0.0, 0.0], [4.0, 8.0]])}
+        >>> genome = weights(parents)
+        >>> genome.init(jax.random.key(0), 3, parents)["w"].tolist()
+        [[0.0, 0.0], [4.0, 8.0], [2.0, 4.0]]
+
+    Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
+    Algorithm", arXiv 2406.04607; `megajax.config.mega_paper` sets all its choices.
     """
-    coefficients = np.asarray(genes, np.float64)
-    frozen = np.eye(coefficients.shape[1])[0]
-    labels = jax.tree.leaves(genome.labels)
-    names = _modules(leaf_paths(variables))
-    sums: dict[str, tuple[int, int, np.ndarray]] = {}
-    for name, label, leaf in zip(names, labels, jax.tree.leaves(variables), strict=True):
-        of_leaf = np.where((label == FROZEN)[..., None], frozen, coefficients[label])
-        mean = of_leaf.reshape(-1, coefficients.shape[1]).mean(axis=0)
-        first, count, total = sums.get(name, (int(label.flat[0]), 0, np.zeros_like(frozen)))
-        sums[name] = (min(first, int(label.flat[0])), count + leaf.size, total + leaf.size * mean)
-    ordered = sorted(sums.items(), key=lambda item: (item[1][0], -item[1][1]))
-    return {name: (total / count).tolist() for name, (_, count, total) in ordered}
+    K = num_parents(parents)
+    lines = masks(parents, granularity="global", freeze=freeze)
+    has_gene = [not (label == FROZEN).all() for label in jax.tree.leaves(lines.labels)]
+    genes_of = [i for i, has in enumerate(has_gene) if has]  # the leaf of each gene
+    variances = {statistic.variance for statistic in statistics}
+    quiet = set() if noise_on_statistics else variances.union(s.mean for s in statistics)
+    noisy = [gene for gene, leaf in enumerate(genes_of) if leaf not in quiet]
+    clipped = [clip_variances and leaf in variances for leaf in genes_of]
+
+    def init(key: Key, population_size: int, parents: PyTree) -> PyTree:
+        if parents_first:
+            coefficients = lines.init(key, population_size)
+        else:
+            coefficients = lines.sample(key, (population_size, 1, K), jnp.float32)
+        wide = jax.tree.map(
+            lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), parents
+        )
+        leaves, treedef = jax.tree.flatten(jax.vmap(lines.express, (0, None))(coefficients, wide))
+        return jax.tree.unflatten(
+            treedef, [leaf if has else None for leaf, has in zip(leaves, has_gene, strict=True)]
+        )
+
+    def express(genes: PyTree, parents: PyTree) -> PyTree:
+        return jax.tree.map(
+            lambda gene, leaf: leaf[0] if gene is None else gene.astype(leaf.dtype),
+            genes,
+            parents,
+            is_leaf=lambda gene: gene is None,
+        )
+
+    def repair(genes: PyTree) -> PyTree:
+        leaves, treedef = jax.tree.flatten(genes)
+        pairs = zip(leaves, clipped, strict=True)
+        return jax.tree.unflatten(
+            treedef, [jnp.maximum(leaf, 0) if clip else leaf for leaf, clip in pairs]
+        )
+
+    def sample(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        raise ConfigError("genome.kind is 'weights': there is nothing to draw new genes from")
+
+    def noise(key: Key, genes: PyTree, *, rate: float, scale: float) -> PyTree:
+        leaves, treedef = jax.tree.flatten(genes)
+        mutated = operators.gaussian(
+            key,
+            [leaves[i] for i in noisy],
+            rate=rate,
+            scale=scale,
+            relative=relative_noise,
+            gene_ndim=None,
+        )
+        for i, leaf in zip(noisy, mutated, strict=True):
+            leaves[i] = leaf
+        return jax.tree.unflatten(treedef, leaves)
+
+    return Genome(init, express, repair, sample, None, len(genes_of), None, noise)
 
 
-def channel_shares(genome: Genome, genes: jax.Array, variables: PyTree) -> dict[str, np.ndarray]:
-    """How much of each parent there is in each output channel of an individual's modules.
-
-    Args:
-        genome: a genome of masks.
-        genes: `[G, K]` of one individual.
-        variables: one network, for its paths and shapes.
-
-    Returns:
-        For each module, named and ordered as by `parent_shares`, the coefficients `[channels, K]`
-        of its largest leaf, mean over all axes but the channels'. That is the axis along which
-        genes change, or the last one.
-
-    Example:
-        >>> genome = masks({"w": jnp.zeros((2, 4, 2))}, granularity="element")
-        >>> genes = jnp.eye(2)[jnp.array([0, 0, 0, 1, 0, 0, 0, 1])]
-        >>> channel_shares(genome, genes, {"w": jnp.zeros((4, 2))})["w"].tolist()
-        [[1.0, 0.0], [0.5, 0.5]]
-    """
-    coefficients = np.asarray(genes, np.float64)
-    frozen = np.eye(coefficients.shape[1])[0]
-    labels = jax.tree.leaves(genome.labels)
-    paths, leaves = leaf_paths(variables), jax.tree.leaves(variables)
-    largest: dict[str, int] = {}
-    for i, name in enumerate(_modules(paths)):
-        if name not in largest or leaves[i].size > leaves[largest[name]].size:
-            largest[name] = i
-    found = {}
-    for name in parent_shares(genome, genes, variables):
-        label, leaf = labels[largest[name]], leaves[largest[name]]
-        varying = [axis for axis, size in enumerate(label.shape) if size > 1]
-        axis = varying[0] if len(varying) == 1 else leaf.ndim - 1
-        of_leaf = np.where((label == FROZEN)[..., None], frozen, coefficients[label])
-        others = tuple(i for i in range(leaf.ndim) if i != axis)
-        rows = of_leaf.mean(axis=others)
-        found[name] = np.broadcast_to(rows, (leaf.shape[axis] if leaf.ndim else 1, len(frozen)))
-    return found
-
-
-def _modules(paths: Sequence[str]) -> list[str]:
-    """For each leaf, its path without a collection's name in front and its own name behind."""
-    split = [path.split("/") for path in paths]
-    collections = {"params", "batch_stats"} >= {path[0] for path in split}
-    return ["/".join(path[1 if collections else 0 : -1]) or path[-1] for path in split]
+# Shares ------------------------------------------------------------------------------------------

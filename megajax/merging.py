@@ -35,13 +35,22 @@ from megajax.evolution import (
     run,
 )
 from megajax.fitness import METRICS, Evaluate, auto_chunk, batches, evaluator
-from megajax.genome import Genome, masks
+from megajax.genome import Genome, masks, weights
 from megajax.layers import find_layers
 from megajax.normalization import find_statistics, recalibrated
 from megajax.parents import check_parents, leaf_paths, stack_parents
+from megajax.shares import parent_shares, projected_shares
 from megajax.types import ApplyFn, Key, PyTree
 
-__all__ = ["MergeResult", "algorithm_for", "align_parents", "check_labels", "genome_for", "merge"]
+__all__ = [
+    "MergeResult",
+    "algorithm_for",
+    "align_parents",
+    "check_labels",
+    "genome_for",
+    "merge",
+    "shares_of",
+]
 
 _SELECTIONS = {
     "tournament": operators.tournament,
@@ -65,7 +74,8 @@ class MergeResult(NamedTuple):
     Attributes:
         variables: the merged network, a pytree like each parent.
         fitness: its fitness on the validation data.
-        parent_fitness: `[K]`, of the parents on the same data; never above `fitness`.
+        parent_fitness: `[K]`, of the parents on the same data; never above `fitness` as long as the
+            parents are in the first population (`genome.parents_first`).
         genes: the merged network's genes.
         history: one entry for the first population and one for each generation, NumPy `[1 + G]`;
             for a search that went on from a state, the generations after it.
@@ -104,7 +114,7 @@ def merge(
     state: GAState | None = None,
     callback: Callable[[GAState, GAInfo], bool | None] | None = None,
 ) -> MergeResult:
-    """Merges networks of one architecture by a genetic algorithm over mixing masks (MeGA).
+    """Merges networks of one architecture by a genetic algorithm, over mixing masks or weights.
 
     The parents are in the first population, and the best individual is never lost: the result's
     fitness is at least the best parent's. On other data it may not be; keep a test set aside.
@@ -122,7 +132,8 @@ def merge(
         genome: what a gene is.
         fitness: how an individual is scored.
         evolution: the search.
-        labels: the user's own genes instead of `genome.granularity`; see `megajax.genome.masks`.
+        labels: the user's own genes instead of `genome.granularity`, for masks; see
+            `megajax.genome.masks`.
         state: where an earlier call with the same other arguments got to; the search goes on from
             it exactly as it would have. None starts anew.
         callback: called with the state and the infos after each chunk of generations, and, for a
@@ -148,7 +159,8 @@ def merge(
         True
 
     Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
-    Algorithm", arXiv 2406.04607. The search over masks is megajax's own.
+    Algorithm", arXiv 2406.04607; `megajax.config.mega_paper` is its algorithm to the letter. The
+    search over masks is megajax's own.
     """
     align, recalibrate = align or AlignConfig(), recalibrate or RecalibrateConfig()
     genome, fitness = genome or GenomeConfig(), fitness or FitnessConfig()
@@ -178,10 +190,14 @@ def merge(
     evaluate = evaluator(masked.express, apply_fn, metric, context, data, population_chunk=chunk)
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary)
 
-    genes = jax.jit(masked.init, static_argnums=1)(genes_key, evolution.population_size)
+    genes = jax.jit(masked.init, static_argnums=1)(genes_key, evolution.population_size, stacked)
     start = algorithm.init(init_key, genes)
     first = jax.device_get(jax.tree.map(lambda leaf: leaf[None], describe(start)))
-    parent_fitness = np.asarray(start.population.fitness[: len(parents)])
+    if genome.parents_first:
+        parent_fitness = np.asarray(start.population.fitness[: len(parents)])
+    else:  # for the record only: the search does not know it
+        score = evaluator(_itself, apply_fn, metric, (), data, population_chunk=chunk)
+        parent_fitness = np.asarray(jax.jit(score)(stacked)[0])
     history, stopped = [], False
     if state is None:
         state, history = start, [first]
@@ -312,11 +328,11 @@ def genome_for(
         apply_fn: the network.
         parents: leaves `[K, ...]`, or their shapes and dtypes.
         inputs: one batch, or its shape and dtype; needed to find the layers.
-        config: granularity, kind and what is frozen.
-        labels: the user's own genes instead of the granularity.
+        config: kind, granularity and what is frozen.
+        labels: the user's own genes instead of the granularity, for masks.
 
     Returns:
-        A genome of masks.
+        A genome of masks or weights.
 
     Raises:
         ConfigError: choices that cannot work.
@@ -326,9 +342,21 @@ def genome_for(
         >>> genome_for(lambda w, x: x @ w, parents, np.ones((1, 4)), GenomeConfig()).num_genes
         3
     """
+    one = jax.eval_shape(lambda parents: jax.tree.map(lambda leaf: leaf[0], parents), parents)
+    if config.kind == "weights":
+        if labels is not None:
+            raise ConfigError("genome.kind is 'weights': labels are for masks")
+        return weights(
+            parents,
+            statistics=find_statistics(apply_fn, one, inputs),
+            freeze=config.freeze,
+            parents_first=config.parents_first,
+            relative_noise=config.relative_noise,
+            noise_on_statistics=config.noise_on_statistics,
+            clip_variances=config.clip_variances,
+        )
     layers = None
     if labels is None and config.granularity in ("layer", "channel"):
-        one = jax.eval_shape(lambda parents: jax.tree.map(lambda leaf: leaf[0], parents), parents)
         if config.granularity == "channel":
             labels = unit_labels(apply_fn, one, inputs)
         else:
@@ -393,9 +421,7 @@ def algorithm_for(
     mutate: Any = config.mutation or ("reset" if binary else "gaussian")
     if isinstance(mutate, (str, tuple)):
         mutations = {
-            "gaussian": partial(
-                operators.gaussian, rate=rate, scale=config.mutation_scale, gene_ndim=ndim
-            ),
+            "gaussian": partial(genome.noise, rate=rate, scale=config.mutation_scale),
             "reset": partial(operators.reset, rate=rate, sample=genome.sample, gene_ndim=ndim),
         }
         chosen = [mutations[name] for name in ((mutate,) if isinstance(mutate, str) else mutate)]
@@ -414,6 +440,35 @@ def algorithm_for(
         repair=genome.repair,
         survive=survive,
     )
+
+
+def shares_of(result: MergeResult) -> dict[str, list[float]]:
+    """How much of each parent there is in each module of the merged network.
+
+    Args:
+        result: of a merge.
+
+    Returns:
+        For each module K numbers that sum to one: the mean coefficients of its mask or, for a
+        genome of weights, the place of its weights between the parents'.
+
+    Example:
+        >>> def apply_fn(variables, x):
+        ...     return x @ variables["head"]["kernel"]
+        >>> parents = [{"head": {"kernel": scale * jnp.eye(3)}} for scale in (1.0, 0.0)]
+        >>> small = EvolutionConfig(population_size=4, generations=0)
+        >>> data = jnp.eye(3), jnp.arange(3)
+        >>> shares_of(merge(jax.random.key(0), apply_fn, parents, data, evolution=small))
+        {'head': [1.0, 0.0]}
+    """
+    if result.genome.labels is None:
+        return projected_shares(result.variables, stack_parents(result.parents))
+    return parent_shares(result.genome, result.genes, result.variables)
+
+
+def _itself(variables: PyTree, context: PyTree) -> PyTree:
+    del context
+    return variables
 
 
 def check_labels(labels: Any, num_classes: int) -> None:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from megajax.errors import ConfigError
-from megajax.genome import FROZEN, Genome
+from megajax.genome import Genome
 from megajax.programs import Delayed, Program, delay, shape_of, trace, walk
-from megajax.types import ApplyFn, PyTree
+from megajax.types import ApplyFn, Genes, PyTree
 
 __all__ = [
     "Linear",
@@ -150,13 +150,13 @@ def recalibrate(apply_fn: ApplyFn, variables: PyTree, inputs: jax.Array) -> PyTr
 
 
 def recalibrated(genome: Genome, apply_fn: ApplyFn) -> Genome:
-    """A genome of masks whose networks are recalibrated as they are expressed.
+    """A genome whose networks are recalibrated as they are expressed.
 
-    Every candidate is then scored, and used, with statistics of its own. An individual that is one
-    of the parents keeps that parent's statistics, bit for bit.
+    Every candidate is then scored, and used, with statistics of its own. An individual that is
+    exactly one of the parents keeps that parent's statistics, bit for bit.
 
     Args:
-        genome: a genome of masks.
+        genome: a genome of masks or weights.
         apply_fn: the network, in inference mode.
 
     Returns:
@@ -175,14 +175,18 @@ def recalibrated(genome: Genome, apply_fn: ApplyFn) -> Genome:
         >>> float(genome.express(jnp.array([[1.0, 0.0]]), (parents, x))["mean"][0])
         0.0
     """
-    frozen = any((label == FROZEN).any() for label in jax.tree.leaves(genome.labels))
 
-    def express(genes: jax.Array, context: tuple[PyTree, jax.Array]) -> PyTree:
+    def express(genes: Genes, context: tuple[PyTree, jax.Array]) -> PyTree:
         parents, inputs = context
         variables = genome.express(genes, parents)
-        is_parent = jnp.all((genes[:, :1] if frozen else genes) == 1, axis=0)
+        equal = jax.tree.map(
+            lambda leaf, of_parents: (leaf == of_parents).all(range(1, of_parents.ndim)),
+            variables,
+            parents,
+        )
+        is_parent = jnp.stack(jax.tree.leaves(equal)).all(axis=0).any()
         new = recalibrate(apply_fn, variables, inputs)
-        return jax.tree.map(lambda old, new: jnp.where(is_parent.any(), old, new), variables, new)
+        return jax.tree.map(lambda old, new: jnp.where(is_parent, old, new), variables, new)
 
     return genome._replace(express=express)
 

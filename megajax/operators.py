@@ -371,7 +371,13 @@ def _blend(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def gaussian(
-    key: Key, genes: Genes, *, rate: float = 0.05, scale: float = 0.1, gene_ndim: int | None = 0
+    key: Key,
+    genes: Genes,
+    *,
+    rate: float = 0.05,
+    scale: float = 0.1,
+    relative: bool = False,
+    gene_ndim: int | None = 0,
 ) -> Genes:
     """Adds N(0, scale^2) to every number of a gene, with probability `rate` for each gene.
 
@@ -380,6 +386,8 @@ def gaussian(
         genes: leaves `[N, ...]`.
         rate: probability in [0, 1].
         scale: standard deviation of the noise.
+        relative: measure the scale in standard deviations of the gene's own numbers; a gene whose
+            numbers are all equal then stays as it is.
         gene_ndim: trailing axes of one gene; see the module.
 
     Returns:
@@ -394,6 +402,9 @@ def gaussian(
         hit_key, noise_key = jax.random.split(key)
         hit = jax.random.bernoulli(hit_key, rate, _gene_shape(leaf, gene_ndim))
         noise = scale * jax.random.normal(noise_key, leaf.shape, leaf.dtype)
+        if relative:
+            inside = tuple(range(len(_gene_shape(leaf, gene_ndim)), leaf.ndim))
+            noise *= jnp.std(leaf, axis=inside, keepdims=True)
         return jnp.where(_expand(hit, leaf), leaf + noise, leaf)
 
     return _per_leaf(mutate, key, genes)

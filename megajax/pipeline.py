@@ -38,8 +38,7 @@ from megajax.config import Config, to_dict
 from megajax.errors import ConfigError, DeviceError, Interrupted, SearchError, WorkdirError
 from megajax.evaluation import TENTHS, ensemble, measure, predict, straight_path
 from megajax.evolution import GAInfo, GAState
-from megajax.genome import parent_shares
-from megajax.merging import genome_for, merge
+from megajax.merging import genome_for, merge, shares_of
 from megajax.normalization import find_statistics, recalibrate
 from megajax.operators import Population
 from megajax.types import ApplyFn, Key, PyTree
@@ -318,7 +317,7 @@ def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
             "generations": int(merged.state.generation),
             "genes": merged.genome.num_genes,
             "population_chunk": merged.population_chunk,
-            "shares": parent_shares(merged.genome, merged.genes, merged.variables),
+            "shares": shares_of(merged),
         },
         files=(workdir.METRICS,),
         seconds=clock.seconds(),
@@ -554,7 +553,10 @@ def _check_choices(config: Config, model: nn.Module, apply_fn: ApplyFn, images: 
         raise ConfigError(
             f"align.reference is {config.align.reference}: the parents are 0 to {count - 1}"
         )
-    jax.eval_shape(lambda: genome.init(jax.random.key(0), config.evolution.population_size))
+    jax.eval_shape(
+        lambda parents: genome.init(jax.random.key(0), config.evolution.population_size, parents),
+        stacked,
+    )
 
 
 def _networks(outcome: Outcome, folder: str) -> list[PyTree]:

@@ -87,3 +87,12 @@ def test_boxed_linen_variables_are_unboxed():
     variables = model.init(jax.random.key(0), jnp.ones((1, 2)))
     network = mj.from_linen(model, variables)
     assert isinstance(network.variables["params"]["kernel"], jax.Array)
+
+
+def test_a_model_that_counts_its_random_numbers_can_be_compiled_and_is_left_alone():
+    model = nnx.bridge.ToNNX(nn.Dense(3), rngs=nnx.Rngs(0)).lazy_init(X)  # draws at every call
+    network = mj.from_nnx(model)
+    expected = X @ model.kernel[...] + model.bias[...]
+    for _ in range(2):
+        logits = jax.jit(network.apply_fn)(network.variables, X)
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)

@@ -10,10 +10,11 @@ import pytest
 from megajax.config import GRANULARITIES, EvolutionConfig
 from megajax.errors import ConfigError
 from megajax.evolution import run
-from megajax.genome import FROZEN, mask_labels, masks, parent_shares
+from megajax.genome import FROZEN, mask_labels, masks
 from megajax.layers import find_layers
 from megajax.merging import algorithm_for
 from megajax.parents import leaf_paths, stack_parents
+from megajax.shares import parent_shares
 
 KEY = jax.random.key(0)
 X = jnp.ones((1, 8, 8, 2))
