@@ -522,9 +522,11 @@ def verify(
 
 def _change(before: Sequence[jax.Array], after: Sequence[jax.Array]) -> float:
     """The largest change of an output, relative to the largest; NaN if one is not finite."""
-    return float(
-        np.max([np.abs(b - a).max() / np.abs(a).max() for a, b in zip(before, after, strict=True)])
-    )
+    changes = []
+    for a, b in zip(before, after, strict=True):
+        by, largest = float(np.abs(b - a).max()), float(np.abs(a).max())
+        changes.append(by / largest if largest else (math.inf if by else 0.0))
+    return float(np.max(changes))
 
 
 def leaves_by_path(variables: Any) -> dict[str, Any]:

@@ -297,3 +297,11 @@ def test_a_deep_network_is_read_within_seconds():
     shapes = jax.eval_shape(network.init, jax.random.key(0), inputs)
     # Three residual streams and one inner group in each of the 18 + 37 + 37 blocks.
     assert len(find_symmetries(network.apply, shapes, inputs).groups) == 3 + 92
+
+
+def test_outputs_that_are_all_zero_do_not_change():
+    def dead(variables, x):
+        return 0 * mlp(variables, x)
+
+    symmetries = find_symmetries(dead, mlp_variables(), INPUTS)
+    verify(jax.random.key(0), symmetries, dead, mlp_variables(), INPUTS)
