@@ -30,6 +30,7 @@ from megajax.errors import ConfigError
 
 __all__ = [
     "AlignConfig",
+    "BaselinesConfig",
     "Config",
     "DataConfig",
     "EvolutionConfig",
@@ -62,6 +63,22 @@ SHARDS: tuple[str, ...] = ("same", "disjoint", "skewed")
 OPTIMIZERS: tuple[str, ...] = ("sgd", "adam", "adamw")
 SCHEDULES: tuple[str, ...] = ("constant", "cosine")
 AUGMENTATIONS: tuple[str, ...] = ("flip", "crop")
+BASELINES: tuple[str, ...] = (
+    "best_parent",
+    "uniform_average",
+    "slerp",
+    "greedy_soup",
+    "fisher",
+    "regmean",
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "line",
+    "random_search",
+    "cma_es",
+    "sep_cma_es",
+    "differential_evolution",
+)
 
 
 def _annotations(section: type) -> dict[str, Any]:
@@ -410,6 +427,32 @@ class EvolutionConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaselinesConfig(_Section):
+    """What the merged network is compared with.
+
+    Attributes:
+        names: methods of `megajax.baselines.BASELINES`, an error where one cannot be applied; or
+            one name; or `default` (a few that tell most) or `all`, of which those that need
+            something that is not there (a base network, exactly two parents) are left out.
+        budget: networks that a search over masks or the straight line may score; None takes as many
+            as the evolution did.
+        examples: training inputs of each parent that Fisher and RegMean measure on.
+    """
+
+    _name: ClassVar[str] = "baselines"
+    names: str | tuple[str, ...] = "default"
+    budget: int | None = None
+    examples: int = 256
+
+    def _check(self) -> None:
+        if isinstance(self.names, str):
+            self._one_of("names", ("default", "all", *BASELINES))
+        else:
+            self._all_of("names", BASELINES)
+        self._at_least(1, "budget", "examples")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(_Section):
     """A whole run: `python -m megajax.run --config FILE` builds one and follows it.
 
@@ -424,6 +467,7 @@ class Config(_Section):
         genome: what a gene is.
         fitness: how an individual is scored.
         evolution: the search.
+        baselines: what the merged network is compared with.
     """
 
     _name: ClassVar[str] = "config"
@@ -437,6 +481,7 @@ class Config(_Section):
     genome: GenomeConfig = field(default_factory=GenomeConfig)
     fitness: FitnessConfig = field(default_factory=FitnessConfig)
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
 
     def _check(self) -> None:
         self._at_least(0, "seed")
