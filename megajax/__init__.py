@@ -7,7 +7,8 @@
     fitness     score a population in one program    evolution   init, step, run
     alignment   symmetries, matching                 normalization  BatchNorm, REPAIR
     evaluation  held-out metrics                     layers      which leaves form a layer
-    config      every choice and its default         errors      what can be caught
+    baselines   what one would do instead            config      every choice and its default
+    errors      what can be caught
 """
 
 from megajax.adapters import Network as Network
@@ -16,7 +17,9 @@ from megajax.adapters import from_nnx as from_nnx
 from megajax.adapters import to_nnx as to_nnx
 from megajax.alignment import align as align
 from megajax.alignment import find_symmetries as find_symmetries
+from megajax.baselines import run_baselines as run_baselines
 from megajax.config import AlignConfig as AlignConfig
+from megajax.config import BaselinesConfig as BaselinesConfig
 from megajax.config import Config as Config
 from megajax.config import EvolutionConfig as EvolutionConfig
 from megajax.config import FitnessConfig as FitnessConfig

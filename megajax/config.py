@@ -30,6 +30,7 @@ from megajax.errors import ConfigError
 
 __all__ = [
     "AlignConfig",
+    "BaselinesConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -94,6 +95,22 @@ PUBLISHED_CORRUPTIONS: tuple[str, ...] = (
     "elastic",
     "pixelate",
     "jpeg_compression",
+)
+BASELINES: tuple[str, ...] = (
+    "best_parent",
+    "uniform_average",
+    "slerp",
+    "greedy_soup",
+    "fisher",
+    "regmean",
+    "task_arithmetic",
+    "ties",
+    "dare",
+    "line",
+    "random_search",
+    "cma_es",
+    "sep_cma_es",
+    "differential_evolution",
 )
 
 
@@ -525,6 +542,32 @@ class RobustnessConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaselinesConfig(_Section):
+    """What the merged network is compared with.
+
+    Attributes:
+        names: methods of `megajax.baselines.BASELINES`, an error where one cannot be applied; or
+            one name; or `default` (a few that tell most) or `all`, of which those that need
+            something that is not there (a base network, exactly two parents) are left out.
+        budget: networks that a search over masks or the straight line may score; None takes as many
+            as the evolution did.
+        examples: training inputs of each parent that Fisher and RegMean measure on.
+    """
+
+    _name: ClassVar[str] = "baselines"
+    names: str | tuple[str, ...] = "default"
+    budget: int | None = None
+    examples: int = 256
+
+    def _check(self) -> None:
+        if isinstance(self.names, str):
+            self._one_of("names", ("default", "all", *BASELINES))
+        else:
+            self._all_of("names", BASELINES)
+        self._at_least(1, "budget", "examples")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(_Section):
     """A whole run: `python -m megajax.run --config FILE` builds one and follows it.
 
@@ -543,6 +586,7 @@ class Config(_Section):
         checkpoint: how often the state is saved.
         robustness: the test on corrupted images.
         tensorboard: write the lines of `metrics.jsonl` for TensorBoard too.
+        baselines: what the merged network is compared with.
     """
 
     _name: ClassVar[str] = "config"
@@ -560,6 +604,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     tensorboard: bool = False
+    baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
 
     def _check(self) -> None:
         self._at_least(0, "seed")

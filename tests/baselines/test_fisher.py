@@ -1,0 +1,126 @@
+"""Fisher information against gradients worked out by hand in NumPy, and the weighted mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megajax.baselines import fisher_average, fisher_information
+from megajax.errors import ConfigError, DataError, ParentsError
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(11, 4)).astype(np.float32)  # no multiple of any chunk below
+LABELS = RNG.integers(0, 3, 11)
+
+
+def linear(variables, x):
+    return x @ variables["w"] + variables["b"]
+
+
+LINEAR = {
+    "b": RNG.normal(size=3).astype(np.float32),
+    "steps": np.int32(7),
+    "w": RNG.normal(size=(4, 3)).astype(np.float32),
+}
+
+
+def softmax(z):
+    e = np.exp(z - z.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("empirical", [False, True])
+def test_linear_softmax_has_a_closed_form(chunk, empirical):
+    labels = LABELS if empirical else None
+    fisher = fisher_information(linear, LINEAR, X, labels, chunk=chunk)
+    p = softmax(np.float64(X) @ LINEAR["w"] + LINEAR["b"])
+    # d log p_c / d z_j = [c = j] - p_j, whose variance under c ~ p is p_j (1 - p_j)
+    per_example = (np.eye(3)[LABELS] - p) ** 2 if empirical else p * (1 - p)
+    np.testing.assert_allclose(fisher["b"], per_example.mean(axis=0), rtol=1e-4)
+    expected = np.einsum("ni,nj->ij", np.float64(X) ** 2, per_example) / len(X)
+    np.testing.assert_allclose(fisher["w"], expected, rtol=1e-4)
+    assert float(fisher["steps"]) == 0
+    assert {leaf.dtype for leaf in jax.tree.leaves(fisher)} == {np.dtype(np.float32)}
+
+
+def test_a_hidden_layer_by_backpropagation_by_hand():
+    u, v = RNG.normal(size=(4, 5)), RNG.normal(size=(5, 3))
+    x = np.float64(X)
+    expected_u, expected_v = np.zeros_like(u), np.zeros_like(v)
+    for row in x:
+        h = np.tanh(row @ u)
+        p = softmax(h @ v)
+        for c in range(3):
+            at_logits = np.eye(3)[c] - p
+            at_hidden = (v @ at_logits) * (1 - h**2)
+            expected_v += p[c] * np.outer(h, at_logits) ** 2 / len(x)
+            expected_u += p[c] * np.outer(row, at_hidden) ** 2 / len(x)
+    variables = {"u": np.float32(u), "v": np.float32(v)}
+    fisher = fisher_information(lambda w, x: jnp.tanh(x @ w["u"]) @ w["v"], variables, X)
+    np.testing.assert_allclose(fisher["u"], expected_u, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(fisher["v"], expected_v, rtol=1e-3, atol=1e-6)
+
+
+def test_samples_estimate_the_expectation():
+    exact = fisher_information(linear, LINEAR, X)
+    key = jax.random.key(0)
+    sampled = fisher_information(linear, LINEAR, X, samples=3000, key=key)
+    np.testing.assert_allclose(sampled["w"], exact["w"], rtol=0.1)
+    again = fisher_information(linear, LINEAR, X, samples=2, key=key)
+    other = fisher_information(linear, LINEAR, X, samples=2, key=jax.random.key(1))
+    assert not np.allclose(again["w"], other["w"])
+
+
+def test_the_average_is_the_formula():
+    parents = [{"w": RNG.normal(size=(3, 2)).astype(np.float32)} for _ in range(3)]
+    fishers = [{"w": RNG.uniform(size=(3, 2)).astype(np.float32)} for _ in range(3)]
+    weights = [0.2, 0.5, 0.3]
+    merged = fisher_average(parents, fishers, weights)["w"]
+    thetas, fs = (
+        np.stack([np.float64(tree["w"]) for tree in trees]) for trees in (parents, fishers)
+    )
+    precision = np.reshape(weights, (3, 1, 1)) * fs
+    expected = (precision * thetas).sum(axis=0) / precision.sum(axis=0)
+    np.testing.assert_allclose(merged, expected, rtol=1e-5)
+
+
+def test_the_average_where_there_is_little_or_no_information():
+    parents = [{"step": np.int32(k), "w": np.float32([k, k, k, k])} for k in (1, 5)]
+    tiny = np.finfo(np.float32).tiny
+    fishers = [
+        {"step": np.float32(0), "w": np.float32([0, 1, 0, 3 * tiny])},
+        {"step": np.float32(0), "w": np.float32([0, 0, 1e-30, tiny])},
+    ]
+    merged = fisher_average(parents, fishers)
+    np.testing.assert_allclose(merged["w"], [3, 1, 5, 2], rtol=1e-6)  # none, first, second, 3 : 1
+    assert merged["step"] == 1
+    weighted = fisher_average(parents, fishers, [1, 3])
+    np.testing.assert_allclose(weighted["w"], [4, 1, 5, 3], rtol=1e-6)
+
+
+def test_two_posteriors_of_a_mean_give_that_of_all_the_data():
+    # Softmax regression on one constant input: each parent is the optimum on its own counts, and
+    # near it the product of the Gaussians has its mode at the optimum on all counts.
+    counts = np.array([[520.0, 480.0], [5100.0, 4900.0]])
+    parents = [
+        {"w": np.float32([[np.log(n[0] / n[1]) / 2, -np.log(n[0] / n[1]) / 2]])} for n in counts
+    ]
+    ones = np.ones((1, 1), np.float32)
+    fishers = [fisher_information(lambda w, x: x @ w["w"], parent, ones) for parent in parents]
+    merged = fisher_average(parents, fishers, counts.sum(axis=1))["w"]
+    total = counts.sum(axis=0)
+    np.testing.assert_allclose(merged[0, 0], np.log(total[0] / total[1]) / 2, rtol=1e-3)
+
+
+def test_what_cannot_be_is_one_line():
+    with pytest.raises(ConfigError, match="labels and samples exclude"):
+        fisher_information(linear, LINEAR, X, LABELS, samples=3, key=jax.random.key(0))
+    with pytest.raises(ConfigError, match="samples is 3"):
+        fisher_information(linear, LINEAR, X, samples=3)
+    with pytest.raises(DataError, match="empty"):
+        fisher_information(linear, LINEAR, X[:0])
+    with pytest.raises(DataError, match="labels run from 0 to 3"):
+        fisher_information(linear, LINEAR, X, np.arange(11) % 4)
+    with pytest.raises(ParentsError, match="1 Fishers are given for 2 parents"):
+        fisher_average([LINEAR, LINEAR], [LINEAR])
