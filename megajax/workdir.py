@@ -27,6 +27,7 @@ __all__ = [
     "RESULTS",
     "append_lines",
     "finished",
+    "flatten",
     "load_network",
     "open_workdir",
     "read_json",
@@ -67,7 +68,7 @@ def finished(path: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if not (path / _CONFIG).exists():
         return None
-    there, here = _flat(read_json(path / _CONFIG)["config"]), _flat(_plain(config))
+    there, here = flatten(read_json(path / _CONFIG)["config"]), flatten(_plain(config))
     changed = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if changed:
         fields = ", ".join(
@@ -228,10 +229,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots.
+
+    Example:
+        >>> flatten({"data": {"name": "digits"}, "seed": 0})
+        {'data.name': 'digits', 'seed': 0}
+    """
     if not isinstance(value, Mapping):
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
     return flat
