@@ -166,7 +166,7 @@ def load_predictions(folder: Path) -> Predictions | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
         found = Predictions(**arrays | {"names": tuple(arrays["names"].tolist())})
         if found.classes.shape != (len(found.names), len(found.labels)):
