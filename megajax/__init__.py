@@ -7,6 +7,7 @@
     fitness     score a population in one program    evolution   init, step, run
     alignment   symmetries, matching                 normalization  BatchNorm, REPAIR
     evaluation  held-out metrics                     layers      which leaves form a layer
+    statistics  intervals, paired tests              robustness  corruptions, calibration
     config      every choice and its default         errors      what can be caught
 """
 
@@ -22,6 +23,7 @@ from megajax.config import EvolutionConfig as EvolutionConfig
 from megajax.config import FitnessConfig as FitnessConfig
 from megajax.config import GenomeConfig as GenomeConfig
 from megajax.config import RecalibrateConfig as RecalibrateConfig
+from megajax.config import RobustnessConfig as RobustnessConfig
 from megajax.errors import ConfigError as ConfigError
 from megajax.errors import DataError as DataError
 from megajax.errors import MegajaxError as MegajaxError
