@@ -7,7 +7,8 @@
     fitness     score a population in one program    evolution   init, step, run
     alignment   symmetries, matching                 normalization  BatchNorm, REPAIR
     evaluation  held-out metrics                     layers      which leaves form a layer
-    baselines   what one would do instead            config      every choice and its default
+    baselines   what one would do instead            statistics  intervals, paired tests
+    robustness  corruptions, calibration             config      every choice and its default
     errors      what can be caught
 """
 
@@ -25,6 +26,7 @@ from megajax.config import EvolutionConfig as EvolutionConfig
 from megajax.config import FitnessConfig as FitnessConfig
 from megajax.config import GenomeConfig as GenomeConfig
 from megajax.config import RecalibrateConfig as RecalibrateConfig
+from megajax.config import RobustnessConfig as RobustnessConfig
 from megajax.config import mega_paper as mega_paper
 from megajax.config import merge_sections as merge_sections
 from megajax.errors import ConfigError as ConfigError

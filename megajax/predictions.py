@@ -21,6 +21,7 @@ from megajax.files import write_bytes
 __all__ = [
     "PREDICTIONS",
     "Predictions",
+    "by_id",
     "correct",
     "from_logits",
     "load_predictions",
@@ -98,8 +99,29 @@ def correct(predictions: Predictions, name: str) -> npt.NDArray[np.bool_]:
     return right
 
 
+def by_id(predictions: Predictions) -> Predictions:
+    """The same in the order of the images' numbers, without scores; as it is if there are none.
+
+    Example:
+        >>> by_id(from_logits({"merged": np.eye(2)}, [3, 4], ids=[7, 5])).labels.tolist()
+        [4, 3]
+    """
+    if predictions.ids is None:
+        return predictions
+    order = np.argsort(predictions.ids, kind="stable")
+    return Predictions(
+        predictions.names,
+        predictions.classes[:, order],
+        predictions.labels[order],
+        predictions.ids[order],
+    )
+
+
 def same_examples(first: Predictions, second: Predictions) -> bool:
     """Whether two runs were tested on the same images in the same order, so that they pair up.
+
+    Runs of one data set with different seeds may hold the same test images in another order: see
+    `by_id`.
 
     Example:
         >>> one = from_logits({"merged": np.eye(2)}, [0, 1], ids=[5, 7])
@@ -144,7 +166,7 @@ def load_predictions(folder: Path) -> Predictions | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = dict(stored)
         found = Predictions(**arrays | {"names": tuple(arrays["names"].tolist())})
         if found.classes.shape != (len(found.names), len(found.labels)):

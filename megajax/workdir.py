@@ -39,6 +39,7 @@ __all__ = [
     "config_changes",
     "copy_state",
     "digest",
+    "flatten",
     "is_workdir",
     "load_network",
     "load_outcome",
@@ -127,7 +128,7 @@ def config_changes(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[A
     Raises:
         WorkdirError: there is no configuration in it that can be read.
     """
-    there, here = _flat(read_config(folder)["config"]), _flat(_plain(config))
+    there, here = flatten(read_config(folder)["config"]), flatten(_plain(config))
     return {
         name: (there.get(name), here.get(name))
         for name in {**here, **there}
@@ -441,10 +442,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots.
+
+    Example:
+        >>> flatten({"data": {"name": "digits"}, "seed": 0})
+        {'data.name': 'digits', 'seed': 0}
+    """
     if not isinstance(value, Mapping):
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        flat.update(_flat(item, f"{prefix}.{key}" if prefix else str(key)))
+        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
     return flat

@@ -14,7 +14,7 @@ from megajax.genome import FROZEN, mask_labels, masks
 from megajax.layers import find_layers
 from megajax.merging import algorithm_for
 from megajax.parents import leaf_paths, stack_parents
-from megajax.shares import parent_shares
+from megajax.shares import channel_shares, parent_shares
 
 KEY = jax.random.key(0)
 X = jnp.ones((1, 8, 8, 2))
@@ -208,6 +208,26 @@ def test_parent_shares_are_element_weighted_means():
     }
     expected = (72 * of["params/conv/kernel"] + 4 * of["params/conv/bias"]) / 76
     np.testing.assert_allclose(shares["conv"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_channel_shares_are_what_is_expressed(granularity):
+    """Every number of parent k is k, so that a network says which share of parent 1 is in it."""
+    parents = stack_parents(
+        [jax.tree.map(lambda leaf, k=k: 0 * leaf + k, random_parent(0)) for k in (0, 1)]
+    )
+    genome = genome_of(parents, granularity)
+    genes = genome.sample(KEY, (genome.num_genes, 2), jnp.float32)
+    network = genome.express(genes, parents)
+    shares = channel_shares(genome, genes, random_parent(0))
+    assert list(shares) == list(parent_shares(genome, genes, random_parent(0)))
+    for name, expected in [
+        ("conv", network["params"]["conv"]["kernel"].mean((0, 1, 2))),
+        ("head", network["params"]["head"]["kernel"].mean(0)),
+    ]:
+        np.testing.assert_allclose(shares[name][:, 1], expected, atol=1e-6)
+        np.testing.assert_allclose(shares[name].sum(1), 1, atol=1e-6)
+    assert shares["norm"].shape == (4, 2)
 
 
 @pytest.mark.parametrize("binary", [False, True])

@@ -10,6 +10,7 @@ from sklearn.datasets import load_sample_images
 from megajax import data, robustness
 from megajax.config import CORRUPTIONS, Config, DataConfig, RobustnessConfig, from_dict
 from megajax.errors import ConfigError, DataError
+from megajax.evaluation import predictor
 from megajax.robustness import (
     calibration_error,
     corrupt,
@@ -259,3 +260,17 @@ def test_choices_that_cannot_work_are_named():
     assert isinstance(
         from_dict({"robustness": {"published": True}, "data": {"name": "cifar10"}}), Config
     )
+
+
+def test_a_predictor_is_every_network_and_their_ensemble():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(20, 4)).astype(np.float32)
+    networks = {name: rng.normal(size=(4, 3)).astype(np.float32) for name in "ab"}
+    logits_of = predictor(lambda w, x: x @ w, networks, {"both": ("a", "b")}, batch_size=7)
+    logits = logits_of(inputs)
+    assert list(logits) == ["a", "b", "both"]
+    for name, kernel in networks.items():
+        np.testing.assert_allclose(logits[name], inputs @ kernel, atol=1e-5)
+    odds = [np.exp(logits[name]) for name in networks]
+    mean = np.mean([odd / odd.sum(1, keepdims=True) for odd in odds], axis=0)
+    np.testing.assert_allclose(np.exp(logits["both"]), mean, rtol=1e-4)

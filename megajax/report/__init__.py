@@ -25,7 +25,7 @@ from megajax.report.page import Block, Heading, Paragraph, Picture, Table, to_ht
 from megajax.results import Comparison, comparison, entries, is_aggregate
 from megajax.workdir import write_text
 
-__all__ = ["answer", "rows", "write_report"]
+__all__ = ["NOT_HELD_OUT", "answer", "rows", "write_report"]
 
 NOT_HELD_OUT = "Selected on the test set: the figures are not held out."
 
@@ -80,10 +80,10 @@ def rows(
         Rows of strings; the first one is the header. What nobody has is no column.
 
     Example:
-        >>> figures = {"validation_accuracy": 0.9, "test_accuracy": 0.8, "test_nll": 0.5}
+        >>> figures = {"validation_accuracy": 0.9, "test_accuracy": 0.8}
         >>> rows({"parents": [figures], "merged": figures,
         ...       "data": {"validation": 50, "test": 100}})[2]
-        ('merged', '90.0 %', '80.0 % [71.1, 86.7]', '0.500')
+        ('merged', '90.0 %', '80.0 %')
     """
     return text.table(comparison(results, predictions))
 
@@ -174,10 +174,17 @@ def _blocks(results: Mapping[str, Any], found: Comparison, pictures: Sequence[st
         blocks.append(Paragraph(searched, strong=searched.startswith("Budgets differ")))
     blocks += [Paragraph(note) for note in text.notes(found)]
     blocks += picture("accuracy") + picture("per_class")
+    agreement = text.agreement_table(found, _entries(results))
+    if agreement:
+        blocks += [
+            Heading("Agreement"),
+            Paragraph("Share of the test images for which a network predicts the parent's class."),
+            Table(agreement, strong),
+        ]
     if robustness:
         blocks += [
             Heading("Corrupted images"),
-            Table(text.robust_table(found, robustness, _entries(results)), strong),
+            Table(text.robust_table(found, robustness), strong),
             Paragraph(_about_corruptions(robustness)),
             *picture("robustness"),
         ]

@@ -114,14 +114,14 @@ def to_html(blocks: Sequence[Block], pictures: Mapping[str, bytes]) -> str:
 
 
 _STYLE = """\
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #1a1a1a;
+body { max-width: 68rem; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #1a1a1a;
        font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 p.strong { font-size: 1.15rem; font-weight: 600; padding: .7rem 1rem; background: #f2f5f8;
            border-left: 4px solid #d55e00; }
 div.table { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right;
+table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: right;
          white-space: nowrap; }
 thead th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
 th:first-child { text-align: left; font-weight: inherit; }

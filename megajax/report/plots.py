@@ -69,7 +69,7 @@ def _look(key: str) -> _Look:
         k = int(key.removeprefix("parent_"))
         return _Look(_PARENTS[k % len(_PARENTS)], "os^vDPXh"[k % 8], "--")
     fixed = {
-        BEST: _Look(_PARENTS[0], "o", "--"),
+        BEST: _Look("#444444", "o", "--"),
         "merged": _Look(_MERGED, "*", "-"),
         "ensemble": _Look(_ENSEMBLE, "d", ":"),
     }

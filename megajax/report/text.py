@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from megajax.results import Comparison, Row
 from megajax.statistics import Difference, Interval
 
 __all__ = [
+    "agreement_table",
     "budgets",
     "notes",
     "p_value",
@@ -23,7 +24,8 @@ __all__ = [
     "with_interval",
 ]
 
-Column = tuple[str, Callable[[Row], str]]
+Column: TypeAlias = tuple[str, Callable[[Row], str]]
+_NETWORK = "network"
 
 
 def sentence(found: Comparison) -> str:
@@ -66,38 +68,39 @@ def table(found: Comparison, *, full: bool = False) -> list[tuple[str, ...]]:
 
     Args:
         found: everybody against the best parent.
-        full: with calibration error and budgets too, which a terminal has no room for.
+        full: with intervals, likelihood, calibration error and budgets, for which a terminal has
+            no room.
     """
     columns: list[Column] = [
-        ("network", lambda row: f"{row.name} (best)" if _is_best(row, found) else row.name),
+        (_NETWORK, lambda row: _name(row, found)),
         ("validation", lambda row: percent(row.validation.estimate)),
-        ("test [95 %]", lambda row: with_interval(row.test)),
+        ("test", lambda row: percent(row.test.estimate)),
         ("to best parent [points]", lambda row: points(row.difference)),
         ("p (Holm)", lambda row: p_value(row.adjusted, "")),
-        ("NLL [nats]", lambda row: "" if row.test_nll is None else f"{row.test_nll:.3f}"),
     ]
     if full:
-        columns[1] = ("validation [95 %]", lambda row: with_interval(row.validation))
+        columns[1:3] = [
+            ("validation [95 %]", lambda row: with_interval(row.validation)),
+            ("test [95 %]", lambda row: with_interval(row.test)),
+        ]
         columns += [
+            ("NLL [nats]", lambda row: "" if row.test_nll is None else f"{row.test_nll:.3f}"),
             ("calibration error", lambda row: percent(row.calibration_error)),
             ("networks x images scored", _budget),
         ]
     return _table(found.rows, columns)
 
 
-def robust_table(
-    found: Comparison, robustness: Mapping[str, Any], figures: Mapping[str, Mapping[str, Any]]
-) -> list[tuple[str, ...]]:
+def robust_table(found: Comparison, robustness: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """The table of the accuracies on corrupted images, means over the severities.
 
     Args:
         found: everybody against the best parent.
         robustness: the entry of `results.json`.
-        figures: for each network its entry, for the agreement with the parents.
     """
-    by_name = robustness["networks"]
+    networks = robustness["networks"]
     columns: list[Column] = [
-        ("network", lambda row: f"{row.name} (best)" if _is_best(row, found) else row.name),
+        (_NETWORK, lambda row: _name(row, found)),
         ("test", lambda row: percent(row.test.estimate)),
         ("mean over corruptions", lambda row: percent(row.corrupted)),
         ("to best parent [points]", lambda row: points(row.corrupted_difference)),
@@ -105,22 +108,36 @@ def robust_table(
 
     def mean(name: str) -> Column:
         def cell(row: Row) -> str:
-            accuracy = by_name.get(row.key, {}).get("accuracy", {}).get(name)
+            accuracy = networks.get(row.key, {}).get("accuracy", {}).get(name)
             return "" if accuracy is None else percent(float(np.mean(accuracy)))
 
         return name.replace("_", " "), cell
 
+    columns += [mean(name) for name in next(iter(networks.values()))["accuracy"]]
+    return _table(found.rows, columns)
+
+
+def agreement_table(
+    found: Comparison, figures: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, ...]]:
+    """How often each network predicts what a parent does; no rows where that is not known.
+
+    Args:
+        found: everybody against the best parent.
+        figures: name of a network -> its entry.
+    """
+    shares = {row.key: figures[row.key].get("agreement") or () for row in found.rows}
+
     def agreement(parent: int) -> Column:
         def cell(row: Row) -> str:
-            shares = figures[row.key].get("agreement") or ()
-            return percent(shares[parent]) if parent < len(shares) else ""
+            return percent(shares[row.key][parent]) if parent < len(shares[row.key]) else ""
 
-        return f"agrees with parent {parent}", cell
+        return f"with parent {parent}", cell
 
-    columns += [mean(name) for name in next(iter(by_name.values()))["accuracy"]]
-    parents = max(len(figures[row.key].get("agreement") or ()) for row in found.rows)
-    columns += [agreement(k) for k in range(parents)]
-    return _table(found.rows, columns)
+    columns = [agreement(k) for k in range(max(map(len, shares.values())))]
+    if not columns:
+        return []
+    return _table(found.rows, [(_NETWORK, lambda row: _name(row, found)), *columns])
 
 
 def budgets(found: Comparison) -> str | None:
@@ -246,8 +263,9 @@ def _many(count: int, one: str, more: str | None = None) -> str:
     return f"{count} {one if count == 1 else more or one + 's'}"
 
 
-def _is_best(row: Row, found: Comparison) -> bool:
-    return row.key == found.best and row.key.startswith("parent_")
+def _name(row: Row, found: Comparison) -> str:
+    best = row.key == found.best and row.key.startswith("parent_")
+    return f"{row.name} (best)" if best else row.name
 
 
 def _row(found: Comparison, key: str) -> Row:
