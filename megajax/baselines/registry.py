@@ -332,11 +332,12 @@ def _best_parent(key: Key, given: Given) -> Result:
 
 def _plain(method: Callable[[Sequence[PyTree]], PyTree]) -> Callable[[Key, Given], Result]:
     """A method that looks at nothing but the parents."""
+    return lambda key, given: Result(given.prepare(_merged(method, given)))
 
-    def run(key: Key, given: Given) -> Result:
-        return Result(given.prepare(on_weights(method, given.statistics, given.parents)))
 
-    return run
+def _merged(method: Callable[..., PyTree], given: Given, *others: PyTree) -> PyTree:
+    """What a method makes of all leaves but the statistics, which are averaged."""
+    return jax.jit(partial(on_weights, method, given.statistics))(list(given.parents), *others)
 
 
 def _greedy_soup(key: Key, given: Given) -> Result:
@@ -351,8 +352,7 @@ def _fisher(key: Key, given: Given) -> Result:
         fisher_information(given.apply_fn, parent, own)
         for parent, own in zip(given.parents, given.inputs, strict=True)
     ]
-    merged = on_weights(fisher_average, given.statistics, given.parents, fishers)
-    return Result(given.prepare(merged))
+    return Result(given.prepare(_merged(fisher_average, given, fishers)))
 
 
 def _regmean(key: Key, given: Given) -> Result:
@@ -364,14 +364,12 @@ def _scaled(method: Callable[..., PyTree]) -> Callable[[Key, Given], Result]:
     """A method on task vectors, its scale chosen on the validation data."""
 
     def run(key: Key, given: Given) -> Result:
-        networks = (
-            given.prepare(
-                on_weights(
-                    partial(method, key, scale=scale), given.statistics, given.parents, given.base
-                )
-            )
-            for scale in SCALES
-        )
+        @jax.jit
+        def merge(parents: list[PyTree], base: PyTree, scale: jax.Array) -> PyTree:
+            return on_weights(partial(method, key, scale=scale), given.statistics, parents, base)
+
+        parents = list(given.parents)
+        networks = (given.prepare(merge(parents, given.base, jnp.float32(s))) for s in SCALES)
         variables, number, scores = best_of(networks, given.score)
         detail = {"scale": SCALES[number], "fitness": scores[number]}
         return Result(variables, len(scores), detail=detail)
