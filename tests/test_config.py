@@ -122,10 +122,11 @@ def test_smoke_makes_nothing_larger_and_its_result_is_valid_and_stays():
 def test_smoke_leaves_what_is_small_already():
     tiny = {
         "data": {"limit": 20},
+        "model": {"name": "resnet", "options": {"width": 2, "depth": "8"}},
         "training": {"epochs": 1, "batch_size": 4},
         "recalibrate": {"examples": 8},
         "evolution": {"population_size": 4, "generations": 1},
     }
     small, same = from_dict(tiny | {"smoke": True}), from_dict(tiny)
-    for section in ("data", "training", "recalibrate", "evolution"):
+    for section in tiny:
         assert getattr(small, section) == getattr(same, section)
