@@ -398,7 +398,8 @@ class FitnessConfig(_Section):
             `lax.map`): a number, or `auto` for a choice by backend and network.
         select_on_test: score on the test images instead, as MeGA's reference does for many parents.
             The search then chooses the network that happens to suit the test images, no figure is
-            held out any more, and the report says so. To show what that is worth, and no more.
+            held out any more, and the report says so. For the command line: `merge` scores on the
+            images that it is given.
     """
 
     _name: ClassVar[str] = "fitness"
@@ -750,7 +751,9 @@ def smoke(config: Config) -> Config:
     training, evolution = config.training, config.evolution
     epochs = at_most(2, training.epochs)
     population = at_most(max(8, config.parents.count + 2), evolution.population_size)
-    options = {**config.model.options, **_SMOKE_OPTIONS.get(config.model.name, {})}
+    options = dict(config.model.options)
+    for name, small in _SMOKE_OPTIONS.get(config.model.name, {}).items():
+        options[name] = _smaller(small, options.get(name, small))
     return dataclasses.replace(
         config,
         smoke=True,
@@ -773,6 +776,16 @@ def smoke(config: Config) -> Config:
             tournament_size=at_most(population, evolution.tournament_size),
         ),
     )
+
+
+def _smaller(small: Any, value: Any) -> Any:
+    """The smaller number or list of numbers; anything else is left for the network to refuse."""
+    if isinstance(small, str):
+        return small
+    try:
+        return min(small, value, key=lambda v: v if isinstance(v, int) else sum(v))
+    except TypeError:
+        return value
 
 
 def to_dict(config: _Section) -> dict[str, Any]:

@@ -116,8 +116,9 @@ def merge(
 ) -> MergeResult:
     """Merges networks of one architecture by a genetic algorithm, over mixing masks or weights.
 
-    The parents are in the first population, and the best individual is never lost: the result's
-    fitness is at least the best parent's. On other data it may not be; keep a test set aside.
+    The parents are in the first population (unless `genome.parents_first` is off), and the best
+    individual is never lost: the result's fitness is at least the best parent's. On other data it
+    may not be; keep a test set aside.
 
     Args:
         key: PRNG key; the same key gives the same result.

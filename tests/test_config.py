@@ -11,6 +11,7 @@ from megajax.config import (
     FitnessConfig,
     default_config,
     from_dict,
+    smoke,
     to_dict,
 )
 from megajax.errors import ConfigError
@@ -86,3 +87,46 @@ def test_functions_take_the_place_of_names():
 def test_sections_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         EvolutionConfig().elites = 3
+
+
+LARGE = {
+    "smoke": True,
+    "parents": {"count": 12},
+    "training": {"epochs": 200, "warmup_epochs": 20},
+    "evolution": {"population_size": 100, "elites": 40, "tournament_size": 50},
+}
+
+
+def numbers(values):
+    for value in values.values():
+        if isinstance(value, dict):
+            yield from numbers(value)
+        elif isinstance(value, (int, float)):
+            yield value
+
+
+def test_smoke_makes_nothing_larger_and_its_result_is_valid_and_stays():
+    small = from_dict(LARGE)
+    full = from_dict(LARGE | {"smoke": False})
+    assert smoke(full) == small == smoke(small) == from_dict(to_dict(small))
+    assert small.parents.count == 12
+    assert small.evolution.population_size == 14  # all parents, their mean and one more
+    before, after = to_dict(full), to_dict(small)
+    for section in ("training", "recalibrate", "evolution"):
+        pairs = zip(numbers(before[section]), numbers(after[section]), strict=True)
+        assert all(new <= old for old, new in pairs)
+    assert small.data.limit == 512
+    assert small.training.warmup_epochs < small.training.epochs
+
+
+def test_smoke_leaves_what_is_small_already():
+    tiny = {
+        "data": {"limit": 20},
+        "model": {"name": "resnet", "options": {"width": 2, "depth": "8"}},
+        "training": {"epochs": 1, "batch_size": 4},
+        "recalibrate": {"examples": 8},
+        "evolution": {"population_size": 4, "generations": 1},
+    }
+    small, same = from_dict(tiny | {"smoke": True}), from_dict(tiny)
+    for section in tiny:
+        assert getattr(small, section) == getattr(same, section)
