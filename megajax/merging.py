@@ -2,6 +2,8 @@
 
 `merge` wires genome, fitness, operators and evolution as the configuration sections say; it writes
 no file and prints nothing. Whoever wants other wiring calls the pieces: this module is short.
+`prepare` does the wiring, `merge_many` searches for several groups of parents in one program, and
+`merge` is the case of one group.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from megajax import operators
 from megajax.alignment import Alignment, find_symmetries, verify
@@ -31,7 +34,9 @@ from megajax.evolution import (
     GeneticAlgorithm,
     describe,
     genetic_algorithm,
-    run,
+    init_many,
+    rescored,
+    run_many,
 )
 from megajax.fitness import METRICS, Evaluate, auto_chunk, batches, evaluator
 from megajax.genome import Genome, masks
@@ -40,7 +45,17 @@ from megajax.normalization import find_statistics, recalibrated
 from megajax.parents import check_parents, leaf_paths, stack_parents
 from megajax.types import ApplyFn, Key, PyTree
 
-__all__ = ["MergeResult", "algorithm_for", "align_parents", "check_labels", "genome_for", "merge"]
+__all__ = [
+    "MergeResult",
+    "Setup",
+    "algorithm_for",
+    "align_parents",
+    "check_labels",
+    "genome_for",
+    "merge",
+    "merge_many",
+    "prepare",
+]
 
 _SELECTIONS = {
     "tournament": operators.tournament,
@@ -144,10 +159,82 @@ def merge(
     Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607. The search over masks is megajax's own.
     """
+    setup = prepare(
+        apply_fn,
+        parents,
+        validation,
+        calibration=calibration,
+        align=align,
+        recalibrate=recalibrate,
+        genome=genome,
+        fitness=fitness,
+        evolution=evolution,
+        labels=labels,
+    )
+    (result,) = merge_many(
+        [key],
+        setup,
+        [parents],
+        callback=callback and (lambda states, infos: callback(states[0], infos[0])),
+    )
+    assert result is not None
+    return result
+
+
+class Setup(NamedTuple):
+    """What all merges of one network on the same data have in common: all but keys and parents.
+
+    Attributes:
+        apply_fn: the network.
+        genome: what genes mean.
+        context: `context(parents)` is what `genome.express` takes beside the genes; leaves
+            `[K, ...]`.
+        algorithm: `algorithm(context)` is the search among these parents. All searches share their
+            compiled programs.
+        inputs: one batch of validation inputs.
+        calibration: training inputs `[n, ...]`, or None.
+        align: how hidden units are brought into correspondence.
+        evolution: population, generations and limits.
+        population_chunk: networks of a search that are evaluated side by side.
+    """
+
+    apply_fn: ApplyFn
+    genome: Genome
+    context: Callable[[PyTree], PyTree]
+    algorithm: Callable[[PyTree], GeneticAlgorithm]
+    inputs: jax.Array
+    calibration: Any | None
+    align: AlignConfig
+    evolution: EvolutionConfig
+    population_chunk: int
+
+
+def prepare(
+    apply_fn: ApplyFn,
+    parents: Sequence[PyTree],
+    validation: tuple[Any, Any],
+    *,
+    calibration: Any | None = None,
+    align: AlignConfig | None = None,
+    recalibrate: RecalibrateConfig | None = None,
+    genome: GenomeConfig | None = None,
+    fitness: FitnessConfig | None = None,
+    evolution: EvolutionConfig | None = None,
+    labels: PyTree | None = None,
+) -> Setup:
+    """Wires everything that merges of one network have in common. Arguments and errors of `merge`.
+
+    Returns:
+        The setup of merges of K parents each.
+
+    Example:
+        >>> parents, data = [jnp.eye(3), -jnp.eye(3)], (jnp.eye(3), jnp.arange(3))
+        >>> prepare(lambda kernel, x: x @ kernel, parents, data).genome.num_genes
+        3
+    """
     align, recalibrate = align or AlignConfig(), recalibrate or RecalibrateConfig()
     genome, fitness = genome or GenomeConfig(), fitness or FitnessConfig()
     evolution = evolution or EvolutionConfig()
-    align_key, genes_key, init_key, run_key = jax.random.split(key, 4)
 
     check_parents(parents)
     one = parents[0]
@@ -158,50 +245,146 @@ def merge(
     if calibration is None and (recalibrate.enabled or align.method in ("activations", "both")):
         raise DataError("calibration inputs are missing: align or recalibrate needs them")
 
-    aligned, _ = align_parents(align_key, apply_fn, parents, batch, calibration, align)
-    stacked = stack_parents(aligned)
+    stacked = jax.eval_shape(_stack, list(parents))
     masked = genome_for(apply_fn, stacked, batch, genome, labels=labels)
-    context = stacked
+    examples = None
     if recalibrate.enabled:
         masked = recalibrated(masked, apply_fn)
-        context = (stacked, jnp.asarray(calibration)[: recalibrate.examples])
+        examples = jnp.asarray(calibration)[: recalibrate.examples]
     chunk = fitness.population_chunk
     if isinstance(chunk, str):
         chunk = auto_chunk(apply_fn, one, batch, evolution.population_size)
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
-    evaluate = evaluator(masked.express, apply_fn, metric, context, data, population_chunk=chunk)
+    evaluate: Any = evaluator(masked.express, apply_fn, metric, None, data, population_chunk=chunk)
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary)
+    return Setup(
+        apply_fn=apply_fn,
+        genome=masked,
+        context=lambda parents: parents if examples is None else (parents, examples),
+        algorithm=lambda context: rescored(algorithm, Partial(evaluate.func, context, data)),
+        inputs=batch,
+        calibration=calibration,
+        align=align,
+        evolution=evolution,
+        population_chunk=chunk,
+    )
 
-    genes = jax.jit(masked.init, static_argnums=1)(genes_key, evolution.population_size)
-    state = algorithm.init(init_key, genes)
-    first = jax.device_get(jax.tree.map(lambda leaf: leaf[None], describe(state)))
-    parent_fitness = np.asarray(state.population.fitness[: len(parents)])
+
+def merge_many(
+    keys: Sequence[Key],
+    setup: Setup,
+    groups: Sequence[Sequence[PyTree]],
+    *,
+    generations: Sequence[int | None] | None = None,
+    callback: Callable[[list[GAState], list[GAInfo]], bool | None] | None = None,
+) -> list[MergeResult | None]:
+    """Merges n groups of K parents, each group into one network, with one program for all searches.
+
+    Each search is the one that `merge` does with its key. Where networks are evaluated in turn
+    (`setup.population_chunk` below the population), so are the searches. Otherwise they run side by
+    side: floating point sums may then differ in the last bits from those of a search alone, and a
+    search may take another course where fitnesses are close.
+
+    Args:
+        keys: n PRNG keys.
+        setup: from `prepare`.
+        groups: n groups of parents.
+        generations: for each group, when to stop, instead of `evolution.generations`; None is for a
+            group that is not to be merged: it keeps its place in the program, so that the others
+            get the bits that they would get beside it.
+        callback: called with the states and the infos of all searches after each chunk of
+            generations, and once before the first; a true result stops them all.
+
+    Returns:
+        n results; None for a group that was not to be merged.
+
+    Raises:
+        ParentsError: parents that do not fit together or are not finite.
+        ConfigError: choices that cannot work.
+
+    Example:
+        >>> parents, data = [jnp.eye(3), -jnp.eye(3)], (jnp.eye(3), jnp.arange(3))
+        >>> small = EvolutionConfig(population_size=4, generations=1)
+        >>> setup = prepare(lambda kernel, x: x @ kernel, parents, data, evolution=small)
+        >>> keys = list(jax.random.split(jax.random.key(0)))
+        >>> [bool(r.fitness > -1) for r in merge_many(keys, setup, [parents, parents[::-1]])]
+        [True, True]
+    """
+    config, genome = setup.evolution, setup.genome
+    if generations is None:
+        generations = [config.generations] * len(keys)
+    skip = [limit is None for limit in generations]
+    align_keys, genes_keys, init_keys, run_keys = zip(
+        *(jax.random.split(key, 4) for key in keys), strict=True
+    )
+    aligned = [
+        list(parents)
+        if skipped
+        else align_parents(
+            key, setup.apply_fn, parents, setup.inputs, setup.calibration, setup.align
+        )[0]
+        for key, parents, skipped in zip(align_keys, groups, skip, strict=True)
+    ]
+    contexts = [setup.context(stack_parents(parents)) for parents in aligned]
+    algorithms = [setup.algorithm(context) for context in contexts]
+    side_by_side = setup.population_chunk >= config.population_size
+
+    init = jax.jit(genome.init, static_argnums=1)
+    genes = [init(key, config.population_size) for key in genes_keys]
+    states = init_many(init_keys, algorithms, genes, side_by_side=side_by_side, skip=skip)
+    parent_fitness = [
+        np.asarray(state.population.fitness[: len(parents)])
+        for state, parents in zip(states, aligned, strict=True)
+    ]
+    first = [jax.tree.map(lambda leaf: np.asarray(leaf)[None], describe(state)) for state in states]
     history = [first]
-    if not (callback is not None and callback(state, first)):
-        state, infos = run(
-            run_key,
-            algorithm,
-            state,
-            evolution.generations,
-            generations_per_chunk=evolution.generations_per_chunk,
-            patience=evolution.patience,
-            time_budget=evolution.time_budget,
-            evaluation_budget=evolution.evaluation_budget,
+    if not (callback is not None and callback(states, first)):
+        states, infos = run_many(
+            run_keys,
+            algorithms,
+            states,
+            [_last_generation(config, algorithms[0], limit) for limit in generations],
+            side_by_side=side_by_side,
+            generations_per_chunk=config.generations_per_chunk,
+            patience=config.patience,
+            time_budget=config.time_budget,
             callback=callback,
         )
         history.append(infos)
-    return MergeResult(
-        variables=jax.jit(masked.express)(state.best.genes, context),
-        fitness=float(state.best.fitness),
-        parent_fitness=parent_fitness,
-        genes=state.best.genes,
-        history=jax.tree.map(lambda *leaves: np.concatenate(leaves), *history),
-        evaluations=int(state.evaluations),
-        genome=masked,
-        parents=aligned,
-        state=state,
-        population_chunk=chunk,
-    )
+    express = jax.jit(genome.express)
+    return [
+        None
+        if skip[i]
+        else MergeResult(
+            variables=express(state.best.genes, contexts[i]),
+            fitness=float(state.best.fitness),
+            parent_fitness=parent_fitness[i],
+            genes=state.best.genes,
+            history=jax.tree.map(
+                lambda *leaves: np.concatenate(leaves), *(part[i] for part in history)
+            ),
+            evaluations=int(state.evaluations),
+            genome=genome,
+            parents=aligned[i],
+            state=state,
+            population_chunk=setup.population_chunk,
+        )
+        for i, state in enumerate(states)
+    ]
+
+
+def _last_generation(
+    config: EvolutionConfig, algorithm: GeneticAlgorithm, limit: int | None
+) -> int:
+    """When a search stops: at its limit, or where the evaluation budget ends."""
+    if limit is None or config.evaluation_budget is None:
+        return limit or 0
+    left = (config.evaluation_budget - config.population_size) // algorithm.num_offspring
+    return min(limit, left)
+
+
+def _stack(parents: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parents)
 
 
 def align_parents(
