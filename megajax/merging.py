@@ -55,6 +55,7 @@ __all__ = [
     "merge",
     "merge_many",
     "prepare",
+    "statistics_paths",
 ]
 
 _SELECTIONS = {
@@ -187,12 +188,12 @@ class Setup(NamedTuple):
     Attributes:
         apply_fn: the network.
         genome: what genes mean.
-        context: `context(parents)` is what `genome.express` takes beside the genes; leaves
-            `[K, ...]`.
-        algorithm: `algorithm(context)` is the search among these parents. All searches share their
-            compiled programs.
+        algorithm: `algorithm(context)` is the search in the context of parents, leaves `[K, ...]`,
+            or of parents and `examples`. All searches share their compiled programs.
+        num_offspring: networks that a generation scores.
         inputs: one batch of validation inputs.
-        calibration: training inputs `[n, ...]`, or None.
+        calibration: training inputs `[n, ...]` to match activations on, or None.
+        examples: training inputs to measure statistics on, or None where they are not measured.
         align: how hidden units are brought into correspondence.
         evolution: population, generations and limits.
         population_chunk: networks of a search that are evaluated side by side.
@@ -200,10 +201,11 @@ class Setup(NamedTuple):
 
     apply_fn: ApplyFn
     genome: Genome
-    context: Callable[[PyTree], PyTree]
     algorithm: Callable[[PyTree], GeneticAlgorithm]
+    num_offspring: int
     inputs: jax.Array
     calibration: Any | None
+    examples: jax.Array | None
     align: AlignConfig
     evolution: EvolutionConfig
     population_chunk: int
@@ -260,10 +262,11 @@ def prepare(
     return Setup(
         apply_fn=apply_fn,
         genome=masked,
-        context=lambda parents: parents if examples is None else (parents, examples),
         algorithm=lambda context: rescored(algorithm, Partial(evaluate.func, context, data)),
+        num_offspring=algorithm.num_offspring,
         inputs=batch,
         calibration=calibration,
+        examples=examples,
         align=align,
         evolution=evolution,
         population_chunk=chunk,
@@ -325,7 +328,9 @@ def merge_many(
         )[0]
         for key, parents, skipped in zip(align_keys, groups, skip, strict=True)
     ]
-    contexts = [setup.context(stack_parents(parents)) for parents in aligned]
+    stacked = [stack_parents(parents) for parents in aligned]
+    examples = setup.examples
+    contexts = stacked if examples is None else [(parents, examples) for parents in stacked]
     algorithms = [setup.algorithm(context) for context in contexts]
     side_by_side = setup.population_chunk >= config.population_size
 
@@ -343,7 +348,7 @@ def merge_many(
             run_keys,
             algorithms,
             states,
-            [_last_generation(config, algorithms[0], limit) for limit in generations],
+            [_last_generation(setup, limit) for limit in generations],
             side_by_side=side_by_side,
             generations_per_chunk=config.generations_per_chunk,
             patience=config.patience,
@@ -373,14 +378,12 @@ def merge_many(
     ]
 
 
-def _last_generation(
-    config: EvolutionConfig, algorithm: GeneticAlgorithm, limit: int | None
-) -> int:
+def _last_generation(setup: Setup, limit: int | None) -> int:
     """When a search stops: at its limit, or where the evaluation budget ends."""
-    if limit is None or config.evaluation_budget is None:
+    budget = setup.evolution.evaluation_budget
+    if limit is None or budget is None:
         return limit or 0
-    left = (config.evaluation_budget - config.population_size) // algorithm.num_offspring
-    return min(limit, left)
+    return min(limit, (budget - setup.evolution.population_size) // setup.num_offspring)
 
 
 def _stack(parents: list[PyTree]) -> PyTree:
@@ -437,8 +440,6 @@ def align_parents(
         return list(parents), None
     verify_key, align_key = jax.random.split(key)
     verify(verify_key, symmetries, apply_fn, parents[0], inputs)
-    paths = leaf_paths(parents[0])
-    statistics = find_statistics(apply_fn, parents[0], inputs)
     return match(
         align_key,
         symmetries,
@@ -447,8 +448,30 @@ def align_parents(
         reference=config.reference,
         apply_fn=apply_fn,
         inputs=calibration,
-        ignore={paths[index] for s in statistics for index in (s.mean, s.variance)},
+        ignore=statistics_paths(apply_fn, parents[0], inputs),
     )
+
+
+def statistics_paths(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> set[str]:
+    """The paths of BatchNorm's statistics, which matching moves and does not count.
+
+    Args:
+        apply_fn: the network.
+        variables: of one network.
+        inputs: one batch, or its shape and dtype.
+
+    Returns:
+        Paths as in `megajax.parents.leaf_paths`.
+
+    Example:
+        >>> def apply_fn(w, x):
+        ...     return (x - w["mean"]) * jax.lax.rsqrt(w["var"] + 1e-5)
+        >>> sorted(statistics_paths(apply_fn, {"mean": np.zeros(1), "var": np.ones(1)}, np.ones(1)))
+        ['mean', 'var']
+    """
+    paths = leaf_paths(variables)
+    statistics = find_statistics(apply_fn, variables, inputs)
+    return {paths[index] for s in statistics for index in (s.mean, s.variance)}
 
 
 def genome_for(
