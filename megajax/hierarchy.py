@@ -34,6 +34,7 @@ from megajax.config import (
 from megajax.errors import ConfigError, ParentsError
 from megajax.evolution import GAInfo, GAState
 from megajax.fitness import footprint
+from megajax.genome import Genome
 from megajax.merging import MergeResult, Setup, merge_many, prepare, statistics_paths
 from megajax.parents import check_parents, leaf_paths
 from megajax.types import ApplyFn, Key, PyTree
@@ -97,6 +98,8 @@ class TreeResult(NamedTuple):
         nodes: who met whom, in the order of their numbers.
         results: what each node found, in the same order.
         evaluations: networks scored in all nodes together.
+        genome: what genes mean in each node.
+        population_chunk: networks of a search that were evaluated side by side.
     """
 
     variables: PyTree
@@ -105,6 +108,8 @@ class TreeResult(NamedTuple):
     nodes: tuple[Node, ...]
     results: tuple[NodeResult, ...]
     evaluations: int
+    genome: Genome
+    population_chunk: int
 
 
 class Budget(NamedTuple):
@@ -331,6 +336,8 @@ def merge_tree(
         nodes=tuple(nodes),
         results=tuple(results),
         evaluations=sum(result.evaluations for result in results),
+        genome=setup.genome,
+        population_chunk=setup.population_chunk,
     )
 
 
