@@ -7,6 +7,7 @@
     fitness     score a population in one program    evolution   init, step, run
     alignment   symmetries, matching                 normalization  BatchNorm, REPAIR
     evaluation  held-out metrics                     layers      which leaves form a layer
+    hierarchy   many parents, merged by a tree       training    parents, fine-tuning
     baselines   what one would do instead            statistics  intervals, paired tests
     robustness  corruptions, calibration             config      every choice and its default
     errors      what can be caught
@@ -23,8 +24,10 @@ from megajax.config import AlignConfig as AlignConfig
 from megajax.config import BaselinesConfig as BaselinesConfig
 from megajax.config import Config as Config
 from megajax.config import EvolutionConfig as EvolutionConfig
+from megajax.config import FinetuneConfig as FinetuneConfig
 from megajax.config import FitnessConfig as FitnessConfig
 from megajax.config import GenomeConfig as GenomeConfig
+from megajax.config import HierarchyConfig as HierarchyConfig
 from megajax.config import RecalibrateConfig as RecalibrateConfig
 from megajax.config import RobustnessConfig as RobustnessConfig
 from megajax.config import mega_paper as mega_paper
@@ -42,6 +45,8 @@ from megajax.evolution import genetic_algorithm as genetic_algorithm
 from megajax.genome import Genome as Genome
 from megajax.genome import masks as masks
 from megajax.genome import weights as weights
+from megajax.hierarchy import TreeResult as TreeResult
+from megajax.hierarchy import merge_tree as merge_tree
 from megajax.layers import find_layers as find_layers
 from megajax.merging import MergeResult as MergeResult
 from megajax.merging import merge as merge

@@ -35,8 +35,10 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvolutionConfig",
+    "FinetuneConfig",
     "FitnessConfig",
     "GenomeConfig",
+    "HierarchyConfig",
     "ModelConfig",
     "ParentsConfig",
     "RecalibrateConfig",
@@ -112,6 +114,8 @@ BASELINES: tuple[str, ...] = (
     "sep_cma_es",
     "differential_evolution",
 )
+PAIRINGS: tuple[str, ...] = ("order", "similarity")
+ODD: tuple[str, ...] = ("carry", "drop")
 
 
 def _annotations(section: type) -> dict[str, Any]:
@@ -569,6 +573,60 @@ class BaselinesConfig(_Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HierarchyConfig(_Section):
+    """Merging many parents two by two, round after round, instead of all of them in one search.
+
+    Each node of the tree is a merge of two networks as the other sections describe it.
+    `evolution.generations` is each node's, and `evolution.evaluation_budget` that of the whole
+    tree, shared out among its nodes, so that a tree and one search can be compared at equal cost.
+
+    Attributes:
+        enabled: merge by a tree.
+        pairing: who merges with whom: `order` (neighbours, as given), `similarity` (those whose
+            aligned weights are most alike, chosen anew in each round), or a function
+            `(networks) -> similarities [n, n]` in its place.
+        odd: what becomes of the one that is left when a round has an odd number: `carry` it to the
+            next round, or `drop` it, as MeGA's reference does.
+        nodes_at_once: nodes of a round whose searches run in one program: a number, or `auto` for
+            as many as fit in memory where they can run side by side, and one where they cannot.
+    """
+
+    _name: ClassVar[str] = "hierarchy"
+    enabled: bool = False
+    pairing: str | Callable[..., Any] = "order"
+    odd: str = "carry"
+    nodes_at_once: int | str = "auto"
+
+    def _check(self) -> None:
+        if isinstance(self.pairing, str):
+            self._one_of("pairing", PAIRINGS)
+        self._one_of("odd", ODD)
+        if isinstance(self.nodes_at_once, str):
+            self._one_of("nodes_at_once", ("auto",))
+        else:
+            self._at_least(1, "nodes_at_once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(_Section):
+    """Training after the merge; the best parent is trained just as long, to compare with.
+
+    All that is not said here is as in the `training` section, but without warm-up.
+
+    Attributes:
+        epochs: passes over the training images; 0 is off. MeGA's many-parent merge has 10.
+        learning_rate: peak learning rate; None is a tenth of the training's.
+    """
+
+    _name: ClassVar[str] = "finetune"
+    epochs: int = 0
+    learning_rate: float | None = None
+
+    def _check(self) -> None:
+        self._at_least(0, "epochs", "learning_rate")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(_Section):
     """A whole run: `python -m megajax.run --config FILE` builds one and follows it.
 
@@ -588,6 +646,8 @@ class Config(_Section):
         robustness: the test on corrupted images.
         tensorboard: write the lines of `metrics.jsonl` for TensorBoard too.
         baselines: what the merged network is compared with.
+        hierarchy: whether many parents are merged by a tree.
+        finetune: training after the merge.
     """
 
     _name: ClassVar[str] = "config"
@@ -606,6 +666,8 @@ class Config(_Section):
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     tensorboard: bool = False
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
+    hierarchy: HierarchyConfig = field(default_factory=HierarchyConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def _check(self) -> None:
         self._at_least(0, "seed")

@@ -1,7 +1,8 @@
 """The genetic algorithm: `init`, `step`, and `run`, which scans steps on the device.
 
 Knows genes, fitness and operators; nothing of networks, masks or files. State is what must be
-carried to go on, Info is what a generation has to tell.
+carried to go on, Info is what a generation has to tell. `init_many` and `run_many` do several
+searches in one program; `run` is the case of one.
 
 Example:
     >>> def evaluate(genes):
@@ -16,7 +17,7 @@ Example:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from megajax import operators
 from megajax.errors import SearchError
 from megajax.fitness import Evaluate
 from megajax.operators import Crossover, Mutation, Population, Selection, Survival
-from megajax.types import Genes, Key
+from megajax.types import Genes, Key, PyTree
 
 __all__ = [
     "GAInfo",
@@ -38,7 +39,10 @@ __all__ = [
     "check_alive",
     "describe",
     "genetic_algorithm",
+    "init_many",
+    "rescored",
     "run",
+    "run_many",
 ]
 
 
@@ -145,6 +149,31 @@ def genetic_algorithm(
     )
 
 
+def rescored(algorithm: GeneticAlgorithm, evaluate: Evaluate) -> GeneticAlgorithm:
+    """The same algorithm with another evaluation.
+
+    Args:
+        algorithm: from `genetic_algorithm`.
+        evaluate: a `jax.tree_util.Partial`. If it has the function of the former evaluation and
+            other arrays, both algorithms share their compiled programs.
+
+    Returns:
+        The algorithm.
+
+    Example:
+        >>> def evaluate(target, genes):
+        ...     return -jnp.abs(genes - target).sum(-1), ()
+        >>> near_0 = genetic_algorithm(Partial(evaluate, jnp.zeros(2)), num_offspring=2)
+        >>> near_1 = rescored(near_0, Partial(evaluate, jnp.ones(2)))
+        >>> float(near_1.init(jax.random.key(0), jnp.array([[0.0, 0], [1, 1]])).best.genes[0])
+        1.0
+    """
+    old: Any = algorithm
+    return algorithm._replace(
+        init=Partial(old.init.func, evaluate), step=Partial(old.step.func, evaluate)
+    )
+
+
 def run(
     key: Key,
     algorithm: GeneticAlgorithm,
@@ -189,34 +218,139 @@ def run(
         >>> infos.evaluations.tolist()
         [16, 24]
     """
-    started = time.monotonic()
-    done, evaluations, stale = map(
-        int, jax.device_get((state.generation, state.evaluations, state.stale))
-    )
     if evaluation_budget is not None:
+        done, evaluations = map(int, jax.device_get((state.generation, state.evaluations)))
         left = max(evaluation_budget - evaluations, 0) // algorithm.num_offspring
         generations = min(generations, done + left)
-    last = jax.device_put(np.int32(generations))
-    infos = []
-    while done < generations:
-        if patience is not None and stale >= patience:
+    (state,), (infos,) = run_many(
+        [key],
+        [algorithm],
+        [state],
+        [generations],
+        generations_per_chunk=generations_per_chunk,
+        patience=patience,
+        time_budget=time_budget,
+        callback=callback and (lambda states, infos: callback(states[0], infos[0])),
+    )
+    return state, infos
+
+
+def init_many(
+    keys: Sequence[Key],
+    algorithms: Sequence[GeneticAlgorithm],
+    genes: Sequence[Genes],
+    *,
+    side_by_side: bool = False,
+    skip: Sequence[bool] | None = None,
+) -> list[GAState]:
+    """Scores the first populations of n independent searches in one program.
+
+    Args:
+        keys: n PRNG keys.
+        algorithms: n algorithms that differ in their arrays only; see `rescored`. Arrays that they
+            have in common (the very same object in all) are passed, and kept, once.
+        genes: n first populations.
+        side_by_side: `vmap` over the searches; otherwise `lax.map`, one after the other, which
+            gives each of them the bits that it has alone.
+        skip: searches that are not to be done: their place in the program is kept, so that the
+            others run in the same program, but nothing is scored in it.
+
+    Returns:
+        n states; those skipped hold zeros.
+
+    Example:
+        >>> ga = genetic_algorithm(lambda genes: (genes.sum(-1), ()), num_offspring=2)
+        >>> keys = list(jax.random.split(jax.random.key(0)))
+        >>> [float(s.best.fitness) for s in init_many(keys, [ga, ga], [jnp.eye(2), 2 * jnp.eye(2)])]
+        [1.0, 2.0]
+    """
+    common, own = _split([algorithm.init for algorithm in algorithms])
+    wanted = jax.device_put([np.bool_(not s) for s in skip or [False] * len(keys)])
+    states: list[GAState] = _init_all(common, own, list(keys), list(genes), wanted, side_by_side)
+    return states
+
+
+def run_many(
+    keys: Sequence[Key],
+    algorithms: Sequence[GeneticAlgorithm],
+    states: Sequence[GAState],
+    generations: Sequence[int],
+    *,
+    side_by_side: bool = False,
+    generations_per_chunk: int = 10,
+    patience: int | None = None,
+    time_budget: float | None = None,
+    callback: Callable[[list[GAState], list[GAInfo]], bool | None] | None = None,
+) -> tuple[list[GAState], list[GAInfo]]:
+    """Runs n independent searches in one program, each as `run` would.
+
+    Args:
+        keys: n PRNG keys.
+        algorithms: as for `init_many`.
+        states: n states.
+        generations: for each search, the generation to stop at.
+        side_by_side: as for `init_many`. Side by side, floating point may be summed in another
+            order than alone, and a search may take another course where fitnesses are close.
+        generations_per_chunk: as for `run`, as the rest; patience is each search's own.
+        patience: see above.
+        time_budget: of all searches together.
+        callback: called with all states and each search's infos of the chunk, which are empty for
+            searches that have ended.
+
+    Returns:
+        The last states and the infos of all generations that this call did, for each search.
+
+    Example:
+        >>> ga = genetic_algorithm(lambda genes: (genes.sum(-1), ()), num_offspring=8)
+        >>> keys = list(jax.random.split(jax.random.key(0)))
+        >>> states = init_many(keys, [ga, ga], [jnp.eye(8), jnp.eye(8)])
+        >>> _, infos = run_many(keys, [ga, ga], states, [2, 3])
+        >>> [info.generation.tolist() for info in infos]
+        [[1, 2], [1, 2, 3]]
+    """
+    started = time.monotonic()
+    steps = [algorithm.step for algorithm in algorithms]
+    common, own = _split(steps)
+    now, goals = list(states), np.asarray(generations)
+    done, stale = _counters(now)
+    history: list[list[GAInfo]] = [[] for _ in steps]
+    while True:
+        going = done < goals
+        if patience is not None:
+            going &= stale < patience
+        if not going.any():
             break
         if time_budget is not None and time.monotonic() - started >= time_budget:
             break
-        state, chunk = _run_chunk(algorithm.step, key, state, last, generations_per_chunk)
-        chunk, stale = jax.device_get((chunk, state.stale))
-        count = min(generations_per_chunk, generations - done)
-        chunk = jax.tree.map(lambda leaf, count=count: leaf[:count], chunk)
-        infos.append(chunk)
-        done += count
-        stop = callback is not None and callback(state, chunk)
-        check_alive(chunk, algorithm.num_offspring)
+        last = np.where(going, goals, done).astype(np.int32)
+        now, infos = _run_chunk(
+            common,
+            own,
+            list(keys),
+            now,
+            jax.device_put(list(last)),
+            generations_per_chunk,
+            side_by_side,
+        )
+        counts = np.minimum(generations_per_chunk, last - done)
+        infos = [
+            jax.tree.map(lambda leaf, count=count: leaf[:count], of_one)
+            for of_one, count in zip(jax.device_get(infos), counts, strict=True)
+        ]
+        for of_one, chunks in zip(infos, history, strict=True):
+            chunks.append(of_one)
+        done, stale = _counters(now)
+        stop = callback is not None and callback(now, infos)
+        for of_one, algorithm in zip(infos, algorithms, strict=True):
+            check_alive(of_one, algorithm.num_offspring)
         if stop:
             break
-    if not infos:
-        info = jax.eval_shape(algorithm.step, key, state)[1]
-        return state, jax.tree.map(lambda leaf: np.zeros(0, leaf.dtype), info)
-    return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos)
+    if not all(history):
+        info = jax.eval_shape(steps[0], keys[0], now[0])[1]
+        nothing = jax.tree.map(lambda leaf: np.zeros(0, leaf.dtype), info)
+        history = [chunks or [nothing] for chunks in history]
+    joined = [jax.tree.map(lambda *leaves: np.concatenate(leaves), *chunks) for chunks in history]
+    return now, joined
 
 
 def check_alive(infos: GAInfo, scored: int) -> None:
@@ -331,23 +465,87 @@ def _score(evaluate: Evaluate, genes: Genes) -> Population:
     return Population(genes, jnp.where(jnp.isfinite(fitness), fitness, -jnp.inf), aux)
 
 
-@partial(jax.jit, static_argnums=4)
+@partial(jax.jit, static_argnames="side_by_side")
+def _init_all(
+    common: PyTree,
+    own: list[PyTree],
+    keys: list[Key],
+    genes: list[Genes],
+    wanted: list[jax.Array],
+    side_by_side: bool,
+) -> list[GAState]:
+    def one(own: PyTree, key: Key, genes: Genes, wanted: jax.Array) -> Any:
+        init = _joined(common, own)
+        return jax.lax.cond(wanted, init, lambda *_: _blank(init, key, genes), key, genes)
+
+    return _map_lists(one, side_by_side, own, keys, genes, wanted)
+
+
+@partial(jax.jit, static_argnames=("length", "side_by_side"))
 def _run_chunk(
-    step: Any, key: Key, state: GAState, last: jax.Array, length: int
-) -> tuple[GAState, GAInfo]:
-    """`length` generations, of which those after `last` are skipped and leave zeros."""
+    common: PyTree,
+    own: list[PyTree],
+    keys: list[Key],
+    states: list[GAState],
+    last: list[jax.Array],
+    length: int,
+    side_by_side: bool,
+) -> tuple[list[GAState], list[GAInfo]]:
+    """`length` generations of each search; those after its `last` are skipped and leave zeros."""
 
-    def generation(state: GAState, _: None) -> tuple[GAState, GAInfo]:
-        blank = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(step, key, state)[1]
-        )
-        result: tuple[GAState, GAInfo] = jax.lax.cond(
-            state.generation < last,
-            lambda state: step(jax.random.fold_in(key, state.generation), state),
-            lambda state: (state, blank),
-            state,
-        )
-        return result
+    def one(own: PyTree, key: Key, state: GAState, last: jax.Array) -> Any:
+        step = _joined(common, own)
 
-    final: tuple[GAState, GAInfo] = jax.lax.scan(generation, state, None, length)
-    return final
+        def generation(state: GAState, _: None) -> Any:
+            return jax.lax.cond(
+                state.generation < last,
+                lambda state: step(jax.random.fold_in(key, state.generation), state),
+                lambda state: (state, _blank(step, key, state)[1]),
+                state,
+            )
+
+        return jax.lax.scan(generation, state, None, length)
+
+    done = _map_lists(one, side_by_side, own, keys, states, last)
+    return [state for state, _ in done], [infos for _, infos in done]
+
+
+def _blank(function: Any, *arguments: Any) -> Any:
+    shapes = jax.eval_shape(function, *arguments)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _map_lists(function: Any, side_by_side: bool, *lists: list[PyTree]) -> list[Any]:
+    """`[function(*elements) for elements in zip(*lists)]`, traced once."""
+    elements = list(zip(*lists, strict=True))
+    if len(elements) == 1:
+        return [function(*elements[0])]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *elements)
+    mapped = (
+        jax.vmap(function)(*stacked)
+        if side_by_side
+        else jax.lax.map(lambda element: function(*element), stacked)
+    )
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], mapped) for i in range(len(elements))]
+
+
+def _split(trees: Sequence[PyTree]) -> tuple[PyTree, list[PyTree]]:
+    """The leaves that all trees have in common, and the others of each; None in their places."""
+    shared = jax.tree.map(lambda *leaves: all(leaf is leaves[0] for leaf in leaves), *trees)
+    common = jax.tree.map(lambda same, leaf: leaf if same else None, shared, trees[0])
+    own = [jax.tree.map(lambda same, leaf: None if same else leaf, shared, tree) for tree in trees]
+    return common, own
+
+
+def _joined(common: PyTree, own: PyTree) -> PyTree:
+    def either(mine: Any, ours: Any) -> Any:
+        return ours if mine is None else mine
+
+    return jax.tree.map(either, own, common, is_leaf=lambda leaf: leaf is None)
+
+
+def _counters(states: Sequence[GAState]) -> tuple[np.ndarray, np.ndarray]:
+    """Generations done, and those without a better best, of each state."""
+    counters = jax.device_get([(state.generation, state.stale) for state in states])
+    done, stale = np.asarray(counters).T
+    return done, stale

@@ -28,6 +28,7 @@ __all__ = [
     "batches",
     "evaluator",
     "example_scores",
+    "footprint",
     "map_chunks",
     "negative_cross_entropy",
 ]
@@ -253,6 +254,54 @@ def auto_chunk(apply_fn: ApplyFn, variables: PyTree, inputs: Any, population_siz
     program = jax.make_jaxpr(apply_fn)(variables, inputs)
     convolves = "conv_general_dilated" in _primitives(program.jaxpr)
     return 1 if convolves else population_size
+
+
+def footprint(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> int:
+    """About how much memory one network takes while it is evaluated on one batch.
+
+    Its weights, and the most that is alive at once if its program runs equation by equation, as it
+    is written. Compilers fuse equations and need less, but convolutions may take a workspace.
+
+    Args:
+        apply_fn: the network.
+        variables: of one network, or their shapes and dtypes.
+        inputs: one batch, or its shape and dtype.
+
+    Returns:
+        Bytes.
+
+    Example:
+        >>> footprint(lambda w, x: jnp.tanh(x @ w), jnp.ones((3, 2)), jnp.ones((5, 3)))
+        104
+    """
+    program = jax.make_jaxpr(apply_fn)(variables, inputs)
+    weights = program.jaxpr.invars[: len(jax.tree.leaves(variables))]
+    return sum(map(_size, weights)) + _peak(program.jaxpr)
+
+
+def _size(atom: Any) -> int:
+    return int(atom.aval.size) * int(atom.aval.dtype.itemsize)
+
+
+def _peak(jaxpr: core.Jaxpr) -> int:
+    """The most bytes of results that are alive at once; arguments apart."""
+    last_use = {
+        atom: number
+        for number, equation in enumerate(jaxpr.eqns)
+        for atom in equation.invars
+        if not isinstance(atom, core.Literal)
+    }
+    last_use |= dict.fromkeys(
+        (atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)), len(jaxpr.eqns)
+    )
+    alive: dict[Any, int] = {}
+    peak = 0
+    for number, equation in enumerate(jaxpr.eqns):
+        inside = max(map(_peak, core.jaxprs_in_params(equation.params)), default=0)
+        alive |= {atom: _size(atom) for atom in equation.outvars}
+        peak = max(peak, sum(alive.values()) + inside)
+        alive = {atom: size for atom, size in alive.items() if last_use.get(atom, 0) > number}
+    return peak
 
 
 def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 `merge` wires genome, fitness, operators and evolution as the configuration sections say; it writes
 no file and prints nothing. Whoever wants other wiring calls the pieces: this module is short.
+`prepare` does the wiring, `merge_many` searches for several groups of parents in one program, and
+`merge` is the case of one group.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from megajax import operators
 from megajax.alignment import Alignment, find_symmetries, unit_labels, verify
@@ -32,7 +35,9 @@ from megajax.evolution import (
     check_alive,
     describe,
     genetic_algorithm,
-    run,
+    init_many,
+    rescored,
+    run_many,
 )
 from megajax.fitness import METRICS, Evaluate, auto_chunk, batches, evaluator
 from megajax.genome import Genome, masks, weights
@@ -44,12 +49,16 @@ from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
     "MergeResult",
+    "Setup",
     "algorithm_for",
     "align_parents",
     "check_labels",
     "genome_for",
     "merge",
+    "merge_many",
+    "prepare",
     "shares_of",
+    "statistics_paths",
 ]
 
 _SELECTIONS = {
@@ -163,10 +172,87 @@ def merge(
     Algorithm", arXiv 2406.04607; `megajax.config.mega_paper` is its algorithm to the letter. The
     search over masks is megajax's own.
     """
+    setup = prepare(
+        apply_fn,
+        parents,
+        validation,
+        calibration=calibration,
+        align=align,
+        recalibrate=recalibrate,
+        genome=genome,
+        fitness=fitness,
+        evolution=evolution,
+        labels=labels,
+    )
+    (result,) = merge_many(
+        [key],
+        setup,
+        [parents],
+        states=None if state is None else [state],
+        callback=callback and (lambda states, infos: callback(states[0], infos[0])),
+    )
+    assert result is not None
+    return result
+
+
+class Setup(NamedTuple):
+    """What all merges of one network on the same data have in common: all but keys and parents.
+
+    Attributes:
+        apply_fn: the network.
+        genome: what genes mean.
+        algorithm: `algorithm(context)` is the search in the context of parents, leaves `[K, ...]`,
+            or of parents and `examples`. All searches share their compiled programs.
+        num_offspring: networks that a generation scores.
+        score: `score(parents)` is the fitness `[K]` of the parents, leaves `[K, ...]`, where they
+            are not in the first population; else None.
+        inputs: one batch of validation inputs.
+        calibration: training inputs `[n, ...]` to match activations on, or None.
+        examples: training inputs to measure statistics on, or None where they are not measured.
+        align: how hidden units are brought into correspondence.
+        evolution: population, generations and limits.
+        population_chunk: networks of a search that are evaluated side by side.
+    """
+
+    apply_fn: ApplyFn
+    genome: Genome
+    algorithm: Callable[[PyTree], GeneticAlgorithm]
+    num_offspring: int
+    score: Callable[[PyTree], jax.Array] | None
+    inputs: jax.Array
+    calibration: Any | None
+    examples: jax.Array | None
+    align: AlignConfig
+    evolution: EvolutionConfig
+    population_chunk: int
+
+
+def prepare(
+    apply_fn: ApplyFn,
+    parents: Sequence[PyTree],
+    validation: tuple[Any, Any],
+    *,
+    calibration: Any | None = None,
+    align: AlignConfig | None = None,
+    recalibrate: RecalibrateConfig | None = None,
+    genome: GenomeConfig | None = None,
+    fitness: FitnessConfig | None = None,
+    evolution: EvolutionConfig | None = None,
+    labels: PyTree | None = None,
+) -> Setup:
+    """Wires everything that merges of one network have in common. Arguments and errors of `merge`.
+
+    Returns:
+        The setup of merges of K parents each.
+
+    Example:
+        >>> parents, data = [jnp.eye(3), -jnp.eye(3)], (jnp.eye(3), jnp.arange(3))
+        >>> prepare(lambda kernel, x: x @ kernel, parents, data).genome.num_genes
+        3
+    """
     align, recalibrate = align or AlignConfig(), recalibrate or RecalibrateConfig()
     genome, fitness = genome or GenomeConfig(), fitness or FitnessConfig()
     evolution = evolution or EvolutionConfig()
-    align_key, genes_key, init_key, run_key = jax.random.split(key, 4)
 
     check_parents(parents)
     one = parents[0]
@@ -177,60 +263,168 @@ def merge(
     if calibration is None and (recalibrate.enabled or align.method in ("activations", "both")):
         raise DataError("calibration inputs are missing: align or recalibrate needs them")
 
-    aligned, _ = align_parents(align_key, apply_fn, parents, batch, calibration, align)
-    stacked = stack_parents(aligned)
+    stacked = jax.eval_shape(_stack, list(parents))
     masked = genome_for(apply_fn, stacked, batch, genome, labels=labels)
-    context = stacked
+    examples = None
     if recalibrate.enabled:
         masked = recalibrated(masked, apply_fn)
-        context = (stacked, jnp.asarray(calibration)[: recalibrate.examples])
+        examples = jnp.asarray(calibration)[: recalibrate.examples]
     chunk = fitness.population_chunk
     if isinstance(chunk, str):
         chunk = auto_chunk(apply_fn, one, batch, evolution.population_size)
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
-    evaluate = evaluator(masked.express, apply_fn, metric, context, data, population_chunk=chunk)
+    evaluate: Any = evaluator(masked.express, apply_fn, metric, None, data, population_chunk=chunk)
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary)
-
-    genes = jax.jit(masked.init, static_argnums=1)(genes_key, evolution.population_size, stacked)
-    start = algorithm.init(init_key, genes)
-    first = jax.device_get(jax.tree.map(lambda leaf: leaf[None], describe(start)))
-    if genome.parents_first:
-        parent_fitness = np.asarray(start.population.fitness[: len(parents)])
-    else:  # for the record only: the search does not know it
-        score = evaluator(_itself, apply_fn, metric, (), data, population_chunk=chunk)
-        parent_fitness = np.asarray(jax.jit(score)(stacked)[0])
-    history, stopped = [], False
-    if state is None:
-        state, history = start, [first]
-        stopped = bool(callback is not None and callback(state, first))
-        check_alive(first, start.population.fitness.size)
-    else:
-        state = _check_state(state, start)
-    if not stopped:
-        state, infos = run(
-            run_key,
-            algorithm,
-            state,
-            evolution.generations,
-            generations_per_chunk=evolution.generations_per_chunk,
-            patience=evolution.patience,
-            time_budget=evolution.time_budget,
-            evaluation_budget=evolution.evaluation_budget,
-            callback=callback,
-        )
-        history.append(infos)
-    return MergeResult(
-        variables=jax.jit(masked.express)(state.best.genes, context),
-        fitness=float(state.best.fitness),
-        parent_fitness=parent_fitness,
-        genes=state.best.genes,
-        history=jax.tree.map(lambda *leaves: np.concatenate(leaves), *history),
-        evaluations=int(state.evaluations),
+    score = None
+    if not genome.parents_first:  # for the record only: the search does not know it
+        itself = evaluator(_itself, apply_fn, metric, (), data, population_chunk=chunk)
+        score = partial(_scores, itself)
+    return Setup(
+        apply_fn=apply_fn,
         genome=masked,
-        parents=aligned,
-        state=state,
+        algorithm=lambda context: rescored(algorithm, Partial(evaluate.func, context, data)),
+        num_offspring=algorithm.num_offspring,
+        score=score,
+        inputs=batch,
+        calibration=calibration,
+        examples=examples,
+        align=align,
+        evolution=evolution,
         population_chunk=chunk,
     )
+
+
+def merge_many(
+    keys: Sequence[Key],
+    setup: Setup,
+    groups: Sequence[Sequence[PyTree]],
+    *,
+    generations: Sequence[int | None] | None = None,
+    states: Sequence[GAState] | None = None,
+    callback: Callable[[list[GAState], list[GAInfo]], bool | None] | None = None,
+) -> list[MergeResult | None]:
+    """Merges n groups of K parents, each group into one network, with one program for all searches.
+
+    Each search is the one that `merge` does with its key. Where networks are evaluated in turn
+    (`setup.population_chunk` below the population), so are the searches. Otherwise they run side by
+    side: floating point sums may then differ in the last bits from those of a search alone, and a
+    search may take another course where fitnesses are close.
+
+    Args:
+        keys: n PRNG keys.
+        setup: from `prepare`.
+        groups: n groups of parents.
+        generations: for each group, when to stop, instead of `evolution.generations`; None is for a
+            group that is not to be merged: it keeps its place in the program, so that the others
+            get the bits that they would get beside it.
+        states: where earlier calls with the same other arguments got to; None starts anew.
+        callback: called with the states and the infos of all searches after each chunk of
+            generations, and, when they start anew, once before the first; a true result stops them
+            all.
+
+    Returns:
+        n results; None for a group that was not to be merged.
+
+    Raises:
+        ParentsError: parents that do not fit together or are not finite.
+        ConfigError: choices that cannot work.
+
+    Example:
+        >>> parents, data = [jnp.eye(3), -jnp.eye(3)], (jnp.eye(3), jnp.arange(3))
+        >>> small = EvolutionConfig(population_size=4, generations=1)
+        >>> setup = prepare(lambda kernel, x: x @ kernel, parents, data, evolution=small)
+        >>> keys = list(jax.random.split(jax.random.key(0)))
+        >>> [bool(r.fitness > -1) for r in merge_many(keys, setup, [parents, parents[::-1]])]
+        [True, True]
+    """
+    config, genome = setup.evolution, setup.genome
+    if generations is None:
+        generations = [config.generations] * len(keys)
+    skip = [limit is None for limit in generations]
+    align_keys, genes_keys, init_keys, run_keys = zip(
+        *(jax.random.split(key, 4) for key in keys), strict=True
+    )
+    aligned = [
+        list(parents)
+        if skipped
+        else align_parents(
+            key, setup.apply_fn, parents, setup.inputs, setup.calibration, setup.align
+        )[0]
+        for key, parents, skipped in zip(align_keys, groups, skip, strict=True)
+    ]
+    stacked = [stack_parents(parents) for parents in aligned]
+    examples = setup.examples
+    contexts = stacked if examples is None else [(parents, examples) for parents in stacked]
+    algorithms = [setup.algorithm(context) for context in contexts]
+    side_by_side = setup.population_chunk >= config.population_size
+
+    init = jax.jit(genome.init, static_argnums=1)
+    genes = [
+        init(key, config.population_size, parents)
+        for key, parents in zip(genes_keys, stacked, strict=True)
+    ]
+    start = init_many(init_keys, algorithms, genes, side_by_side=side_by_side, skip=skip)
+    parent_fitness = [
+        np.asarray(setup.score(parents) if setup.score else state.population.fitness[: len(group)])
+        for state, group, parents in zip(start, groups, stacked, strict=True)
+    ]
+    history, stopped = [], False
+    if states is None:
+        first = [
+            jax.tree.map(lambda leaf: np.asarray(leaf)[None], describe(state)) for state in start
+        ]
+        now, history = start, [first]
+        stopped = bool(callback is not None and callback(now, first))
+        for infos, skipped in zip(first, skip, strict=True):
+            if not skipped:
+                check_alive(infos, config.population_size)
+    else:
+        now = [_check_state(*pair) for pair in zip(states, start, strict=True)]
+    if not stopped:
+        now, rest = run_many(
+            run_keys,
+            algorithms,
+            now,
+            [_last_generation(setup, limit) for limit in generations],
+            side_by_side=side_by_side,
+            generations_per_chunk=config.generations_per_chunk,
+            patience=config.patience,
+            time_budget=config.time_budget,
+            callback=callback,
+        )
+        history.append(rest)
+    express = jax.jit(genome.express)
+    return [
+        None
+        if skip[i]
+        else MergeResult(
+            variables=express(state.best.genes, contexts[i]),
+            fitness=float(state.best.fitness),
+            parent_fitness=parent_fitness[i],
+            genes=state.best.genes,
+            history=jax.tree.map(
+                lambda *leaves: np.concatenate(leaves), *(part[i] for part in history)
+            ),
+            evaluations=int(state.evaluations),
+            genome=genome,
+            parents=aligned[i],
+            state=state,
+            population_chunk=setup.population_chunk,
+        )
+        for i, state in enumerate(now)
+    ]
+
+
+def _last_generation(setup: Setup, limit: int | None) -> int:
+    """When a search stops: at its limit, or where the evaluation budget ends."""
+    budget = setup.evolution.evaluation_budget
+    if limit is None or budget is None:
+        return limit or 0
+    return min(limit, (budget - setup.evolution.population_size) // setup.num_offspring)
+
+
+def _stack(parents: list[PyTree]) -> PyTree:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parents)
 
 
 def _check_state(state: GAState, start: GAState) -> GAState:
@@ -301,8 +495,6 @@ def align_parents(
         return list(parents), None
     verify_key, align_key = jax.random.split(key)
     verify(verify_key, symmetries, apply_fn, parents[0], inputs)
-    paths = leaf_paths(parents[0])
-    statistics = find_statistics(apply_fn, parents[0], inputs)
     return match(
         align_key,
         symmetries,
@@ -311,8 +503,30 @@ def align_parents(
         reference=config.reference,
         apply_fn=apply_fn,
         inputs=calibration,
-        ignore={paths[index] for s in statistics for index in (s.mean, s.variance)},
+        ignore=statistics_paths(apply_fn, parents[0], inputs),
     )
+
+
+def statistics_paths(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> set[str]:
+    """The paths of BatchNorm's statistics, which matching moves and does not count.
+
+    Args:
+        apply_fn: the network.
+        variables: of one network.
+        inputs: one batch, or its shape and dtype.
+
+    Returns:
+        Paths as in `megajax.parents.leaf_paths`.
+
+    Example:
+        >>> def apply_fn(w, x):
+        ...     return (x - w["mean"]) * jax.lax.rsqrt(w["var"] + 1e-5)
+        >>> sorted(statistics_paths(apply_fn, {"mean": np.zeros(1), "var": np.ones(1)}, np.ones(1)))
+        ['mean', 'var']
+    """
+    paths = leaf_paths(variables)
+    statistics = find_statistics(apply_fn, variables, inputs)
+    return {paths[index] for s in statistics for index in (s.mean, s.variance)}
 
 
 def genome_for(
@@ -465,6 +679,11 @@ def shares_of(result: MergeResult) -> dict[str, list[float]]:
     if result.genome.labels is None:
         return projected_shares(result.variables, stack_parents(result.parents))
     return parent_shares(result.genome, result.genes, result.variables)
+
+
+@jax.jit
+def _scores(evaluate: Evaluate, networks: PyTree) -> jax.Array:
+    return evaluate(networks)[0]
 
 
 def _itself(variables: PyTree, context: PyTree) -> PyTree:

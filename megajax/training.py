@@ -26,6 +26,7 @@ Example:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import operator
@@ -40,7 +41,7 @@ import numpy.typing as npt
 import optax
 from flax import linen as nn
 
-from megajax.config import TrainingConfig
+from megajax.config import FinetuneConfig, TrainingConfig
 from megajax.data import Split
 from megajax.errors import ConfigError, DataError, ParentsError
 
@@ -48,6 +49,8 @@ __all__ = [
     "Metrics",
     "TrainState",
     "augment",
+    "begin",
+    "finetune",
     "init",
     "make_epoch",
     "make_optimizer",
@@ -107,7 +110,8 @@ def train(
             the longest shard needs; shorter ones start over within it.
         config: how to train.
         shared_initialization: all parents start from the same weights.
-        state: where an earlier call got to, with the same other arguments; None starts anew.
+        state: where to start: where an earlier call with the same other arguments got to, or
+            `begin` from given weights. None starts anew.
         callback: called after each epoch with the state and the epoch's metrics [K].
         mapping: `vmap` trains the parents side by side, a whole epoch in one compiled call; `loop`
             trains them in turn, one compiled step at a time. `auto` takes `loop` on a CPU, whose
@@ -170,6 +174,104 @@ def init(
     ]
     variables, optimizer_state = _stack(learners)
     return TrainState(variables, optimizer_state, jnp.zeros((), jnp.int32))
+
+
+def begin(
+    variables: Sequence[Variables],
+    split: Split,
+    shards: Sequence[npt.ArrayLike],
+    config: TrainingConfig,
+) -> TrainState:
+    """The state before the first epoch of networks that are given, instead of those of `init`.
+
+    Args:
+        variables: K variables pytrees of a Linen module.
+        split: as for `train`, as the rest.
+        shards: see above.
+        config: see above.
+
+    Returns:
+        The networks, with optimizers that have seen nothing yet.
+
+    Raises:
+        ConfigError: the schedule cannot work.
+        DataError: a shard is empty, or holds what is no index into the split; names the parent.
+
+    Example:
+        >>> split = Split(np.zeros((2, 1), np.float32), np.zeros(2, np.int32))
+        >>> state = begin([{"params": jnp.ones(3)}], split, [[0, 1]], TrainingConfig())
+        >>> state.variables["params"].shape, int(state.epoch)
+        ((1, 3), 0)
+    """
+    optimizer = make_optimizer(config, _steps(_checked(shards, split), config))
+    given = [jax.tree.map(jnp.asarray, one) for one in variables]
+    learners = [_Learner(one, optimizer.init(one["params"])) for one in given]
+    stacked, optimizer_state = _stack(learners)
+    return TrainState(stacked, optimizer_state, jnp.zeros((), jnp.int32))
+
+
+def finetune(
+    key: jax.Array,
+    model: nn.Module,
+    split: Split,
+    networks: Sequence[Variables],
+    config: FinetuneConfig,
+    training: TrainingConfig | None = None,
+    *,
+    mapping: str = "auto",
+) -> tuple[list[Variables], Metrics]:
+    """Trains networks further, all of them for as long and on the same images.
+
+    A merged network that was fine-tuned should be compared with the best parent fine-tuned just as
+    long, which may have gained as much: give both.
+
+    Args:
+        key: the source of all randomness.
+        model: as for `train`.
+        split: the training images, all of which each network sees.
+        networks: K variables pytrees.
+        config: how long, and at which learning rate.
+        training: the rest; None takes the defaults. There is no warm-up.
+        mapping: as for `train`.
+
+    Returns:
+        The K networks (as they were given, if there are no epochs), and the metrics [epochs, K].
+
+    Raises:
+        ParentsError: a network's loss or weights are not finite; names its place and the epoch.
+
+    Example:
+        >>> from megajax.models.mlp import MLP
+        >>> model, images = MLP(num_classes=2, hidden=()), np.eye(2, dtype=np.float32)
+        >>> images = images.reshape(2, 1, 2, 1)
+        >>> merged, best_parent = (model.init(jax.random.key(k), images) for k in range(2))
+        >>> (merged, best_parent), history = finetune(
+        ...     jax.random.key(0),
+        ...     model,
+        ...     Split(images, np.arange(2, dtype=np.int32)),
+        ...     [merged, best_parent],
+        ...     FinetuneConfig(epochs=10, learning_rate=0.1),
+        ... )
+        >>> bool((history.loss[-1] < history.loss[0]).all())
+        True
+    """
+    training = training or TrainingConfig()
+    if config.epochs == 0:
+        return list(networks), Metrics(*np.zeros((2, 0, len(networks)), np.float32))
+    rate = config.learning_rate
+    longer = dataclasses.replace(
+        training,
+        epochs=config.epochs,
+        learning_rate=training.learning_rate / 10 if rate is None else rate,
+        warmup_epochs=0.0,
+    )
+    shards = [np.arange(len(split.labels))] * len(networks)
+    try:
+        state = begin(networks, split, shards, longer)
+        return train(key, model, split, shards, longer, state=state, mapping=mapping)
+    except ParentsError as error:
+        message = str(error).replace("training.learning_rate", "finetune.learning_rate")
+        raise ParentsError(f"finetune: {message}") from None
 
 
 def make_epoch(

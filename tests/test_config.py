@@ -69,6 +69,10 @@ def test_lists_and_numbers_as_text_are_taken_where_they_are_meant():
         ({"parents": {"skew": -0.1}}, "parents.skew is -0.1"),
         ({"training": {"augment": ("blur",)}}, "training.augment is \\('blur',\\)"),
         ({"data": {"name": ""}}, "data.name is ''"),
+        ({"hierarchy": {"odd": "keep"}}, "hierarchy.odd is 'keep': choose one of carry, drop"),
+        ({"hierarchy": {"nodes_at_once": "all"}}, "hierarchy.nodes_at_once is 'all'"),
+        ({"hierarchy": {"nodes_at_once": 0}}, "hierarchy.nodes_at_once is 0"),
+        ({"finetune": {"epochs": -1}}, "finetune.epochs is -1"),
         ({"seed": -1}, "config.seed is -1"),
     ],
 )

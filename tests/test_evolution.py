@@ -10,7 +10,15 @@ import pytest
 from jax.tree_util import Partial
 
 from megajax import operators
-from megajax.evolution import describe, genetic_algorithm, run
+from megajax.evolution import (
+    _split,
+    describe,
+    genetic_algorithm,
+    init_many,
+    rescored,
+    run,
+    run_many,
+)
 
 KEY = jax.random.key(3)
 TARGET = jnp.linspace(-0.5, 1.5, 12)
@@ -194,6 +202,45 @@ def test_time_budget_and_callback_stop_between_chunks():
     state, infos = run(KEY, ga, start, 10, generations_per_chunk=3, callback=callback)
     assert seen == [[1, 2, 3], [4, 5, 6]]
     assert int(state.generation) == len(infos.generation) == 6
+
+
+# Several searches -----------------------------------------------------------------------------
+
+
+def test_searches_in_one_program_are_the_searches_alone():
+    def evaluate(target, genes):
+        # On a plateau near the target nothing improves, so that patience has something to end.
+        return jnp.minimum(-jnp.sum((genes - target) ** 2, axis=-1), -15.0), ()
+
+    targets = [TARGET, 0 * TARGET, TARGET + 0.5]
+    first = make(Partial(evaluate, targets[0]))
+    searches = [first, *(rescored(first, Partial(evaluate, target)) for target in targets[1:])]
+    keys = list(jax.random.split(KEY, 3))
+    limits = {"generations_per_chunk": 3, "patience": 4}
+
+    starts = init_many(keys, searches, [first_genes()] * 3)
+    states, infos = run_many(keys, searches, starts, [40, 5, 0], **limits)
+    alone = [
+        run(key, search, search.init(key, first_genes()), generations, **limits)
+        for key, search, generations in zip(keys, searches, [40, 5, 0], strict=True)
+    ]
+    chex.assert_trees_all_equal(list(zip(states, infos, strict=True)), alone)
+    lengths = [len(info.generation) for info in infos]
+    assert lengths[0] % 3 == 0  # patience ends a search after a whole chunk
+    assert 5 < lengths[0] < 40
+    assert lengths[1:] == [5, 0]
+
+    skipped = init_many(keys, searches, [first_genes()] * 3, skip=[False, True, False])
+    chex.assert_trees_all_equal(skipped[::2], starts[::2])
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(skipped[1]))
+
+
+def test_what_searches_have_in_common_is_passed_once():
+    images, targets = jnp.zeros(1000), [jnp.zeros(3), jnp.ones(3)]
+    evaluations = [Partial(max, target, images) for target in targets]
+    common, own = _split(evaluations)
+    assert common.args[1] is images
+    assert [one.args for one in own] == [(targets[0], None), (targets[1], None)]
 
 
 # Speed contracts ------------------------------------------------------------------------------

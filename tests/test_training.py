@@ -11,7 +11,7 @@ import pytest
 from flax import linen as nn
 
 from megajax import training
-from megajax.config import DataConfig, ParentsConfig, TrainingConfig
+from megajax.config import DataConfig, FinetuneConfig, ParentsConfig, TrainingConfig
 from megajax.data import Split, load, shards
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.models import build
@@ -126,6 +126,61 @@ def test_shared_initialization(tiny):
     frozen = dataclasses.replace(TINY, learning_rate=0.0)
     (one, other), _ = train_tiny(tiny, config=frozen, shared_initialization=True)
     chex.assert_trees_all_equal(one["params"], other["params"])
+
+
+# --- fine-tuning -------------------------------------------------------------------------------
+
+
+def test_fine_tuning_is_a_plain_optax_loop_for_each_network(tiny):
+    split, _ = tiny
+    model = tiny_model()
+    merged, best_parent = (model.init(jax.random.key(k), split.images) for k in (1, 2))
+    # All images in one batch: their order does not matter, and no part of training is needed.
+    config = TrainingConfig(
+        epochs=7, batch_size=40, optimizer="sgd", schedule="cosine", learning_rate=5.0, momentum=0.5
+    )
+    tuned, history = training.finetune(
+        KEY, model, split, [merged, best_parent], FinetuneConfig(epochs=6), config
+    )
+    schedule = optax.cosine_decay_schedule(0.5, 6)  # a tenth, over these epochs
+    optimizer = optax.sgd(schedule, momentum=0.5, nesterov=True)
+
+    @jax.jit
+    def step(variables, state):
+        def loss_fn(params):
+            logits, updated = model.apply(
+                {**variables, "params": params}, split.images, train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, split.labels)
+            return losses.mean(), updated
+
+        (loss, updated), gradients = jax.value_and_grad(loss_fn, has_aux=True)(variables["params"])
+        updates, state = optimizer.update(gradients, state)
+        return {"params": optax.apply_updates(variables["params"], updates), **updated}, state, loss
+
+    for k, variables in enumerate((merged, best_parent)):
+        state, losses = optimizer.init(variables["params"]), []
+        for _ in range(6):
+            variables, state, loss = step(variables, state)
+            losses.append(loss)
+        chex.assert_trees_all_close(tuned[k], variables, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(history.loss[:, k], losses, rtol=1e-4)
+    assert history.loss.shape == history.accuracy.shape == (6, 2)
+
+
+def test_no_epochs_of_fine_tuning_change_nothing(tiny):
+    networks = [{"params": {"kernel": np.ones(2)}}] * 2
+    same, history = training.finetune(KEY, tiny_model(), tiny[0], networks, FinetuneConfig())
+    assert all(one is other for one, other in zip(same, networks, strict=True))
+    assert history.loss.shape == (0, 2)
+
+
+def test_fine_tuning_that_diverges_names_its_own_rate(tiny):
+    model = tiny_model()
+    good = model.init(KEY, tiny[0].images)
+    bad = jax.tree.map(lambda leaf: leaf * jnp.inf, good)
+    with pytest.raises(ParentsError, match=r"finetune: parent 1: .* finetune.learning_rate below"):
+        training.finetune(KEY, model, tiny[0], [good, bad], FinetuneConfig(epochs=1), TINY)
 
 
 # --- shards, batches ---------------------------------------------------------------------------
