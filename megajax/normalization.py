@@ -165,13 +165,13 @@ def recalibrated(genome: Genome, apply_fn: ApplyFn) -> Genome:
 
     Example:
         >>> from megajax.genome import masks
-        >>> parents = {"mean": jnp.zeros((2, 1)), "var": jnp.ones((2, 1)), "w": jnp.ones((2, 1))}
+        >>> parents = {"mean": jnp.zeros((2, 1)), "var": jnp.ones((2, 1)), "w": jnp.eye(2)[:, :1]}
         >>> def apply_fn(w, x):
         ...     return (x * w["w"] - w["mean"]) * jax.lax.rsqrt(w["var"] + 1e-5)
         >>> genome = recalibrated(masks(parents, granularity="global"), apply_fn)
         >>> x = jnp.array([[1.0], [3.0]])
         >>> float(genome.express(jnp.array([[0.5, 0.5]]), (parents, x))["mean"][0])
-        2.0
+        1.0
         >>> float(genome.express(jnp.array([[1.0, 0.0]]), (parents, x))["mean"][0])
         0.0
     """
