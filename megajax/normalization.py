@@ -217,9 +217,11 @@ def find_linear(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[Line
 
     def visit(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) -> Sequence[_Trait]:
         trait = _follow(number, equation, operands)
+        if trait.weight:
+            trait = trait._replace(leaves=frozenset().union(*(one.leaves for one in operands)))
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             contractions.append(number)
-            used.extend(operand.leaf for operand in operands if operand.leaf is not None)
+            used.extend(leaf for operand in operands for leaf in operand.leaves)
             trait = trait._replace(linear=_linear(number, equation, operands))
         elif equation.primitive.name in ("add", "add_any") and len(operands) == 2:
             for one, other in (operands, operands[::-1]):
@@ -373,6 +375,7 @@ class _Trait(NamedTuple):
         root: a factor or divisor that is the root of this leaf.
         centred: activations from which a mean was just subtracted.
         linear: what a contraction just computed, before its bias is added.
+        leaves: all leaves that a weight was computed from, however.
     """
 
     weight: bool = False
@@ -381,12 +384,13 @@ class _Trait(NamedTuple):
     root: int | None = None
     centred: Statistic | None = None
     linear: Linear | None = None
+    leaves: frozenset[int] = frozenset()
 
 
 def _traits(program: Program, inputs: Any) -> list[_Trait]:
     """The traits of a program's arguments."""
     leaves = [
-        _Trait(weight=True, leaf=i, dims=tuple(range(len(shape.shape))))
+        _Trait(weight=True, leaf=i, dims=tuple(range(len(shape.shape))), leaves=frozenset({i}))
         for i, shape in enumerate(program.shapes)
     ]
     return [*leaves, *(_Trait() for _ in jax.tree.leaves(inputs))]
