@@ -98,12 +98,14 @@ def test_the_full_table_and_the_budgets(run, found):
         "networks x images scored": "96 x 200",
     }
     assert text.budgets(found) == (
-        "All 2 searches had the same budget of 96 x 200 networks x images scored."
+        "The merged network's search scored 96 x 200 networks x images; the same budget had "
+        "random search."
     )
     results = json.loads(json.dumps(run[0]))
-    results["baselines"]["random_search"]["examples"] = 100
+    results["baselines"]["random_search"]["images_scored"] = 100
     assert text.budgets(comparison(results)) == (
-        "Budgets differ: random search 96 x 100, merged 96 x 200 networks x images scored."
+        "The merged network's search scored 96 x 200 networks x images; another one had "
+        "random search 96 x 100."
     )
     del results["baselines"]["random_search"]["evaluations"]
     assert text.budgets(comparison(results)) is None
