@@ -146,7 +146,8 @@ def budgets(found: Comparison) -> str | None:
     others = [row for row in found.rows if row.evaluations and row.key != "merged"]
     if not merged.evaluations or not others:
         return None
-    same, different = [], []
+    same: list[str] = []
+    different: list[str] = []
     for row in others:
         equal = _cost(row) == _cost(merged)
         (same if equal else different).append(row.name if equal else f"{row.name} {_budget(row)}")
