@@ -321,6 +321,10 @@ def test_masks_are_drawn_channel_by_channel():
     assert bar.get_ylabel() == "share of parent 1"
     *panels, _ = plots.plot_mask({"layer": np.eye(3)}).axes
     assert [panel.get_title() for panel in panels] == ["parent 0", "parent 1", "parent 2"]
+    deep = plots.plot_mask({f"layer{i}": [0.5, 0.5] for i in range(200)})
+    assert deep.get_size_inches()[1] < 20
+    labels = [label.get_text() for label in deep.axes[0].get_yticklabels()]
+    assert labels == [f"layer{i}" for i in range(0, 200, 3)]
 
 
 def test_the_star_on_the_path_is_the_merged_network(run):
