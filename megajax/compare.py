@@ -246,7 +246,7 @@ def _is_workdir(folder: Path) -> bool:
     if not path.is_file():
         return False
     found = read_json(path)
-    return not (isinstance(found, Mapping) and "networks" in found)
+    return not (isinstance(found, Mapping) and "seeds" in found)
 
 
 def _check(path: Path, results: Any) -> None:

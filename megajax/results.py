@@ -19,10 +19,10 @@ report; `predictions.npz` beside it holds the arrays, see `megajax.predictions`)
 
 An entry is one network's figures: `validation_accuracy`, `test_accuracy`, `test_nll` (nats)
 [, `validation_nll`, `fitness`, `calibration_error`, `per_class_accuracy` (one for each class),
-`agreement` (with each parent), `evaluations` (networks that its own search scored), `examples`
-(images that each was scored on; the validation images if it is missing)]. Shares and accuracies
-lie in [0, 1]. In `predictions.npz` and in `robustness`, a network's name is `parent_0`, ..., the
-name of a baseline, or `merged`.
+`agreement` (with each parent), `evaluations` (networks that its own search scored),
+`images_scored` (images that each of those was scored on; the validation images if it is missing)].
+Shares and accuracies lie in [0, 1]. In `predictions.npz` and in `robustness`, a network's name is
+`parent_0`, ..., the name of a baseline, or `merged`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Row(NamedTuple):
             can be made.
         adjusted: the difference's p-value after Holm's correction over the comparison, or None.
         evaluations: networks that its search scored, or None where nothing was searched.
-        examples: images that each of them was scored on, or None.
+        images_scored: images that each of them was scored on, or None.
         corrupted: mean corruption accuracy, or None.
         corrupted_difference: of that, to the best parent, or None.
     """
@@ -97,7 +97,7 @@ class Row(NamedTuple):
     difference: Difference | None = None
     adjusted: float | None = None
     evaluations: int | None = None
-    examples: int | None = None
+    images_scored: int | None = None
     corrupted: float | None = None
     corrupted_difference: Difference | None = None
 
@@ -244,7 +244,7 @@ def _of_run(results: Mapping[str, Any], predictions: Predictions | None) -> Comp
             entry.get("calibration_error"),
             None if parent else _mcnemar(predictions, key, best),
             evaluations=evaluations,
-            examples=entry.get("examples", data["validation"]) if evaluations else None,
+            images_scored=entry.get("images_scored", data["validation"]) if evaluations else None,
             corrupted=entry.get("mean_corruption_accuracy"),
             corrupted_difference=None
             if parent
@@ -274,7 +274,7 @@ def _over_seeds(results: Mapping[str, Any]) -> Comparison:
             entry.get("calibration_error", {}).get("mean"),
             difference(entry.get("difference")),
             evaluations=entry.get("evaluations"),
-            examples=entry.get("examples"),
+            images_scored=entry.get("images_scored"),
             corrupted=entry.get("mean_corruption_accuracy", {}).get("mean"),
             corrupted_difference=difference(entry.get("corrupted_difference")),
         )
@@ -331,7 +331,7 @@ def _with_best(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     merged.setdefault("evaluations", results.get("evaluations"))
     for entry in of_all.values():
         if entry.get("evaluations") is not None:
-            entry.setdefault("examples", results["data"]["validation"])
+            entry.setdefault("images_scored", results["data"]["validation"])
     return {BEST: of_all[f"parent_{best_parent(results)}"], **of_all}
 
 
@@ -367,7 +367,7 @@ def _summary(
     for figure in ("per_class_accuracy", "agreement"):
         if all(entry.get(figure) is not None for entry in ours):
             summary[figure] = _mean([entry[figure] for entry in ours])
-    for figure in ("evaluations", "examples"):
+    for figure in ("evaluations", "images_scored"):
         if all(entry.get(figure) is not None for entry in ours):
             summary[figure] = _equal_or_mean(entry[figure] for entry in ours)
     if key != BEST and not key.startswith("parent_"):

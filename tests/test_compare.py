@@ -9,6 +9,7 @@ from scipy import stats
 
 from megajax import compare, workdir
 from megajax.predictions import save_predictions
+from megajax.results import aggregate
 
 
 def store(folder, results, predictions=None, **config):
@@ -38,7 +39,8 @@ def root(tmp_path_factory):
     for seed in range(3):
         store(root / "seeds" / f"seed{seed}", *planted_run(seed))
         store(root / "better" / f"seed{seed}", *planted_run(seed + 1, accuracy=better))
-    workdir.write_json(root / "seeds" / "results.json", {"networks": {}})  # over the seeds
+    runs = [planted_run(seed)[0] for seed in range(3)]
+    workdir.write_json(root / "seeds" / "results.json", aggregate(runs))
     return root
 
 

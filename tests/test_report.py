@@ -98,12 +98,14 @@ def test_the_full_table_and_the_budgets(run, found):
         "networks x images scored": "96 x 200",
     }
     assert text.budgets(found) == (
-        "All 2 searches had the same budget of 96 x 200 networks x images scored."
+        "The merged network's search scored 96 x 200 networks x images; the same budget had "
+        "random search."
     )
     results = json.loads(json.dumps(run[0]))
-    results["baselines"]["random_search"]["examples"] = 100
+    results["baselines"]["random_search"]["images_scored"] = 100
     assert text.budgets(comparison(results)) == (
-        "Budgets differ: random search 96 x 100, merged 96 x 200 networks x images scored."
+        "The merged network's search scored 96 x 200 networks x images; another one had "
+        "random search 96 x 100."
     )
     del results["baselines"]["random_search"]["evaluations"]
     assert text.budgets(comparison(results)) is None
@@ -319,6 +321,10 @@ def test_masks_are_drawn_channel_by_channel():
     assert bar.get_ylabel() == "share of parent 1"
     *panels, _ = plots.plot_mask({"layer": np.eye(3)}).axes
     assert [panel.get_title() for panel in panels] == ["parent 0", "parent 1", "parent 2"]
+    deep = plots.plot_mask({f"layer{i}": [0.5, 0.5] for i in range(200)})
+    assert deep.get_size_inches()[1] < 20
+    labels = [label.get_text() for label in deep.axes[0].get_yticklabels()]
+    assert labels == [f"layer{i}" for i in range(0, 200, 3)]
 
 
 def test_the_star_on_the_path_is_the_merged_network(run):

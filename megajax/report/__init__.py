@@ -171,7 +171,7 @@ def _blocks(results: Mapping[str, Any], found: Comparison, pictures: Sequence[st
     blocks += [Heading("All methods"), Table(text.table(found, full=True), strong)]
     searched = text.budgets(found)
     if searched is not None:
-        blocks.append(Paragraph(searched, strong=searched.startswith("Budgets differ")))
+        blocks.append(Paragraph(searched))
     blocks += [Paragraph(note) for note in text.notes(found)]
     blocks += picture("accuracy") + picture("per_class")
     agreement = text.agreement_table(found, _entries(results))

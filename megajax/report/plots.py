@@ -41,6 +41,7 @@ _PARENTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#
 _MERGED, _ENSEMBLE, _REST = "#D55E00", "#000000", "#888888"
 _LINES = ("#888888", "#0072B2", "#009E73", "#CC79A7")
 _MANY_CLASSES = 30
+_MANY_LAYERS = 80
 _STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -212,9 +213,9 @@ def plot_mask(shares: Mapping[str, npt.ArrayLike]) -> Figure:
     count = next(iter(tables.values())).shape[1]
     shown = [1] if count == 2 else list(range(count))
     panel_width = 4.4 if count == 2 else max(1.3, 6 / count)
-    figure = Figure(
-        figsize=(1.8 + panel_width * len(shown), 1.3 + 0.2 * len(tables)), layout="constrained"
-    )
+    labelled = range(0, len(tables), -(-len(tables) // _MANY_LAYERS))
+    height = 1.3 + 0.2 * min(len(tables), _MANY_LAYERS)
+    figure = Figure(figsize=(1.8 + panel_width * len(shown), height), layout="constrained")
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     between = (_PARENTS[0], "#f4f4f4", _PARENTS[1]) if count == 2 else ("#ffffff", _MERGED)
     colours = LinearSegmentedColormap.from_list("shares", between)
@@ -230,11 +231,12 @@ def plot_mask(shares: Mapping[str, npt.ArrayLike]) -> Figure:
                 vmin=0,
                 vmax=1,
             )
-            if count == 2:
+            if count == 2 and y in labelled:
                 axes.text(102, y, f"{values.mean():.2f}", va="center", fontsize=7, color="0.3")
         axes.set_xlim(0, 100)
         axes.set_ylim(len(tables) - 0.5, -0.5)
-        axes.set_yticks(range(len(tables)), list(tables), fontsize=7 if len(tables) > 12 else 8)
+        names = [list(tables)[y] for y in labelled]
+        axes.set_yticks(labelled, names, fontsize=7 if len(tables) > 12 else 8)
         axes.set_xlabel("channels [%]" if count > 2 else "channels of the layer, sorted [%]")
         axes.grid(False)
         if count > 2:

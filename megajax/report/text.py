@@ -141,18 +141,20 @@ def agreement_table(
 
 
 def budgets(found: Comparison) -> str | None:
-    """What the searches cost, and whether that was the same; None where only one was made."""
-    searchers = [row for row in found.rows if row.evaluations]
-    costs = {(row.evaluations or 0) * (row.examples or 0) for row in searchers}
-    if len(searchers) < 2:
+    """Who was chosen with the merged network's budget and who not; None if nobody else has one."""
+    merged = _row(found, "merged")
+    others = [row for row in found.rows if row.evaluations and row.key != "merged"]
+    if not merged.evaluations or not others:
         return None
-    if len(costs) == 1:
-        return (
-            f"All {len(searchers)} searches had the same budget of {_budget(searchers[0])} "
-            "networks x images scored."
-        )
-    each = ", ".join(f"{row.name} {_budget(row)}" for row in searchers)
-    return f"Budgets differ: {each} networks x images scored."
+    same: list[str] = []
+    different: list[str] = []
+    for row in others:
+        equal = _cost(row) == _cost(merged)
+        (same if equal else different).append(row.name if equal else f"{row.name} {_budget(row)}")
+    parts = [f"The merged network's search scored {_budget(merged)} networks x images"]
+    parts += [f"the same budget had {', '.join(same)}"] if same else []
+    parts += [f"another one had {', '.join(different)}"] if different else []
+    return "; ".join(parts) + "."
 
 
 def notes(found: Comparison) -> list[str]:
@@ -250,8 +252,12 @@ def _what(found: Comparison) -> str:
     return what if found.seeds == 1 else f"{what}, {found.seeds} seeds"
 
 
+def _cost(row: Row) -> int:
+    return (row.evaluations or 0) * (row.images_scored or 0)
+
+
 def _budget(row: Row) -> str:
-    return f"{row.evaluations:,} x {row.examples:,}" if row.evaluations else ""
+    return f"{row.evaluations:,} x {row.images_scored:,}" if row.evaluations else ""
 
 
 def _change(row: Row) -> str:
