@@ -24,8 +24,11 @@ from megajax.config import GenomeConfig as GenomeConfig
 from megajax.config import RecalibrateConfig as RecalibrateConfig
 from megajax.errors import ConfigError as ConfigError
 from megajax.errors import DataError as DataError
+from megajax.errors import DeviceError as DeviceError
+from megajax.errors import Interrupted as Interrupted
 from megajax.errors import MegajaxError as MegajaxError
 from megajax.errors import ParentsError as ParentsError
+from megajax.errors import SearchError as SearchError
 from megajax.errors import SymmetryError as SymmetryError
 from megajax.errors import WorkdirError as WorkdirError
 from megajax.evaluation import ensemble as ensemble

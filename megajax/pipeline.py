@@ -131,7 +131,7 @@ def run(
     workdir.check_config(folder, to_dict(config))
     results = _finished(config, folder)
     if results is not None:
-        console.print(f"{folder} is finished; its result was:")
+        console.print(f"{folder} is finished; its result was:", soft_wrap=True)
         _show(console, results)
         return results
 
@@ -144,7 +144,7 @@ def run(
             outcomes[name] = _done(name, stage, task, outcomes)
         results = _results(folder)
     _show(console, results)
-    console.print(f"report: {folder / 'report.md'}")
+    console.print(f"report: {folder / 'report.md'}", soft_wrap=True)
     return results
 
 
@@ -157,7 +157,7 @@ def _done(name: str, stage: Stage, task: Task, outcomes: Outcomes) -> Outcome:
         _log.warning("%s: %s is done again", error, name)
         outcome = None
     if outcome is not None:
-        task.console.print(f"{name}: taken from {task.folder}")
+        task.console.print(f"{name}: taken from {task.folder}", soft_wrap=True)
         return outcome
     if task.stopping():
         raise Interrupted(f"stopped before the stage {name}; the same command goes on from there")
@@ -453,40 +453,39 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def _open(task: Task, origin: Path | None) -> None:
-    """Makes a folder a workdir, or checks that it is this run's."""
+    """Makes the folder a workdir, or checks that it is one of this run."""
     config, folder, here = to_dict(task.config), task.folder, _environment()
-    workdir.check_config(folder, config)  # once more, for now nobody else can write it
-    if workdir.is_workdir(folder):
-        there = workdir.read_config(folder)
-        for name in here:
-            if there[name] != here[name]:
-                _log.warning(
-                    "%s was started with other %s (%s): the last bits may differ from those of an "
-                    "undisturbed run",
-                    folder,
-                    name,
-                    ", ".join(f"{k} {v}" for k, v in there[name].items() if here[name].get(k) != v),
-                )
-        workdir.write_config(
-            folder, config, {name: there[name] for name in there if name != "config"}
-        )
+    if not workdir.is_workdir(folder):
+        fork = {} if origin is None else {"forked_from": _fork(config, origin, folder)}
+        workdir.write_config(folder, config, here | fork)
         return
-    about: dict[str, Any] = here
-    if origin is not None:
-        changes = workdir.config_changes(origin, config)
-        first = STAGES["parents"].depends
-        hopeless = [name for name in changes if name.split(".")[0] in first]
-        if hopeless:
-            raise ConfigError(
-                f"--fork: nothing of {origin} can be kept when {', '.join(hopeless)} changes"
-            )
-        with workdir.locked(origin):
-            workdir.copy_state(origin, folder)
-            before = workdir.read_config(origin).get("forked_from")
-        about["forked_from"] = {"workdir": str(origin), "changes": changes}
-        if before is not None:
-            about["forked_from"]["forked_from"] = before
-    workdir.write_config(folder, config, about)
+    workdir.check_config(folder, config)  # again: until the lock was ours, others could write it
+    there = workdir.read_config(folder)
+    changed = [name for name in here if there[name] != here[name]]
+    if changed:
+        _log.warning(
+            "%s was started with other %s: the result may differ from an undisturbed run's in the "
+            "last bits",
+            folder,
+            " and ".join(changed),
+        )
+
+
+def _fork(config: Mapping[str, Any], origin: Path, folder: Path) -> dict[str, Any]:
+    """Copies the state of another workdir; what of it does not fit the configuration is not used.
+
+    Returns:
+        Where the new workdir comes from: the other one, what changed, and where that came from.
+    """
+    changes = workdir.config_changes(origin, config)
+    first = next(iter(STAGES.values()))
+    lost = [name for name in changes if name.split(".")[0] in first.depends]
+    if lost:
+        raise ConfigError(f"--fork: nothing of {origin} can be kept when {', '.join(lost)} changes")
+    with workdir.locked(origin):
+        workdir.copy_state(origin, folder)
+        before = workdir.read_config(origin).get("forked_from")
+    return {"workdir": str(origin), "changes": changes, "forked_from": before}
 
 
 @contextlib.contextmanager
