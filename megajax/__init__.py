@@ -34,8 +34,11 @@ from megajax.config import mega_paper as mega_paper
 from megajax.config import merge_sections as merge_sections
 from megajax.errors import ConfigError as ConfigError
 from megajax.errors import DataError as DataError
+from megajax.errors import DeviceError as DeviceError
+from megajax.errors import Interrupted as Interrupted
 from megajax.errors import MegajaxError as MegajaxError
 from megajax.errors import ParentsError as ParentsError
+from megajax.errors import SearchError as SearchError
 from megajax.errors import SymmetryError as SymmetryError
 from megajax.errors import WorkdirError as WorkdirError
 from megajax.evaluation import ensemble as ensemble

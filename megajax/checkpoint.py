@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -34,11 +35,11 @@ class Checkpoint(NamedTuple):
 
     Attributes:
         step: its number.
-        state: nested dictionaries of NumPy arrays; `fit` gives it the containers it was saved from.
+        state: NumPy arrays, in the containers that were asked for.
     """
 
     step: int
-    state: dict[str, Any]
+    state: Any
 
 
 class Checkpoints:
@@ -84,8 +85,15 @@ class Checkpoints:
             if error is None:  # otherwise the first error is the one to tell
                 raise
 
-    def restore(self) -> Checkpoint | None:
+    def restore(self, like: PyTree | None = None) -> Checkpoint | None:
         """The newest checkpoint that is whole; newer ones, if any, are removed with a warning.
+
+        Args:
+            like: a pytree of the structure, shapes and dtypes that the state must have; None takes
+                any state, as nested dictionaries.
+
+        Returns:
+            The checkpoint; None if there is none that can be used.
 
         Raises:
             WorkdirError: the folder cannot be read or written.
@@ -96,6 +104,7 @@ class Checkpoints:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 state = self._read(manager, step)
+                state = state if like is None else fit(like, state)
             except Exception as error:  # Orbax raises every kind of error for damaged files
                 _log.warning(
                     "checkpoint %s is not used: %s", self._folder / str(step), _line(error)
@@ -199,7 +208,7 @@ class Checkpoints:
             raise WorkdirError(f"{self._folder} cannot be written: {_line(error)}") from error
 
 
-def fit(like: PyTree, state: dict[str, Any]) -> PyTree:
+def fit(like: PyTree, state: Mapping[str, Any]) -> PyTree:
     """Puts a restored state into the containers that it was saved from.
 
     Args:

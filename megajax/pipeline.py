@@ -1,88 +1,40 @@
-"""One run, from a configuration to a filled workdir: a list of stages, done in order.
+"""One run, from a configuration to a filled workdir: the list of its stages, and the loop over it.
 
-A stage is a function of the task (the configuration, its data and network) and of the outcomes of
-the stages before it. Its outcome is stored in the workdir under a key, the digest of all that went
-into it, and a later start of the same run takes it from there instead of doing the stage again. A
-long stage saves its state on the way and goes on from it. `STAGES` is the list, `run` the loop.
+The outcome of a stage is stored in the workdir under a key, the digest of all that went into it.
+A later start takes from there what is whole and has the right key, and does the rest: so a run may
+be killed at any instant, or started from another's workdir. What the stages do is in
+`megajax.stages`; this module knows when they are done, and what to say when they fail.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import linen as nn
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import megajax
-from megajax import data, models, report, training, workdir
-from megajax.adapters import from_linen
-from megajax.checkpoint import Checkpoints, fit
+from megajax import report, stages, workdir
+from megajax.checkpoint import Checkpoints
 from megajax.config import Config, to_dict
-from megajax.errors import ConfigError, DeviceError, Interrupted, SearchError, WorkdirError
-from megajax.evaluation import TENTHS, ensemble, measure, predict, straight_path
-from megajax.evolution import GAInfo, GAState
-from megajax.merging import genome_for, merge, shares_of
-from megajax.normalization import find_statistics, recalibrate
-from megajax.operators import Population
-from megajax.types import ApplyFn, Key, PyTree
+from megajax.errors import ConfigError, DeviceError, Interrupted, WorkdirError
+from megajax.stages import Outcomes, Task
 from megajax.workdir import Outcome
 
-__all__ = ["STAGES", "Stage", "Task", "prepare", "run"]
+__all__ = ["STAGES", "Stage", "run"]
 
 _log = logging.getLogger(__name__)
-_PATH_IMAGES = 1000
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-_STREAMS = ("data", "shards", "parents", "search")  # of random numbers; append, never reorder
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every stage knows: the configuration, what follows from it at once, and where to write.
-
-    Attributes:
-        config: every choice.
-        folder: the workdir.
-        console: where progress goes.
-        stopping: says whether the run was asked to stop, once its state is saved.
-        dataset: the images, split.
-        shards: for each parent, indices of its training images.
-        model: the network of the zoo.
-        apply_fn: the same in inference mode.
-    """
-
-    config: Config
-    folder: Path
-    console: Console
-    stopping: Callable[[], bool]
-    dataset: data.Dataset
-    shards: Sequence[np.ndarray]
-    model: nn.Module
-    apply_fn: ApplyFn
-
-    @property
-    def calibration(self) -> jax.Array:
-        """The training images that statistics are measured on."""
-        return jnp.asarray(self.dataset.train.images[: self.config.recalibrate.examples])
-
-
-Outcomes = Mapping[str, Outcome]
 
 
 class Stage(NamedTuple):
@@ -94,11 +46,36 @@ class Stage(NamedTuple):
         depends: sections of the configuration that its outcome depends on, beside earlier stages.
         state_depends: the same for its checkpoints, where that is less: they are kept when the
             stage is done, so that a run with another configuration can start from them.
+        lighter: fields to lower when the memory does not suffice, the best one first.
     """
 
     run: Callable[[Task, Outcomes, Checkpoints], Outcome]
     depends: tuple[str, ...] = ()
     state_depends: tuple[str, ...] | None = None
+    lighter: tuple[str, ...] = ("fitness.batch_size",)
+
+
+STAGES: Mapping[str, Stage] = {
+    "parents": Stage(
+        stages.train_parents,
+        depends=("seed", "data", "model", "parents", "training"),
+        lighter=("training.batch_size",),
+    ),
+    "search": Stage(
+        stages.search,
+        depends=("align", "recalibrate", "genome", "fitness", "evolution"),
+        state_depends=(
+            "align",
+            "recalibrate",
+            "genome",
+            "fitness.metric",
+            "evolution.population_size",
+        ),
+        lighter=("fitness.population_chunk", "fitness.batch_size", "evolution.population_size"),
+    ),
+    "measure": Stage(stages.measure_networks),
+    "report": Stage(stages.write_report),
+}
 
 
 def run(
@@ -130,12 +107,12 @@ def run(
     workdir.check_config(folder, to_dict(config))
     results = _finished(config, folder)
     if results is not None:
-        console.print(f"{folder} is finished; its result was:")
+        console.print(f"{folder} is finished; its result was:", soft_wrap=True)
         _show(console, results)
         return results
 
     started = time.monotonic()
-    task = prepare(config, folder, console, stopping)
+    task = stages.prepare(config, folder, console, stopping)
     with workdir.locked(folder):
         _open(task, origin)
         outcomes = {"data": Outcome(seconds=time.monotonic() - started)}
@@ -143,7 +120,7 @@ def run(
             outcomes[name] = _done(name, stage, task, outcomes)
         results = _results(folder)
     _show(console, results)
-    console.print(f"report: {folder / 'report.md'}")
+    console.print(f"report: {folder / 'report.md'}", soft_wrap=True)
     return results
 
 
@@ -156,7 +133,7 @@ def _done(name: str, stage: Stage, task: Task, outcomes: Outcomes) -> Outcome:
         _log.warning("%s: %s is done again", error, name)
         outcome = None
     if outcome is not None:
-        task.console.print(f"{name}: taken from {task.folder}")
+        task.console.print(f"{name}: taken from {task.folder}", soft_wrap=True)
         return outcome
     if task.stopping():
         raise Interrupted(f"stopped before the stage {name}; the same command goes on from there")
@@ -164,7 +141,7 @@ def _done(name: str, stage: Stage, task: Task, outcomes: Outcomes) -> Outcome:
     of_state = stage.depends if stage.state_depends is None else stage.state_depends
     states = task.folder / "checkpoints" / name
     started = time.monotonic()
-    with _faults(name, task):
+    with _faults(name, stage, task):
         (task.folder / workdir.RESULTS).unlink(missing_ok=True)  # it is of another outcome
         identity = _identity(task.config, of_state, outcomes)
         with Checkpoints(states, identity, task.config.checkpoint) as checkpoints:
@@ -178,247 +155,6 @@ def _done(name: str, stage: Stage, task: Task, outcomes: Outcomes) -> Outcome:
     outcome = workdir.load_outcome(task.folder, name, key)
     assert outcome is not None
     return outcome
-
-
-def prepare(
-    config: Config, folder: Path, console: Console, stopping: Callable[[], bool] = lambda: False
-) -> Task:
-    """Loads the data, builds the network and checks the choices; writes nothing.
-
-    Args:
-        config: every choice.
-        folder: the workdir to be.
-        console: where progress will go.
-        stopping: see `run`.
-
-    Returns:
-        What the stages need.
-
-    Raises:
-        MegajaxError: data or configuration cannot work.
-    """
-    dataset = data.load(_key(config, "data"), config.data)
-    model = models.build(config.model.name, dataset.num_classes, config.model.options)
-    shards = data.shards(
-        _key(config, "shards"), dataset.train.labels, dataset.num_classes, config.parents
-    )
-    apply_fn = from_linen(model, {}, train=False).apply_fn
-    _check_choices(config, model, apply_fn, dataset.train.images[:1])
-    return Task(config, folder, console, stopping, dataset, shards, model, apply_fn)
-
-
-def train_parents(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
-    """Trains the parents, each on its shard."""
-    config, clock = task.config, _Clock()
-    arguments = (_key(config, "parents"), task.model, task.dataset.train, task.shards)
-    shared = config.parents.shared_initialization
-    state = None
-    restored = checkpoints.restore()
-    if restored is not None:
-        clock = _Clock(float(restored.state["seconds"]))
-        like = training.init(*arguments, config.training, shared_initialization=shared)
-        state = fit(like, restored.state["training"])
-        _say_resumed(task, "training", "epoch", restored.step)
-    with _progress(task.console) as progress:
-        bar = progress.add_task("training parents", total=config.training.epochs)
-
-        def on_epoch(state: training.TrainState, metrics: training.Metrics) -> None:
-            epoch = int(state.epoch)
-            progress.update(bar, completed=epoch)
-            saved = {"training": state, "seconds": np.float64(clock.seconds())}
-            if task.stopping() and epoch < config.training.epochs:
-                checkpoints.save(epoch, saved)
-                raise _interrupted("epoch", epoch)
-            checkpoints.offer(epoch, saved)
-
-        parents, _ = training.train(
-            *arguments,
-            config.training,
-            shared_initialization=shared,
-            state=state,
-            callback=on_epoch,
-        )
-    return Outcome(
-        networks={f"parents/{k}": parent for k, parent in enumerate(parents)},
-        seconds=clock.seconds(),
-    )
-
-
-def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
-    """Merges the parents; a line of `metrics.jsonl` for each generation."""
-    config, split, clock = task.config, task.dataset.validation, _Clock()
-    metrics_file = task.folder / workdir.METRICS
-    state: GAState | None = None
-    history: dict[str, np.ndarray] = {}  # column by column
-    restored = checkpoints.restore()
-    if restored is not None:
-        state, history = _search_state(restored.state["search"]), restored.state["history"]
-        clock = _Clock(float(history["seconds"][-1]))
-        _say_resumed(task, "merging", "generation", restored.step)
-        if restored.step > config.evolution.generations:
-            raise ConfigError(
-                f"evolution.generations is {config.evolution.generations}: the search that it is "
-                f"to go on from did {restored.step} already"
-            )
-    workdir.write_lines(metrics_file, _rows(history))
-    evolution = config.evolution
-    if evolution.time_budget is not None:
-        left = max(evolution.time_budget - clock.seconds(), 0.0)
-        evolution = dataclasses.replace(evolution, time_budget=left)
-
-    def save(when: Callable[[int, PyTree], None]) -> None:
-        assert state is not None
-        when(int(state.generation), {"search": state, "history": history})
-
-    with _progress(task.console) as progress:
-        bar = progress.add_task("merging", total=evolution.generations)
-
-        def on_chunk(reached: GAState, infos: GAInfo) -> None:
-            nonlocal state, history
-            seconds = np.full(len(infos.generation), round(clock.seconds(), 3))
-            lines = {**infos._asdict(), "seconds": seconds}
-            workdir.write_lines(metrics_file, _rows(lines), append=True)
-            before = history or {name: column[:0] for name, column in lines.items()}
-            history = {name: np.append(before[name], column) for name, column in lines.items()}
-            state = reached
-            generation, fitness = int(state.generation), float(state.best.fitness)
-            progress.update(bar, completed=generation, description=f"merging, {fitness:.4f}")
-            if task.stopping() and generation < evolution.generations:
-                save(checkpoints.save)
-                raise _interrupted("generation", generation)
-            save(checkpoints.offer)
-
-        try:
-            merged = merge(
-                _key(config, "search"),
-                task.apply_fn,
-                _networks(outcomes["parents"], "parents"),
-                (split.images, split.labels),
-                calibration=task.calibration,
-                align=config.align,
-                recalibrate=config.recalibrate,
-                genome=config.genome,
-                fitness=config.fitness,
-                evolution=evolution,
-                state=state,
-                callback=on_chunk,
-            )
-        except SearchError:
-            save(checkpoints.save)
-            raise
-    save(checkpoints.save)
-    aligned = {f"aligned/{k}": parent for k, parent in enumerate(merged.parents)}
-    return Outcome(
-        networks={"merged": merged.variables, **aligned},
-        values={
-            "fitness": merged.fitness,
-            "parent_fitness": merged.parent_fitness.tolist(),
-            "evaluations": merged.evaluations,
-            "generations": int(merged.state.generation),
-            "genes": merged.genome.num_genes,
-            "population_chunk": merged.population_chunk,
-            "shares": shares_of(merged),
-        },
-        files=(workdir.METRICS,),
-        seconds=clock.seconds(),
-    )
-
-
-def measure_all(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
-    """Everybody's figures on validation and, for the first and only time, on test images."""
-    config, dataset, found = task.config, task.dataset, outcomes["search"].values
-    parents = _networks(outcomes["parents"], "parents")
-    aligned = _networks(outcomes["search"], "aligned")
-    merged = outcomes["search"].networks["merged"]
-    baselines = {"uniform_average": _average(parents)}
-    if config.align.method != "none":
-        baselines["aligned_average"] = _average(aligned)
-    if config.recalibrate.enabled:
-        baselines["recalibrated_average"] = recalibrate(
-            task.apply_fn, _average(aligned), task.calibration
-        )
-    names = [*range(len(parents)), *baselines, "merged"]
-    networks = [*parents, *baselines.values(), merged]
-    figures: dict[Any, dict[str, float]] = {name: {} for name in [*names, "ensemble"]}
-    for part, split in (("validation", dataset.validation), ("test", dataset.test)):
-        logits = [
-            predict(task.apply_fn, variables, split.images, config.fitness.batch_size)
-            for variables in networks
-        ]
-        logits.append(ensemble(np.stack(logits[: len(parents)])))
-        for name, predictions in zip([*names, "ensemble"], logits, strict=True):
-            metrics = measure(predictions, split.labels)
-            figures[name][f"{part}_accuracy"] = metrics.accuracy
-            figures[name][f"{part}_nll"] = metrics.nll
-    for k, fitness in enumerate(found["parent_fitness"]):
-        figures[k]["fitness"] = fitness
-    figures["merged"]["fitness"] = found["fitness"]
-    return Outcome(
-        values={
-            "parents": [figures[k] for k in range(len(parents))],
-            "baselines": {name: figures[name] for name in (*baselines, "ensemble")},
-            "merged": figures["merged"],
-            "path": _path(task, parents, aligned, merged, found["shares"]),
-        }
-    )
-
-
-def write_report(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
-    """Puts the figures together: `report.md`, plots and, last, `results.json`."""
-    found, dataset = outcomes["search"].values, task.dataset
-    results = {
-        "seed": task.config.seed,
-        **outcomes["measure"].values,
-        **{name: found[name] for name in ("evaluations", "generations", "genes")},
-        "population_chunk": found["population_chunk"],
-        "data": {
-            "name": dataset.name,
-            "train": len(dataset.train.labels),
-            "validation": len(dataset.validation.labels),
-            "test": len(dataset.test.labels),
-        },
-        "seconds": {name: outcome.seconds for name, outcome in outcomes.items()},
-    }
-    origin = workdir.read_config(task.folder).get("forked_from")
-    if origin is not None:
-        results["forked_from"] = origin
-    history = workdir.read_lines(task.folder / workdir.METRICS)
-    report.write_report(task.folder, results, history, found["shares"])
-    workdir.write_json(task.folder / workdir.RESULTS, results)  # last: it says that all is there
-    plots = sorted((task.folder / "plots").glob("*.png"))
-    return Outcome(files=("report.md", *(f"plots/{plot.name}" for plot in plots), workdir.RESULTS))
-
-
-STAGES: Mapping[str, Stage] = {
-    "parents": Stage(train_parents, depends=("seed", "data", "model", "parents", "training")),
-    "search": Stage(
-        search,
-        depends=("align", "recalibrate", "genome", "fitness", "evolution"),
-        state_depends=(
-            "align",
-            "recalibrate",
-            "genome",
-            "fitness.metric",
-            "evolution.population_size",
-        ),
-    ),
-    "measure": Stage(measure_all),
-    "report": Stage(write_report),
-}
-
-
-class _Clock:
-    """Seconds spent, those of earlier starts included."""
-
-    def __init__(self, before: float = 0.0) -> None:
-        self._start = time.monotonic() - before
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._start
-
-
-def _key(config: Config, stream: str) -> Key:
-    return jax.random.fold_in(jax.random.key(config.seed), _STREAMS.index(stream))
 
 
 def _identity(config: Config, fields: Sequence[str], outcomes: Outcomes) -> str:
@@ -452,149 +188,66 @@ def _results(folder: Path) -> dict[str, Any]:
 
 
 def _open(task: Task, origin: Path | None) -> None:
-    """Makes a folder a workdir, or checks that it is this run's."""
+    """Makes the folder a workdir, or checks that it is one of this run."""
     config, folder, here = to_dict(task.config), task.folder, _environment()
-    workdir.check_config(folder, config)  # once more, for now nobody else can write it
-    if workdir.is_workdir(folder):
-        there = workdir.read_config(folder)
-        for name in here:
-            if there[name] != here[name]:
-                _log.warning(
-                    "%s was started with other %s (%s): the last bits may differ from those of an "
-                    "undisturbed run",
-                    folder,
-                    name,
-                    ", ".join(f"{k} {v}" for k, v in there[name].items() if here[name].get(k) != v),
-                )
-        workdir.write_config(
-            folder, config, {name: there[name] for name in there if name != "config"}
-        )
+    if origin is None and workdir.is_half_copied(folder):
+        raise WorkdirError(f"{folder} is the copy of a --fork that was interrupted: repeat that")
+    if not workdir.is_workdir(folder):
+        fork = {} if origin is None else {"forked_from": _fork(config, origin, folder)}
+        workdir.write_config(folder, config, here | fork)
         return
-    about: dict[str, Any] = here
-    if origin is not None:
-        changes = workdir.config_changes(origin, config)
-        first = STAGES["parents"].depends
-        hopeless = [name for name in changes if name.split(".")[0] in first]
-        if hopeless:
-            raise ConfigError(
-                f"--fork: nothing of {origin} can be kept when {', '.join(hopeless)} changes"
-            )
-        with workdir.locked(origin):
-            workdir.copy_state(origin, folder)
-            before = workdir.read_config(origin).get("forked_from")
-        about["forked_from"] = {"workdir": str(origin), "changes": changes}
-        if before is not None:
-            about["forked_from"]["forked_from"] = before
-    workdir.write_config(folder, config, about)
+    workdir.check_config(folder, config)  # again: until the lock was ours, others could write it
+    there = workdir.read_config(folder)
+    changed = [name for name in here if there[name] != here[name]]
+    if changed:
+        _log.warning(
+            "%s was started with other %s: the result may differ from an undisturbed run's in the "
+            "last bits",
+            folder,
+            " and ".join(changed),
+        )
+
+
+def _fork(config: Mapping[str, Any], origin: Path, folder: Path) -> dict[str, Any]:
+    """Copies the state of another workdir; what of it does not fit the configuration is not used.
+
+    Returns:
+        Where the new workdir comes from: the other one, what changed, and where that came from.
+    """
+    changes = workdir.config_changes(origin, config)
+    first = next(iter(STAGES.values()))
+    lost = [name for name in changes if name.split(".")[0] in first.depends]
+    if lost:
+        raise ConfigError(
+            f"--fork: nothing of {origin} can be kept when {', '.join(lost)} changes; start anew"
+        )
+    with workdir.locked(origin):
+        workdir.copy_state(origin, folder)
+        before = workdir.read_config(origin).get("forked_from")
+    return {"workdir": str(origin), "changes": changes, "forked_from": before}
 
 
 @contextlib.contextmanager
-def _faults(name: str, task: Task) -> Iterator[None]:
+def _faults(name: str, stage: Stage, task: Task) -> Iterator[None]:
     """Turns what the device or the disk does to a stage into one line that says what to do."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        message = next(iter(str(error).splitlines()), "")
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in message:
+        what = next(iter(str(error).splitlines()), "")
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
             raise DeviceError(
-                f"{name}: the device failed ({message}); the last checkpoint is kept, and the same "
-                "command goes on from it"
+                f"{name}: out of memory ({what or 'of the host'}); lower "
+                f"{' or '.join(stage.lighter)}, or take a smaller model.options.dtype such as "
+                "bfloat16. With --fork NEW_WORKDIR, what does not depend on it is kept"
             ) from error
         raise DeviceError(
-            f"{name}: out of memory ({message or 'of the host'}); {_ADVICE.get(name, _LESS)}. What "
-            f"is done is kept: --fork NEW_WORKDIR goes on from it with other settings"
+            f"{name}: the device failed ({what}); the same command goes on from the last checkpoint"
         ) from error
     except WorkdirError:
         raise
     except OSError as error:
         file = error.filename or task.folder
         raise WorkdirError(f"{name}: {file} cannot be used: {error.strerror or error}") from error
-
-
-_LESS = "lower fitness.batch_size, or take a smaller model.options.dtype (bfloat16)"
-_ADVICE = {
-    "parents": "lower training.batch_size, or take a smaller model.options.dtype (bfloat16)",
-    "search": "lower fitness.population_chunk (1 is the least), evolution.population_size or "
-    "fitness.batch_size, or take a smaller model.options.dtype (bfloat16)",
-}
-
-
-def _interrupted(unit: str, number: int) -> Interrupted:
-    return Interrupted(f"stopped and saved after {unit} {number}; the same command goes on from it")
-
-
-def _say_resumed(task: Task, work: str, unit: str, number: int) -> None:
-    task.console.print(f"{work} goes on after {unit} {number}")
-
-
-def _search_state(saved: Mapping[str, Any]) -> GAState:
-    """The state from the nested dictionaries of a checkpoint, which `merge` checks."""
-    population, best = (
-        Population(saved[name]["genes"], saved[name]["fitness"], saved[name].get("aux", ()))
-        for name in ("population", "best")
-    )
-    return GAState(population, best, saved["generation"], saved["evaluations"], saved["stale"])
-
-
-def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    lists = [column.tolist() for column in columns.values()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
-
-
-def _check_choices(config: Config, model: nn.Module, apply_fn: ApplyFn, images: np.ndarray) -> None:
-    """Finds mistakes that only show with the network before the parents are trained, not after."""
-    one = jax.eval_shape(model.init, jax.random.key(0), images)
-    count = config.parents.count
-    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), one)
-    genome = genome_for(apply_fn, stacked, images, config.genome)
-    if config.recalibrate.enabled and not find_statistics(apply_fn, one, images):
-        raise ConfigError("recalibrate.enabled is True: the network has no BatchNorm statistics")
-    if isinstance(config.align.reference, int) and config.align.reference >= count:
-        raise ConfigError(
-            f"align.reference is {config.align.reference}: the parents are 0 to {count - 1}"
-        )
-    jax.eval_shape(
-        lambda parents: genome.init(jax.random.key(0), config.evolution.population_size, parents),
-        stacked,
-    )
-
-
-def _networks(outcome: Outcome, folder: str) -> list[PyTree]:
-    """The networks `folder/0`, `folder/1` and so on."""
-    count = sum(name.startswith(f"{folder}/") for name in outcome.networks)
-    return [outcome.networks[f"{folder}/{k}"] for k in range(count)]
-
-
-def _path(
-    task: Task,
-    parents: Sequence[PyTree],
-    aligned: Sequence[PyTree],
-    merged: PyTree,
-    shares: Mapping[str, Sequence[float]],
-) -> dict[str, Any]:
-    """Validation metrics on the line between parents 0 and 1, as they are and aligned."""
-    config, apply_fn = task.config, task.apply_fn
-    images, labels = (part[:_PATH_IMAGES] for part in task.dataset.validation[:2])
-    measured = partial(straight_path, images=images, labels=labels)
-    lines = {"as they are": measured(apply_fn, *parents[:2])}
-    if config.align.method != "none":
-        lines["aligned"] = measured(apply_fn, *aligned[:2])
-    if config.recalibrate.enabled:
-        fresh = partial(recalibrate, apply_fn, inputs=task.calibration)
-        lines["aligned, recalibrated"] = measured(apply_fn, *aligned[:2], prepare=fresh)
-    of_merged = measure(predict(apply_fn, merged, images), labels)
-    share = float(np.mean([row[1] for row in shares.values()]))
-    return {
-        "shares": TENTHS,
-        "lines": {name: [point._asdict() for point in line] for name, line in lines.items()},
-        "merged": {"share": share, **of_merged._asdict()},
-    }
-
-
-def _average(parents: Sequence[PyTree]) -> PyTree:
-    return jax.tree.map(
-        lambda *leaves: np.mean(np.stack(leaves), axis=0, dtype=np.float32), *parents
-    )
 
 
 def _environment() -> dict[str, Any]:
@@ -604,16 +257,6 @@ def _environment() -> dict[str, Any]:
         | {name: metadata.version(name) for name in _PACKAGES},
         "device": {"platform": device.platform, "kind": device.device_kind},
     }
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _show(console: Console, results: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -37,11 +37,20 @@ from megajax.errors import ConfigError, Interrupted, MegajaxError
 __all__ = ["main"]
 
 
-class _Command(NamedTuple):
-    """What the command line asks for: the runs `(config, workdir, workdir to start from)`."""
+class _Run(NamedTuple):
+    """One run that the command line asks for.
 
-    runs: list[tuple[Config, Path, Path | None]]
-    summary: Path | None
+    Attributes:
+        config: every choice.
+        folder: its workdir.
+        origin: the workdir that it starts from, if it is a fork.
+        label: how its errors begin, where there are several runs.
+    """
+
+    config: Config
+    folder: Path
+    origin: Path | None
+    label: str = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,33 +63,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for a mistake that could be named; 130 or 143 when interrupted.
     """
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    console = Console()
-    with _one_line_warnings(errors), _signals(errors) as received:
+    signals: list[int] = []
+    with _one_line_warnings(errors):
         try:
-            command = _parse(list(sys.argv if argv is None else argv))
-            results = [
-                pipeline.run(
-                    config, folder, console, origin=origin, stopping=lambda: bool(received)
-                )
-                for config, folder, origin in command.runs
-            ]
-            if command.summary is not None:
-                workdir.write_json(command.summary, aggregate(results))
-                console.print(f"all seeds: {command.summary}", soft_wrap=True)
+            runs, summary = _parse(list(sys.argv if argv is None else argv))
+            with _collected(signals, errors):
+                _do(runs, summary, lambda: bool(signals))
         except Interrupted as error:
             errors.print(str(error))
-            return 128 + received[0]
+            return 128 + signals[0]
         except MegajaxError as error:
             errors.print(f"error: {error}")
             return 2
         except KeyboardInterrupt:
             errors.print("interrupted")
-            return 128 + (received or [signal.SIGINT])[-1]
+            return 128 + (signals[-1] if signals else signal.SIGINT)
     return 0
 
 
-def _parse(argv: list[str]) -> _Command:
-    """Reads the flags and the config file that they name."""
+def _do(runs: Sequence[_Run], summary: Path | None, stopping: Callable[[], bool]) -> None:
+    """Does the runs; finished ones are not done again. Several have a summary in the end."""
+    console, results = Console(), []
+    for config, folder, origin, label in runs:
+        try:
+            results.append(pipeline.run(config, folder, console, origin=origin, stopping=stopping))
+        except MegajaxError as error:
+            error.args = (f"{label}{error}",)
+            raise
+    if summary is not None:
+        workdir.write_json(summary, aggregate(results))
+        console.print(f"all seeds: {summary}", soft_wrap=True)
+
+
+def _parse(argv: list[str]) -> tuple[list[_Run], Path | None]:
+    """The runs that the flags and their config file ask for, and where a summary goes."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -126,26 +142,25 @@ def _parse(argv: list[str]) -> _Command:
 
 def _plan(
     config: Config, name: str, folder: str | None, fork: str | None, seeds: str | None
-) -> _Command:
-    """The runs that the flags ask for."""
+) -> tuple[list[_Run], Path | None]:
+    default = Path("runs") / (f"{name}-seed{config.seed}" if seeds is None else name)
+    old = default if folder is None else Path(folder)
+    new, origin = (old, None) if fork is None else (Path(fork), old)
     if fork is not None and folder is None:
         raise ConfigError("--fork needs the --workdir to start from")
-    if fork is not None and folder is not None and Path(fork).resolve() == Path(folder).resolve():
+    if origin is not None and new.resolve() == origin.resolve():
         raise ConfigError(f"--fork {fork} is the --workdir itself: name a new folder")
     if seeds is None:
-        old = Path(folder or Path("runs") / f"{name}-seed{config.seed}")
-        return _Command([(config, old, None) if fork is None else (config, Path(fork), old)], None)
-    old = Path(folder or Path("runs") / name)
-    new, origin = (old, None) if fork is None else (Path(fork), old)
-    runs = [
-        (
+        return [_Run(config, new, origin)], None
+    return [
+        _Run(
             dataclasses.replace(config, seed=seed),
             new / f"seed{seed}",
             None if origin is None else origin / f"seed{seed}",
+            label=f"seed {seed}: ",
         )
         for seed in _seeds(seeds)
-    ]
-    return _Command(runs, new / workdir.RESULTS)
+    ], new / workdir.RESULTS
 
 
 def _seeds(text: str) -> list[int]:
@@ -163,21 +178,18 @@ def _seeds(text: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def _signals(errors: Console) -> Iterator[list[int]]:
+def _collected(signals: list[int], errors: Console) -> Iterator[None]:
     """Collects SIGINT and SIGTERM, for the run to stop where it can save; a second one ends it."""
-    received: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        if len(received) > 1:
+        signals.append(number)
+        if len(signals) > 1:
             raise KeyboardInterrupt
         errors.print("stopping as soon as the state is saved; once more to stop at once")
 
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -40,6 +40,7 @@ __all__ = [
     "copy_state",
     "digest",
     "flatten",
+    "is_half_copied",
     "is_workdir",
     "load_network",
     "load_outcome",
@@ -59,6 +60,7 @@ RESULTS = "results.json"
 METRICS = "metrics.jsonl"
 _CONFIG = "config.json"
 _LOCK = ".lock"
+_COPYING = ".copying"
 _NETWORK = "variables.msgpack"
 _DIGEST = "sha256"  # of the rest, in the files that are not for people
 _FREE = "checkpoint."  # fields that may differ: they have no influence on the result
@@ -122,6 +124,11 @@ def is_workdir(folder: Path) -> bool:
     return (folder / _CONFIG).exists()
 
 
+def is_half_copied(folder: Path) -> bool:
+    """Whether `copy_state` was interrupted."""
+    return (folder / _COPYING).exists() and not is_workdir(folder)
+
+
 def config_changes(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The fields in which a workdir's configuration differs from another: name -> (there, here).
 
@@ -162,6 +169,7 @@ def write_config(folder: Path, config: Mapping[str, Any], about: Mapping[str, An
         WorkdirError: it cannot be written.
     """
     _write_sealed(folder / _CONFIG, {**about, "config": config})
+    (folder / _COPYING).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -204,13 +212,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def copy_state(old: Path, new: Path) -> None:
-    """Copies what a run has done so far, but not what is made of it at the end, nor its name.
+    """Copies what a run has done so far; the copy is finished when `write_config` gives it a name.
 
     Raises:
         WorkdirError: a file cannot be read or written.
     """
     leave = shutil.ignore_patterns(_CONFIG, _LOCK, RESULTS, "report.*", "plots", "*.partial")
     try:
+        (new / _COPYING).touch()
         shutil.copytree(old, new, ignore=leave, dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:
         raise WorkdirError(f"{old} cannot be copied to {new}: {error}") from None

@@ -10,6 +10,7 @@ import pytest
 from jax.tree_util import Partial
 
 from megajax import operators
+from megajax.errors import SearchError
 from megajax.evolution import (
     _split,
     describe,
@@ -115,9 +116,35 @@ def test_fitness_that_is_no_finite_number_never_wins_and_is_counted():
 
 def test_all_invalid_population_reports_no_number():
     ga = make(lambda genes: (jnp.full(len(genes), jnp.nan), ()))
-    state, infos = run(KEY, ga, ga.init(KEY, first_genes()), 2)
-    assert np.isnan(infos.best).all()
-    assert np.isneginf(state.best.fitness)
+    info = describe(ga.init(KEY, first_genes()))
+    assert np.isnan([info.best, info.mean, info.worst]).all()
+    assert np.isneginf(info.best_ever)
+    assert info.invalid == 32
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_generation_without_finite_fitness_ends_the_run_after_the_callback_saw_it(chunk):
+    """The population wanders off, and has no fitness beyond 1,000: in generation 3."""
+
+    def fragile(genes):
+        fitness, aux = sphere(genes)
+        return jnp.where(jnp.abs(genes).max(axis=-1) < 1e3, fitness, jnp.nan), aux
+
+    wander, seen = lambda key, genes: genes + 400, []
+    ga = make(fragile, num_offspring=32, mutate=wander, survive=operators.generational)
+    with pytest.raises(SearchError, match="generation 3: none of the 32 networks has a finite"):
+        run(
+            KEY,
+            ga,
+            ga.init(KEY, first_genes()),
+            9,
+            generations_per_chunk=chunk,
+            callback=lambda state, infos: seen.append((state, infos)),
+        )
+    state, infos = seen[-1]
+    assert state.generation == (3 if chunk == 1 else 4)
+    assert infos.invalid[infos.generation == 3] == 32
+    assert np.isfinite(state.best.fitness)
 
 
 def test_infos_are_the_populations_statistics():

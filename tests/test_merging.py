@@ -34,6 +34,7 @@ def parent(seed):
 INPUTS = jax.random.normal(jax.random.key(9), (120, 6))
 LABELS = np.asarray(jnp.argmax(apply_fn(parent(77), INPUTS), axis=-1))
 PARENTS = [parent(0), parent(1)]
+NO_ALIGNMENT = mj.AlignConfig(method="none")
 SMALL = mj.EvolutionConfig(population_size=10, generations=6, tournament_size=3)
 
 
@@ -142,3 +143,27 @@ def test_what_cannot_work_is_named(options, error, message):
         merge(**options)
     assert isinstance(caught.value, mj.MegajaxError)
     assert "\n" not in str(caught.value)
+
+
+def test_continued_from_a_state_it_ends_bit_identical_and_another_searchs_state_is_refused():
+    seen = []
+    whole = merge(
+        align=NO_ALIGNMENT, callback=lambda state, infos: seen.append(jax.device_get(state))
+    )
+    rest = merge(align=NO_ALIGNMENT, state=seen[2])
+    chex.assert_trees_all_equal(rest.variables, whole.variables)
+    chex.assert_trees_all_equal(rest.state, whole.state)
+    np.testing.assert_array_equal(rest.parent_fitness, whole.parent_fitness)
+    assert rest.history.generation.tolist() == [3, 4, 5, 6]
+    assert rest.evaluations == whole.evaluations
+    smaller = jax.tree.map(lambda leaf: leaf[:8], seen[2].population)
+    with pytest.raises(mj.ConfigError, match=r"population/genes is float32\[8, .* there, .*\[10, "):
+        merge(align=NO_ALIGNMENT, state=seen[2]._replace(population=smaller))
+
+
+def test_parents_without_finite_outputs_stop_before_the_search():
+    def sick(variables, x):
+        return apply_fn(variables, x) * jnp.nan
+
+    with pytest.raises(mj.SearchError, match="generation 0: none of the 10 networks"):
+        mj.merge(KEY, sick, PARENTS, (INPUTS, LABELS), evolution=SMALL, align=NO_ALIGNMENT)

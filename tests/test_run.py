@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 import megajax as mj
-from megajax import data, models, pipeline, run, workdir
+from megajax import data, models, pipeline, run, stages, workdir
 from megajax.config import Config, from_dict, to_dict
 
 ROOT = Path(__file__).parent.parent
@@ -121,7 +121,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(finished, tmp_path, monke
             pipeline.run(from_dict(SMALL), tmp_path / "run")
     assert not (tmp_path / "run" / "results.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.training, "train", None)  # would fail if called
+        patch.setattr(stages.training, "train", None)  # would fail if called
         pipeline.run(from_dict(SMALL), tmp_path / "run")
     assert without_seconds(tmp_path / "run") == without_seconds(finished)
 
@@ -264,3 +264,60 @@ def test_a_network_survives_saving_bit_for_bit(tmp_path):
     chex.assert_trees_all_equal(
         workdir.load_network(tmp_path / "net", like=variables), jax.device_get(variables)
     )
+
+
+# --- several seeds, forks: which runs the flags ask for ------------------------------------------
+
+
+@pytest.fixture
+def called(monkeypatch, tmp_path):
+    """Records the runs instead of doing them; those of seed 3 fail."""
+    calls = []
+
+    def fake(config, folder, console, *, origin, stopping):
+        calls.append((config.seed, str(folder.relative_to(tmp_path)), origin))
+        if config.seed == 3:
+            raise mj.ParentsError("parent 0: training diverged")
+        figures = {"test_accuracy": 0.5 + 0.1 * config.seed}
+        return {"seed": config.seed, "merged": figures, "baselines": {"ensemble": figures}}
+
+    monkeypatch.setattr(pipeline, "run", fake)
+    return calls
+
+
+def test_seeds_have_workdirs_of_their_own_and_a_summary(called, tmp_path):
+    where = ["--workdir", str(tmp_path / "w")]
+    assert run.main(["run", "--config", DIGITS, *where, "--seeds", "0:3"]) == 0
+    assert called == [(k, f"w/seed{k}", None) for k in range(3)]
+    summary = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert summary["seeds"] == [0, 1, 2]
+    assert summary["mean"]["merged"]["test_accuracy"] == pytest.approx(0.6)
+    assert summary["std"]["ensemble"]["test_accuracy"] == pytest.approx(0.1)
+    fork = [*where, "--fork", str(tmp_path / "f")]
+    assert run.main(["run", "--config", DIGITS, *fork, "--seeds", "5,2"]) == 0
+    assert called[3:] == [(k, f"f/seed{k}", tmp_path / "w" / f"seed{k}") for k in (5, 2)]
+
+
+def test_a_seed_that_fails_is_named(called, capsys, tmp_path):
+    command = ["run", "--config", DIGITS, "--workdir", str(tmp_path / "w"), "--seeds", "2:9"]
+    assert run.main(command) == 2
+    assert capsys.readouterr().err == "error: seed 3: parent 0: training diverged\n"
+    assert not (tmp_path / "w" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "3:3"], "--seeds is '3:3': FIRST:END (without END) or A,B,C is needed"),
+        (["--seeds", "1,1"], "--seeds is '1,1'"),
+        (["--seeds", "a:b"], "--seeds is 'a:b'"),
+        (["--seeds", "-1:2"], "--seeds is '-1:2'"),
+        (["--fork", "w"], "--fork w is the --workdir itself: name a new folder"),
+    ],
+)
+def test_flags_that_cannot_work_are_one_line(flags, message, called, capsys):
+    assert run.main(["run", "--config", DIGITS, "--workdir", "w", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not called

@@ -96,10 +96,14 @@ def test_stopping_and_going_on_changes_no_bit(tiny):
         state = jax.tree.map(jnp.asarray, jax.device_get(state))
         state, metrics = training.make_epoch(model, *tiny, TINY)(KEY, state)
         losses.append(metrics.loss)
-    parents, history = train_tiny(tiny)
+    states = []
+    parents, history = train_tiny(tiny, callback=lambda state, metrics: states.append(state))
     chex.assert_trees_all_equal(training._unstack(state.variables), parents)
     np.testing.assert_array_equal(np.stack(losses), history.loss)
     assert int(state.epoch) == 2
+    rest, of_rest = train_tiny(tiny, state=states[0])
+    chex.assert_trees_all_equal(rest, parents)
+    np.testing.assert_array_equal(of_rest.loss, history.loss[1:])
 
 
 def test_side_by_side_is_in_turn(tiny):
