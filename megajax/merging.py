@@ -6,7 +6,7 @@ no file and prints nothing. Whoever wants other wiring calls the pieces: this mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from megajax.fitness import METRICS, Evaluate, auto_chunk, batches, evaluator
 from megajax.genome import Genome, masks
 from megajax.layers import find_layers
 from megajax.normalization import find_statistics, recalibrated
-from megajax.parents import check_parents, leaf_paths, stack_parents
+from megajax.parents import check_parents, keep_leaves, leaf_owners, leaf_paths, stack_parents
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["MergeResult", "algorithm_for", "align_parents", "check_labels", "genome_for", "merge"]
@@ -99,6 +99,7 @@ def merge(
     fitness: FitnessConfig | None = None,
     evolution: EvolutionConfig | None = None,
     labels: PyTree | None = None,
+    keep: Mapping[str, int] | None = None,
     callback: Callable[[GAState, GAInfo], bool | None] | None = None,
 ) -> MergeResult:
     """Merges networks of one architecture by a genetic algorithm over mixing masks (MeGA).
@@ -120,6 +121,10 @@ def merge(
         fitness: how an individual is scored.
         evolution: the search.
         labels: the user's own genes instead of `genome.granularity`; see `megajax.genome.masks`.
+        keep: regular expression for leaf paths -> number of the parent that those leaves come from,
+            unmixed; the other parents may have other shapes there (another number of classes). The
+            network that stands for a parent in the search, and in `parent_fitness`, has the kept
+            leaves too.
         callback: called with the state and the infos after each chunk of generations, and once
             before the first; a true result stops the search.
 
@@ -149,6 +154,8 @@ def merge(
     evolution = evolution or EvolutionConfig()
     align_key, genes_key, init_key, run_key = jax.random.split(key, 4)
 
+    keep = keep or {}
+    parents = keep_leaves(parents, keep)
     check_parents(parents)
     one = parents[0]
     data = batches(*validation, fitness.batch_size)
@@ -158,9 +165,11 @@ def merge(
     if calibration is None and (recalibrate.enabled or align.method in ("activations", "both")):
         raise DataError("calibration inputs are missing: align or recalibrate needs them")
 
-    aligned, _ = align_parents(align_key, apply_fn, parents, batch, calibration, align)
+    kept = leaf_owners(leaf_paths(one), keep, len(parents))
+    aligned, _ = align_parents(align_key, apply_fn, parents, batch, calibration, align, ignore=kept)
+    aligned = keep_leaves(aligned, keep)  # as their own parent's hidden units are aligned
     stacked = stack_parents(aligned)
-    masked = genome_for(apply_fn, stacked, batch, genome, labels=labels)
+    masked = genome_for(apply_fn, stacked, batch, genome, labels=labels, freeze=tuple(keep))
     context = stacked
     if recalibrate.enabled:
         masked = recalibrated(masked, apply_fn)
@@ -211,6 +220,7 @@ def align_parents(
     inputs: Any,
     calibration: Any | None = None,
     config: AlignConfig | None = None,
+    ignore: Collection[str] = (),
 ) -> tuple[list[PyTree], Alignment | None]:
     """Finds a network's symmetries and brings the parents' hidden units into correspondence.
 
@@ -224,6 +234,7 @@ def align_parents(
         inputs: one batch.
         calibration: training inputs, to match activations on.
         config: method and reference; None takes the defaults.
+        ignore: paths of leaves that move along and do not count, besides BatchNorm statistics.
 
     Returns:
         The aligned parents, and how they were permuted; with the method `none`, or for a network
@@ -264,7 +275,7 @@ def align_parents(
         reference=config.reference,
         apply_fn=apply_fn,
         inputs=calibration,
-        ignore={paths[index] for s in statistics for index in (s.mean, s.variance)},
+        ignore={paths[i] for s in statistics for i in (s.mean, s.variance)} | set(ignore),
     )
 
 
@@ -275,6 +286,7 @@ def genome_for(
     config: GenomeConfig,
     *,
     labels: PyTree | None = None,
+    freeze: Sequence[str] = (),
 ) -> Genome:
     """The genome that a configuration section describes, for a network.
 
@@ -284,6 +296,7 @@ def genome_for(
         inputs: one batch, or its shape and dtype; needed to find the layers.
         config: granularity, kind and what is frozen.
         labels: the user's own genes instead of the granularity.
+        freeze: patterns of leaves that are frozen besides `config.freeze`.
 
     Returns:
         A genome of masks.
@@ -305,7 +318,7 @@ def genome_for(
         granularity=config.granularity,
         layers=layers,
         labels=labels,
-        freeze=config.freeze,
+        freeze=[*freeze] if config.freeze is None else [config.freeze, *freeze],
         binary=config.binary,
     )
 
