@@ -54,23 +54,24 @@ def check_parents(parents: Sequence[PyTree]) -> None:
         Traceback (most recent call last):
         ...
         megajax.errors.ParentsError: leaf w: float64[2,3] in parent 0 but float64[2,4] in parent 1;
-        keep={pattern: parent} leaves such leaves to one parent
+        keep={pattern: parent} can leave leaves to one parent
     """
     if len(parents) < 2:
         raise ParentsError(f"{len(parents)} parent given: a merge needs at least two")
     leaves = [_leaves_by_path(parent) for parent in parents]
     if not leaves[0]:
         raise ParentsError("parent 0 has no leaves: its variables are empty")
-    differing = []
+    differing, shapes_differ = [], False
     for path in dict.fromkeys(path for of_one in leaves for path in of_one):
         first, *others = (_describe(of_one.get(path)) for of_one in leaves)
         unlike = [f"{it} in parent {k}" for k, it in enumerate(others, start=1) if it != first]
+        shapes = {tuple(np.shape(of_one[path])) for of_one in leaves if path in of_one}
+        shapes_differ = shapes_differ or len(shapes) > 1
         if unlike:
             differing.append(f"leaf {path}: {first} in parent 0 but {', '.join(unlike)}")
     if differing:
-        raise ParentsError(
-            f"{'; '.join(differing)}; keep={{pattern: parent}} leaves such leaves to one parent"
-        )
+        hint = "; keep={pattern: parent} can leave leaves to one parent"
+        raise ParentsError("; ".join(differing) + (hint if shapes_differ else ""))
     for k, parent in enumerate(parents[1:], start=1):
         found, wanted = (str(jax.tree.structure(tree)) for tree in (parent, parents[0]))
         if found != wanted:

@@ -8,3 +8,5 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
+
+collect_ignore = ["fixtures/make_torch_fixture.py"]  # imports PyTorch

@@ -78,7 +78,7 @@ def export(
     Example:
         >>> import tempfile
         >>> import numpy as np
-        >>> paths = export(tempfile.mkdtemp(), {"w": np.ones(2)}, formats=("msgpack", "npz"), seed=0)
+        >>> paths = export(tempfile.mkdtemp(), {"w": np.ones(2)}, formats=("msgpack", "npz"))
         >>> [path.name for path in paths.values()]
         ['variables.msgpack', 'variables.npz', 'README.md']
     """

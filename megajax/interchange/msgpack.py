@@ -48,7 +48,7 @@ def open_msgpack(path: Path, nbytes: int | None = None) -> Stored:
         raise InterchangeError(f"{path} has {size} bytes: the network needs about {nbytes}")
     data = read_bytes(path)
     try:
-        tree = serialization.msgpack_restore(data)  # type: ignore[no-untyped-call]
+        tree = serialization.msgpack_restore(data)
     except Exception as error:  # msgpack and flax raise many kinds for damaged bytes
         raise InterchangeError(f"{path} is no msgpack file, or damaged: {_line(error)}") from None
     values: dict[str, Any] = {}
@@ -83,7 +83,7 @@ def write_msgpack(path: Path, arrays: Mapping[tuple[str, ...], np.ndarray]) -> N
         >>> serialization.msgpack_restore(path.read_bytes())
         {'params': {'w': array([1., 1.])}}
     """
-    data = serialization.msgpack_serialize(nested(arrays))  # type: ignore[no-untyped-call]
+    data = serialization.msgpack_serialize(nested(arrays))
     write_bytes(path, data)
 
 

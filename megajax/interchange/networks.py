@@ -176,7 +176,7 @@ def load_parents(
     parents = []
     for leaves in loaded:
         whole = [loaded[owners[leaf]][leaf] if leaf in owners else leaves[leaf] for leaf in specs]
-        parents.append(treedef.unflatten(whole))
+        parents.append(jax.tree.unflatten(treedef, whole))
     for k, expected in enumerate(logits or []):
         if expected is not None:
             if network is None or inputs is None:
@@ -264,7 +264,7 @@ def check_logits(
     expected = np.asarray(logits, np.float64)
     if found.shape != expected.shape:
         raise InterchangeError(
-            f"{name}: the logits have shape {found.shape} here and {expected.shape} in the reference"
+            f"{name}: the logits have shape {found.shape}, those of the reference {expected.shape}"
         )
     difference = np.abs(found - expected)
     difference[(found == expected) | (np.isnan(found) & np.isnan(expected))] = 0.0
@@ -441,7 +441,7 @@ def _target(like: Any, inputs: Any) -> tuple[ApplyFn | None, Target]:
         if inputs is None:
             raise InterchangeError("like is a Linen module: inputs= must be a batch of its inputs")
         parameters = inspect.signature(type(like).__call__).parameters
-        inference = {name: value for name, value in _INFERENCE.items() if name in parameters}
+        inference: dict[str, Any] = {n: value for n, value in _INFERENCE.items() if n in parameters}
         variables = jax.eval_shape(
             lambda key, x: like.init(key, x, **inference), jax.random.key(0), inputs
         )

@@ -34,7 +34,7 @@ _DAMAGE = (
     zipfile.BadZipFile,
     zlib.error,
 )
-_EXTENDED = {
+_EXTENDED: dict[str, np.dtype] = {
     name: np.dtype(getattr(ml_dtypes, name))
     for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int4", "uint4")
 }
@@ -122,7 +122,7 @@ def write_npz(path: Path, arrays: Mapping[tuple[str, ...], np.ndarray]) -> None:
         name = "/".join(keys)
         if array.dtype.name in _EXTENDED:
             name, array = f"{name}::{array.dtype.name}", array.view(f"u{array.dtype.itemsize}")
-        elif not array.dtype.isbuiltin == 1:
+        elif array.dtype.type.__module__ != "numpy":
             raise InterchangeError(f"leaf {name} is {array.dtype}, which npz has not")
         members[name] = array
     buffer = io.BytesIO()

@@ -89,10 +89,10 @@ def open_orbax(path: Path) -> Stored:
             with ocp.PyTreeCheckpointer() as checkpointer:
                 restored = checkpointer.restore(
                     folder,
-                    item=treedef.unflatten(asked),
-                    restore_args=treedef.unflatten(arguments),
+                    item=jax.tree.unflatten(treedef, asked),
+                    restore_args=jax.tree.unflatten(treedef, arguments),
                 )
-            leaves = treedef.flatten_up_to(restored)
+            leaves = jax.tree.leaves(restored)
         except Exception as error:
             raise InterchangeError(f"{path} is damaged: {_line(error)}") from None
         arrays = dict(zip(names, leaves, strict=True))

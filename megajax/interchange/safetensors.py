@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from megajax.errors import InterchangeError
 from megajax.interchange.files import Spec, Stored, write_bytes
+from megajax.interchange.trees import native
 
 __all__ = ["open_safetensors", "write_safetensors"]
 
@@ -115,5 +116,10 @@ def write_safetensors(path: Path, arrays: Mapping[tuple[str, ...], np.ndarray]) 
                 f"leaf {'/'.join(keys)} is {array.dtype}, which safetensors has not"
             )
     # Metadata "format" is what PyTorch's own loaders ask for.
-    named = {"/".join(keys): array for keys, array in arrays.items()}
-    write_bytes(path, save(named, {"format": "pt"}))
+    # The library reads plain memory: of an array that is not contiguous it would get other numbers.
+    named = {"/".join(keys): native(array) for keys, array in arrays.items()}
+    try:
+        data = save(named, {"format": "pt"})
+    except SafetensorError as error:
+        raise InterchangeError(f"{path} cannot be written: {error}") from None
+    write_bytes(path, data)

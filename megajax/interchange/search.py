@@ -44,9 +44,7 @@ def orders(names: Sequence[str], fits: Fits, most: int = 16) -> tuple[list[tuple
     """
     for search in (_by_module, _by_number):
         found: list[tuple[str, ...]] = []
-        steps = 0
-        for order in search(names, fits):
-            steps += 1
+        for steps, order in enumerate(search(names, fits), start=1):
             if order is not None:
                 found.append(order)
             if len(found) == most or steps == _MAX_STEPS:
@@ -114,8 +112,8 @@ def _by_module(names: Sequence[str], fits: Fits) -> Iterator[tuple[str, ...] | N
     """
     tree = _tree(names)
     patterns = Counter(node.pattern for node in tree.values())
-    start = (_Frame("", tree[""].queues, None), (), frozenset())
-    stack: list[tuple[Any, tuple[str, ...], frozenset[tuple[str, str, str]]]] = [start]
+    stack: list[tuple[Any, tuple[str, ...], frozenset[tuple[str, str, str]]]] = []
+    stack.append((_Frame("", tree[""].queues, None), (), frozenset()))
     while stack:
         frame, chosen, known = stack.pop()
         while frame is not None and not frame.left:
@@ -166,6 +164,8 @@ def _by_number(names: Sequence[str], fits: Fits) -> Iterator[tuple[str, ...] | N
         done = len(chosen) == len(names)
         yield tuple(names[i] for i in chosen) if done else None
         if not done:
-            for i in reversed(possible[len(chosen)]):
-                if not used >> i & 1 and not before[i] & ~used:
-                    stack.append((used | 1 << i, (*chosen, i)))
+            stack += [
+                (used | 1 << i, (*chosen, i))
+                for i in reversed(possible[len(chosen)])
+                if not used >> i & 1 and not before[i] & ~used
+            ]

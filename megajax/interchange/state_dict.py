@@ -1,8 +1,8 @@
 """PyTorch's state dicts: their modules are matched to the layers of a program.
 
-A module's tensors must have the shapes that a layer's leaves have in PyTorch's layout, and the order
-of the modules must be that of the program. What fits in more than one way is an error that lists the
-candidates, never a guess.
+A module's tensors must have the shapes that a layer's leaves have in PyTorch's layout, and the
+order of the modules must be that of the program. What fits in more than one way is an error that
+lists the candidates, never a guess.
 """
 
 from __future__ import annotations
@@ -204,12 +204,12 @@ def _by_own_names(sides: _Sides) -> dict[int, str]:
     """Layer -> module, if all modules have our own names."""
     result = {}
     for i, layer in enumerate(sides.layers):
-        containers = {sides.paths[slot.leaf].rpartition("/")[0] for slot in layer}
-        inner = {container.partition("/")[2].replace("/", ".") for container in containers}
-        outer = {container.replace("/", ".") for container in containers}
-        for names in (inner, outer):
-            name = names.pop() if len(names) == 1 else ""
-            if name in sides.modules and _fits(sides, i, name):
+        paths = [sides.paths[slot.leaf] for slot in layer]
+        containers = [path.rpartition("/")[0] for path in paths]
+        ways = (containers, paths)  # a parameter of its own has its own name
+        for names in [*ways, *([path.partition("/")[2] for path in way] for way in ways)]:
+            name = names[0].replace("/", ".")
+            if {*names} == {names[0]} and name in sides.modules and _fits(sides, i, name):
                 result[i] = name
                 break
     all_of_them = len(set(result.values())) == len(sides.layers) == len(sides.modules)
@@ -255,8 +255,7 @@ def _in_order(sides: _Sides, pins: Mapping[int, str]) -> dict[int, str]:
         problem = (
             f"could be {' or '.join(candidates)}, but no order of all modules is the program's"
         )
-    path = sides.paths[sides.layers[layers[place]][0].leaf]
-    tensor = next(iter(sides.modules[candidates[0]].tensors.values()))
+    tensor, path, _ = _entries(sides, layers[place], candidates[0])[0]
     raise InterchangeError(
         f"{sides.stored.path}: leaf {path} {problem}; say which one it is, for example by "
         f"rename={{{tensor!r}: {path!r}}}"

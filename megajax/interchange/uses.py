@@ -28,8 +28,8 @@ class Slot(NamedTuple):
 
     Attributes:
         leaf: index of the leaf, in flattening order.
-        tensor: `weight`, `bias`, `running_mean` or `running_var`; None for a leaf that is only known
-            to be used.
+        tensor: `weight`, `bias`, `running_mean` or `running_var`; None for a leaf that is used in
+            another way.
         layout: that tensor's layout.
     """
 
