@@ -23,6 +23,7 @@ __all__ = [
     "check_sums",
     "fingerprint",
     "read_bytes",
+    "remove_sums",
     "write_bytes",
     "write_sums",
 ]
@@ -176,6 +177,26 @@ def write_sums(path: Path) -> None:
     else:
         text = f"{fingerprint(path)}  {path.name}\n"
         write_bytes(path.with_name(path.name + _SUFFIX), text.encode())
+
+
+def remove_sums(path: Path) -> None:
+    """Removes the sums of a file that is about to be replaced, if there are any.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        InterchangeError: they cannot be removed.
+
+    Example:
+        >>> remove_sums(Path("file/without/sums"))
+    """
+    listed = path.with_name(path.name + _SUFFIX)
+    try:
+        if listed.exists():
+            listed.unlink()
+    except OSError as error:
+        raise InterchangeError(f"{listed} cannot be replaced: {error.strerror}") from None
 
 
 def check_sums(path: Path) -> None:

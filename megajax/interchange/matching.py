@@ -124,12 +124,15 @@ def _by_name(
     wanted: Mapping[str, Spec],
     free: Collection[str],
 ) -> list[Entry]:
-    """Takes arrays by the path of their leaf: with dots for slashes, without NNX's `value`."""
+    """Takes arrays by the path of their leaf: with dots for slashes, without NNX's `value`.
+
+    A network that is one array, whose path is empty, is called `value` where it needs a name.
+    """
     dotted = not any("/" in name for name in names)
 
     def plain(name: str) -> str:
         name = "/" + (name.replace(".", "/") if dotted else name)
-        return name.removesuffix("/value")
+        return name.removesuffix("/value").removeprefix("/")
 
     ours: dict[str, str] = {}
     for leaf in wanted:

@@ -19,7 +19,7 @@ from flax import nnx
 from megajax.adapters import Network, from_linen, from_nnx
 from megajax.errors import InterchangeError
 from megajax.interchange import msgpack, npz, orbax, safetensors
-from megajax.interchange.files import Stored, check_sums, write_sums
+from megajax.interchange.files import Stored, check_sums, remove_sums, write_sums
 from megajax.interchange.layouts import from_file, to_file
 from megajax.interchange.mapping import NameMap, Target
 from megajax.interchange.matching import find_mapping
@@ -333,7 +333,7 @@ def save_network(
         "safetensors": safetensors.write_safetensors,
         "npz": npz.write_npz,
     }[kind]
-    file.with_name(f"{file.name}.sha256").unlink(missing_ok=True)
+    remove_sums(file)
     write(file, keyed)
     write_sums(file)
     return file

@@ -6,8 +6,12 @@ they need no storage, and are there again where the network is known that they b
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +67,7 @@ def open_orbax(path: Path) -> Stored:
 
     folder = (path if (path / _METADATA).is_file() else path / "default").resolve()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise InterchangeError(
@@ -86,7 +90,7 @@ def open_orbax(path: Path) -> Stored:
         arguments = [as_numpy if name in chosen else ocp.PLACEHOLDER for name in names]
         asked = [0 if name in chosen else ocp.PLACEHOLDER for name in names]
         try:
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
                 restored = checkpointer.restore(
                     folder,
                     item=jax.tree.unflatten(treedef, asked),
@@ -137,6 +141,30 @@ def write_orbax(path: Path, arrays: Mapping[tuple[str, ...], np.ndarray]) -> Non
         raise InterchangeError(f"{path} cannot be written: {error.strerror or error}") from None
     except ValueError as error:
         raise InterchangeError(f"{path} cannot be written: {_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax from logging, and its threads from reporting, what becomes one line here.
+
+    When one array cannot be read, those that are being read still report to an event loop that is
+    closed by then.
+    """
+    logger, report = logging.getLogger("absl"), sys.unraisablehook
+    disabled = logger.disabled
+
+    def others(unraisable: sys.UnraisableHookArgs) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            report(unraisable)
+
+    logger.disabled, sys.unraisablehook = True, others
+    try:
+        yield
+    except Exception:
+        time.sleep(0.1)  # for those reports
+        raise
+    finally:
+        logger.disabled, sys.unraisablehook = disabled, report
 
 
 def _line(error: Exception) -> str:
