@@ -65,7 +65,7 @@ def find_mapping(
     pattern = None if ignore is None else _compiled("ignore", ignore)
     names = [name for name in stored.specs if not (pattern and pattern.search(name))]
     renamed = _renamed(stored.path, names, rename or {}, wanted)
-    if is_state_dict(names):
+    if is_state_dict(names, wanted):
         entries = match_state_dict(stored, target, names, renamed, wanted, free)
     else:
         entries = _by_name(stored, names, renamed, wanted, free)

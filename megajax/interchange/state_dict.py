@@ -24,11 +24,12 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _COUNTER = "num_batches_tracked"  # of BatchNorm: it plays no part in inference
 
 
-def is_state_dict(names: Collection[str]) -> bool:
+def is_state_dict(names: Collection[str], paths: Collection[str] = ()) -> bool:
     """Whether names are those of a state dict: dotted, ending in `weight` and the like.
 
     Args:
         names: of the arrays in a file.
+        paths: of our leaves; names of which most are just these are not a state dict's.
 
     Returns:
         The answer.
@@ -36,9 +37,12 @@ def is_state_dict(names: Collection[str]) -> bool:
     Example:
         >>> is_state_dict(["fc.weight", "fc.bias"]), is_state_dict(["params/fc/kernel"])
         (True, False)
+        >>> is_state_dict(["scale", "bias"], paths=["scale", "bias"])
+        False
     """
     slashes = any("/" in name for name in names)
-    return not slashes and any(name.rpartition(".")[2] in _TENSORS for name in names)
+    ours = 2 * sum(name in paths for name in names) >= len(names)
+    return not (slashes or ours) and any(name.rpartition(".")[2] in _TENSORS for name in names)
 
 
 def match_state_dict(
