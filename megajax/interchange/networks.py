@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,7 @@ def load_parents(
     keep: Mapping[str, int] | None = None,
     logits: Sequence[Any] | None = None,
     tolerance: float = 1e-4,
+    callback: Callable[[NameMap], None] | None = None,
 ) -> list[PyTree]:
     """Loads parents for a merge, each from any format.
 
@@ -141,6 +142,7 @@ def load_parents(
             other parents may have other shapes there, or nothing; they get that parent's leaves.
         logits: for each parent `[b, C]`, or None, what it gave for `inputs`.
         tolerance: largest difference of a logit.
+        callback: called with each file's mapping before it is read, to print or keep it.
 
     Returns:
         The variables of each parent.
@@ -171,6 +173,8 @@ def load_parents(
         stored = _opened(Path(path), nbytes)
         free = {leaf for leaf, owner in owners.items() if owner != k}
         mapping = find_mapping(stored, target, rename=rename, ignore=ignore, cast=cast, free=free)
+        if callback is not None:
+            callback(mapping)
         loaded.append(_read(stored, mapping, target, free))
     treedef = jax.tree.structure(target.variables)
     parents = []
@@ -341,10 +345,17 @@ def save_network(
 
 def _opened(path: Path, nbytes: int | None = None) -> Stored:
     """Opens a file or folder of any format; `nbytes` is the size of the network."""
+    try:
+        return _found(path, nbytes)
+    except OSError as error:  # on the way to it; the formats say what is wrong with the file
+        raise InterchangeError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _found(path: Path, nbytes: int | None) -> Stored:
     if path.is_dir() and not orbax.is_orbax(path):
         inside = [path / name for name in FORMATS.values() if (path / name).exists()]
         if inside:
-            return _opened(inside[0], nbytes)
+            return _found(inside[0], nbytes)
         steps = sorted(at.name for at in path.iterdir() if at.is_dir() and orbax.is_orbax(at))
         hint = f"; choose one of its steps {', '.join(steps)}" if steps else ""
         raise InterchangeError(f"{path} holds none of {', '.join(FORMATS.values())}{hint}")

@@ -183,6 +183,10 @@ def _fits(sides: _Sides, layer: int, module: str) -> bool:
     return True
 
 
+def _is_free(sides: _Sides, layer: int) -> bool:
+    return all(sides.paths[slot.leaf] in sides.free for slot in sides.layers[layer])
+
+
 def _pins(sides: _Sides, renamed: Mapping[str, str]) -> dict[int, str]:
     """Layer -> module, where the user has named a leaf for one of its tensors."""
     paths, layers = sides.paths, sides.layers
@@ -224,11 +228,7 @@ def _in_order(sides: _Sides, pins: Mapping[int, str]) -> dict[int, str]:
     """Layer -> module, in the one order that the program and the names allow."""
     layers, modules = list(range(len(sides.layers))), list(sides.modules)
     if len(layers) > len(modules):  # free leaves need not be there
-        optional = [
-            i
-            for i in layers
-            if i not in pins and all(sides.paths[s.leaf] in sides.free for s in sides.layers[i])
-        ]
+        optional = [i for i in layers if i not in pins and _is_free(sides, i)]
         layers = [i for i in layers if i not in optional[: len(layers) - len(modules)]]
     _check_counts(sides, layers, modules, pins)
     pinned = set(pins.values())
@@ -272,7 +272,7 @@ def _check_counts(
     """Checks that each side has as many modules of a kind as the other."""
     left = [module for module in modules if module not in pins.values()]
     without = []
-    for layer in layers:
+    for layer in sorted(layers, key=lambda i: _is_free(sides, i)):  # those of any shape come last
         if layer in pins:
             continue
         module = next((module for module in left if _fits(sides, layer, module)), None)
