@@ -76,15 +76,20 @@ def stored(name):
         )
 
 
-def made(name, folder):
-    """Made anew by PyTorch, from another seed."""
-    from safetensors.torch import save_file
-
+def fixture():
+    """The script that makes the networks in PyTorch."""
     path = FIXTURES / "make_torch_fixture.py"
     spec = importlib.util.spec_from_file_location("make_torch_fixture", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    state, inputs, logits = module.make(name, seed=1)
+    return module
+
+
+def made(name, folder):
+    """Made anew by PyTorch, from another seed."""
+    from safetensors.torch import save_file
+
+    state, inputs, logits = fixture().make(name, seed=1)
     save_file(state, folder / f"{name}.safetensors")
     return folder / f"{name}.safetensors", inputs, logits
 
@@ -372,3 +377,20 @@ def test_every_network_of_the_zoo_is_found_whole_in_pytorchs_layout():
                 expected[tensor] = paths[slot.leaf]
         assert set(expected.values()) == set(paths)
         assert find(dict(sorted(shapes.items())), network, inputs) == expected
+
+
+def test_pytorch_takes_the_export_and_gives_our_logits(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    path, inputs, _ = made("resnet8", tmp_path)
+    model = MODELS["resnet8"]
+    names = mj.map_names(path, model, inputs=inputs)
+    variables = mj.load_network(path, model, inputs=inputs)
+    halved = jax.tree.map(lambda leaf: leaf * np.float32(0.5), variables)
+    back = mj.save_network(tmp_path / "back.safetensors", halved, names=names)
+    theirs = fixture().ResNet8().eval()
+    theirs.load_state_dict(load_file(back))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(inputs.transpose(0, 3, 1, 2).copy())).numpy()
+    np.testing.assert_allclose(jax.jit(model.apply)(halved, inputs), expected, atol=1e-4)
