@@ -7,6 +7,7 @@
     fitness     score a population in one program    evolution   init, step, run
     alignment   symmetries, matching                 normalization  BatchNorm, REPAIR
     evaluation  held-out metrics                     layers      which leaves form a layer
+    interchange  networks from files of any format, and back
     hierarchy   many parents, merged by a tree       training    parents, fine-tuning
     baselines   what one would do instead            statistics  intervals, paired tests
     robustness  corruptions, calibration             config      every choice and its default
@@ -35,6 +36,7 @@ from megajax.config import merge_sections as merge_sections
 from megajax.errors import ConfigError as ConfigError
 from megajax.errors import DataError as DataError
 from megajax.errors import DeviceError as DeviceError
+from megajax.errors import InterchangeError as InterchangeError
 from megajax.errors import Interrupted as Interrupted
 from megajax.errors import MegajaxError as MegajaxError
 from megajax.errors import ParentsError as ParentsError
@@ -50,12 +52,20 @@ from megajax.genome import masks as masks
 from megajax.genome import weights as weights
 from megajax.hierarchy import TreeResult as TreeResult
 from megajax.hierarchy import merge_tree as merge_tree
+from megajax.interchange import NameMap as NameMap
+from megajax.interchange import check_logits as check_logits
+from megajax.interchange import export as export
+from megajax.interchange import load_network as load_network
+from megajax.interchange import load_parents as load_parents
+from megajax.interchange import map_names as map_names
+from megajax.interchange import save_network as save_network
 from megajax.layers import find_layers as find_layers
 from megajax.merging import MergeResult as MergeResult
 from megajax.merging import merge as merge
 from megajax.normalization import recalibrate as recalibrate
 from megajax.normalization import repair as repair
 from megajax.parents import check_parents as check_parents
+from megajax.parents import keep_leaves as keep_leaves
 from megajax.parents import stack_parents as stack_parents
 from megajax.parents import unstack_parents as unstack_parents
 

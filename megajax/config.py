@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -132,9 +133,12 @@ def _is_instance(value: Any, annotation: Any) -> bool:
     for kind in _alternatives(annotation):
         origin = typing.get_origin(kind) or kind
         if origin is tuple:
-            inner = typing.get_args(kind)[0]
-            if isinstance(value, tuple) and all(isinstance(item, inner) for item in value):
-                return True
+            inner = typing.get_args(kind)
+            if isinstance(value, tuple):
+                kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+                same = len(kinds) == len(value)
+                if same and all(map(_is_instance, value, kinds)):
+                    return True
         elif origin is Callable or origin is typing.get_origin(Callable[..., Any]):
             if callable(value):
                 return True
@@ -153,7 +157,8 @@ def _describe(annotation: Any) -> str:
     names = []
     for kind in _alternatives(annotation):
         origin = typing.get_origin(kind) or kind
-        names.append("None" if origin is type(None) else getattr(origin, "__name__", str(kind)))
+        name = str(kind) if origin is tuple else getattr(origin, "__name__", str(kind))
+        names.append("None" if origin is type(None) else name)
     return " or ".join(names)
 
 
@@ -178,6 +183,12 @@ class _Section:
         for name in names:
             value = getattr(self, name)
             self._require(value is None or value >= low, name, f"it must be at least {low}")
+
+    def _pattern(self, name: str, pattern: str) -> None:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            self._require(False, name, f"{pattern!r} is no regular expression: {error}")
 
     def _fraction(self, *names: str) -> None:
         for name in names:
@@ -244,10 +255,18 @@ class ModelConfig(_Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ParentsConfig(_Section):
-    """How many parents there are and what each one saw.
+    """How many parents there are, and what each one saw or where it comes from.
 
     Attributes:
-        count: number of parents K.
+        paths: files or folders of trained parents, at least two (see `load_parents`); they are then
+            loaded and none is trained. Empty: `count` parents are trained.
+        keep: pairs (regular expression for leaf paths, number of a parent): those leaves come from
+            that parent alone, and may have other shapes in the others.
+        rename: pairs (name in a file, or regular expression for it; path of the leaf), where the
+            automatic match is not enough.
+        ignore: regular expression; arrays of the files whose name it matches are left out.
+        cast: floating-point arrays of the files may have another precision.
+        count: number of parents K; with `paths`, their number.
         shards: `same` (all training images for each), `disjoint` (equal parts) or `skewed` (each
             parent is at home in its own classes and sees few images of the others).
         skew: for `skewed`, the share of a class's images that goes to the parent at home in it;
@@ -256,13 +275,36 @@ class ParentsConfig(_Section):
     """
 
     _name: ClassVar[str] = "parents"
+    paths: tuple[str, ...] = ()
+    keep: tuple[tuple[str, int], ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    ignore: str | None = None
+    cast: bool = False
     count: int = 2
     shards: str = "same"
     skew: float = 0.8
     shared_initialization: bool = False
 
     def _check(self) -> None:
+        if self.paths:
+            named = len(self.paths) >= 2 and all(self.paths)
+            self._require(named, "paths", "at least two paths are needed for a merge")
+            default = type(self).count
+            ok = self.count in (default, len(self.paths))
+            self._require(ok, "count", f"parents.paths names {len(self.paths)}")
+            object.__setattr__(self, "count", len(self.paths))
         self._require(self.count >= 2, "count", "at least two parents are needed for a merge")
+        for pattern, parent in self.keep:
+            self._pattern("keep", pattern)
+            exists = 0 <= parent < self.count
+            self._require(exists, "keep", f"the parents are 0 to {self.count - 1}")
+        for name in ("rename", "ignore"):
+            loaded = bool(self.paths) or not getattr(self, name)
+            self._require(loaded, name, "it is for parents from files, and parents.paths is empty")
+        for pattern, _ in self.rename:
+            self._pattern("rename", pattern)
+        if self.ignore is not None:
+            self._pattern("ignore", self.ignore)
         self._one_of("shards", SHARDS)
         self._fraction("skew")
 
@@ -894,6 +936,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         megajax.errors.ConfigError: evolution.generation is no field of the configuration; did you
         mean evolution.generations?
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"config is {values!r}: it is made of sections with fields")
     result = _build(Config, "", values)
     assert isinstance(result, Config)
     return smoke(result) if result.smoke else result
@@ -923,8 +967,8 @@ def _build(section: type[_Section], prefix: str, values: Mapping[str, Any]) -> _
 
 def _coerce(value: Any, annotation: Any) -> Any:
     """Takes over what a command line or a JSON file cannot say in the exact type."""
-    if isinstance(value, list):
-        value = tuple(value)
+    if isinstance(value, (list, tuple)):
+        value = tuple(_coerce(item, None) for item in value)
     if isinstance(value, str) and value.isdigit() and int in _alternatives(annotation):
         return int(value)
     return value

@@ -21,6 +21,10 @@ class DataError(MegajaxError, ValueError):
     """A data set is missing, empty, mislabelled or of the wrong shape."""
 
 
+class InterchangeError(MegajaxError, ValueError):
+    """A network's file cannot be read, is damaged, or does not hold the network that is wanted."""
+
+
 class ParentsError(MegajaxError, ValueError):
     """The parents do not fit together, or their weights are not finite."""
 

@@ -87,7 +87,7 @@ def masks(
     granularity: str = "channel",
     layers: PyTree | None = None,
     labels: PyTree | None = None,
-    freeze: str | None = None,
+    freeze: str | Sequence[str] | None = None,
     binary: bool = False,
 ) -> Genome:
     """Mixing masks over K parents: one array of coefficients, `[P, G, K]` float32.
@@ -105,7 +105,8 @@ def masks(
         labels: the gene of each leaf element, instead of a granularity: a pytree like one parent,
             or a prefix of it, of integers or integer arrays that broadcast against the leaf. Genes
             are numbered from 0, `FROZEN` (-1) keeps parent 0.
-        freeze: regular expression; leaves whose path it matches (anywhere) stay as in parent 0.
+        freeze: regular expression, or several; leaves whose path one of them matches (anywhere)
+            stay as in parent 0.
         binary: each gene picks one parent.
 
     Returns:
@@ -259,7 +260,9 @@ def _broadcastable(labels: PyTree, variables: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(variables), result)
 
 
-def _frozen_and_renumbered(labels: PyTree, variables: PyTree, freeze: str | None) -> PyTree:
+def _frozen_and_renumbered(
+    labels: PyTree, variables: PyTree, freeze: str | Sequence[str] | None
+) -> PyTree:
     """Freezes leaves by path and dtype, and closes the gaps that this leaves in the numbering."""
     paths = leaf_paths(variables)
     leaves, treedef = jax.tree.flatten(labels)
@@ -267,18 +270,17 @@ def _frozen_and_renumbered(labels: PyTree, variables: PyTree, freeze: str | None
     if used != set(range(len(used))):
         gap = next(i for i in range(len(used)) if i not in used)
         raise ConfigError(f"labels skip gene {gap}: genes are numbered from 0 without gaps")
-    if freeze is not None:
+    hit = [False] * len(paths)
+    for pattern in [freeze] if isinstance(freeze, str) else freeze or ():
         try:
-            pattern = re.compile(freeze)
+            matches = [bool(re.search(pattern, path)) for path in paths]
         except re.error as error:
-            raise ConfigError(f"genome.freeze is {freeze!r}: {error}") from None
-        hit = [bool(pattern.search(path)) for path in paths]
-        if not any(hit):
+            raise ConfigError(f"genome.freeze is {pattern!r}: {error}") from None
+        if not any(matches):
             raise ConfigError(
-                f"genome.freeze is {freeze!r}: it matches no leaf, such as {paths[0]}"
+                f"genome.freeze is {pattern!r}: it matches no leaf, such as {paths[0]}"
             )
-    else:
-        hit = [False] * len(paths)
+        hit = [before or now for before, now in zip(hit, matches, strict=True)]
     dtypes = [leaf.dtype for leaf in jax.tree.leaves(variables)]
     leaves = [
         leaf if jnp.issubdtype(dtype, jnp.floating) and not frozen else np.full_like(leaf, FROZEN)
@@ -325,7 +327,7 @@ def weights(
     parents: PyTree,
     *,
     statistics: Sequence[Statistic] = (),
-    freeze: str | None = None,
+    freeze: str | Sequence[str] | None = None,
     parents_first: bool = True,
     relative_noise: bool = True,
     noise_on_statistics: bool = False,
@@ -342,7 +344,8 @@ def weights(
     Args:
         parents: stacked variables, leaves `[K, ...]`, or their shapes and dtypes.
         statistics: the network's BatchNorm layers, from `find_statistics`.
-        freeze: regular expression; leaves whose path it matches (anywhere) stay as in parent 0.
+        freeze: regular expression, or several; leaves whose path one of them matches (anywhere)
+            stay as in parent 0.
         parents_first: the first population holds the K parents, their mean, then points between
             them, as with masks, so that the result cannot be worse than the best parent. Otherwise
             it is random points between the parents only.

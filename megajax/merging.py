@@ -8,7 +8,7 @@ no file and prints nothing. Whoever wants other wiring calls the pieces: this mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ from megajax.fitness import METRICS, Evaluate, auto_chunk, batches, evaluator
 from megajax.genome import Genome, masks, weights
 from megajax.layers import find_layers
 from megajax.normalization import find_statistics, recalibrated
-from megajax.parents import check_parents, leaf_paths, stack_parents
+from megajax.parents import check_parents, keep_leaves, leaf_owners, leaf_paths, stack_parents
 from megajax.shares import parent_shares, projected_shares
 from megajax.types import ApplyFn, Key, PyTree
 
@@ -121,6 +121,7 @@ def merge(
     evolution: EvolutionConfig | None = None,
     labels: PyTree | None = None,
     state: GAState | None = None,
+    keep: Mapping[str, int] | None = None,
     callback: Callable[[GAState, GAInfo], bool | None] | None = None,
 ) -> MergeResult:
     """Merges networks of one architecture by a genetic algorithm, over mixing masks or weights.
@@ -146,6 +147,10 @@ def merge(
             `megajax.genome.masks`.
         state: where an earlier call with the same other arguments got to; the search goes on from
             it exactly as it would have. None starts anew.
+        keep: regular expression for leaf paths -> number of the parent that those leaves come from,
+            unmixed; the other parents may have other shapes there (another number of classes). The
+            network that stands for a parent in the search, and in `parent_fitness`, has the kept
+            leaves too.
         callback: called with the state and the infos after each chunk of generations, and, for a
             search that starts anew, once before the first; a true result stops the search.
 
@@ -183,6 +188,7 @@ def merge(
         fitness=fitness,
         evolution=evolution,
         labels=labels,
+        keep=keep,
     )
     (result,) = merge_many(
         [key],
@@ -209,6 +215,7 @@ class Setup(NamedTuple):
         inputs: one batch of validation inputs.
         calibration: training inputs `[n, ...]` to match activations on, or None.
         examples: training inputs to measure statistics on, or None where they are not measured.
+        keep: patterns of leaves that come from one parent, and from which.
         align: how hidden units are brought into correspondence.
         evolution: population, generations and limits.
         population_chunk: networks of a search that are evaluated side by side.
@@ -222,6 +229,7 @@ class Setup(NamedTuple):
     inputs: jax.Array
     calibration: Any | None
     examples: jax.Array | None
+    keep: Mapping[str, int]
     align: AlignConfig
     evolution: EvolutionConfig
     population_chunk: int
@@ -239,6 +247,7 @@ def prepare(
     fitness: FitnessConfig | None = None,
     evolution: EvolutionConfig | None = None,
     labels: PyTree | None = None,
+    keep: Mapping[str, int] | None = None,
 ) -> Setup:
     """Wires everything that merges of one network have in common. Arguments and errors of `merge`.
 
@@ -254,6 +263,8 @@ def prepare(
     genome, fitness = genome or GenomeConfig(), fitness or FitnessConfig()
     evolution = evolution or EvolutionConfig()
 
+    keep = keep or {}
+    parents = keep_leaves(parents, keep)
     check_parents(parents)
     one = parents[0]
     data = batches(*validation, fitness.batch_size)
@@ -264,7 +275,7 @@ def prepare(
         raise DataError("calibration inputs are missing: align or recalibrate needs them")
 
     stacked = jax.eval_shape(_stack, list(parents))
-    masked = genome_for(apply_fn, stacked, batch, genome, labels=labels)
+    masked = genome_for(apply_fn, stacked, batch, genome, labels=labels, freeze=tuple(keep))
     examples = None
     if recalibrate.enabled:
         masked = recalibrated(masked, apply_fn)
@@ -288,6 +299,7 @@ def prepare(
         inputs=batch,
         calibration=calibration,
         examples=examples,
+        keep=keep,
         align=align,
         evolution=evolution,
         population_chunk=chunk,
@@ -345,11 +357,7 @@ def merge_many(
         *(jax.random.split(key, 4) for key in keys), strict=True
     )
     aligned = [
-        list(parents)
-        if skipped
-        else align_parents(
-            key, setup.apply_fn, parents, setup.inputs, setup.calibration, setup.align
-        )[0]
+        list(parents) if skipped else _aligned(key, setup, parents)
         for key, parents, skipped in zip(align_keys, groups, skip, strict=True)
     ]
     stacked = [stack_parents(parents) for parents in aligned]
@@ -415,6 +423,16 @@ def merge_many(
     ]
 
 
+def _aligned(key: Key, setup: Setup, parents: Sequence[PyTree]) -> list[PyTree]:
+    """The parents as they are mixed: kept leaves put in, hidden units in correspondence."""
+    fitting = keep_leaves(parents, setup.keep)
+    kept = leaf_owners(leaf_paths(fitting[0]), setup.keep, len(fitting))
+    aligned, _ = align_parents(
+        key, setup.apply_fn, fitting, setup.inputs, setup.calibration, setup.align, ignore=kept
+    )
+    return keep_leaves(aligned, setup.keep)  # as their own parent's hidden units are aligned
+
+
 def _last_generation(setup: Setup, limit: int | None) -> int:
     """When a search stops: at its limit, or where the evaluation budget ends."""
     budget = setup.evolution.evaluation_budget
@@ -452,6 +470,7 @@ def align_parents(
     inputs: Any,
     calibration: Any | None = None,
     config: AlignConfig | None = None,
+    ignore: Collection[str] = (),
 ) -> tuple[list[PyTree], Alignment | None]:
     """Finds a network's symmetries and brings the parents' hidden units into correspondence.
 
@@ -465,6 +484,7 @@ def align_parents(
         inputs: one batch.
         calibration: training inputs, to match activations on.
         config: method and reference; None takes the defaults.
+        ignore: paths of leaves that move along and do not count, besides BatchNorm statistics.
 
     Returns:
         The aligned parents, and how they were permuted; with the method `none`, or for a network
@@ -503,7 +523,7 @@ def align_parents(
         reference=config.reference,
         apply_fn=apply_fn,
         inputs=calibration,
-        ignore=statistics_paths(apply_fn, parents[0], inputs),
+        ignore=statistics_paths(apply_fn, parents[0], inputs) | set(ignore),
     )
 
 
@@ -536,6 +556,7 @@ def genome_for(
     config: GenomeConfig,
     *,
     labels: PyTree | None = None,
+    freeze: Sequence[str] = (),
 ) -> Genome:
     """The genome that a configuration section describes, for a network.
 
@@ -545,6 +566,7 @@ def genome_for(
         inputs: one batch, or its shape and dtype; needed to find the layers.
         config: kind, granularity and what is frozen.
         labels: the user's own genes instead of the granularity, for masks.
+        freeze: patterns of leaves that are frozen besides `config.freeze`.
 
     Returns:
         A genome of masks or weights.
@@ -558,13 +580,14 @@ def genome_for(
         3
     """
     one = jax.eval_shape(lambda parents: jax.tree.map(lambda leaf: leaf[0], parents), parents)
+    frozen = [*freeze] if config.freeze is None else [config.freeze, *freeze]
     if config.kind == "weights":
         if labels is not None:
             raise ConfigError("genome.kind is 'weights': labels are for masks")
         return weights(
             parents,
             statistics=find_statistics(apply_fn, one, inputs),
-            freeze=config.freeze,
+            freeze=frozen,
             parents_first=config.parents_first,
             relative_noise=config.relative_noise,
             noise_on_statistics=config.noise_on_statistics,
@@ -581,7 +604,7 @@ def genome_for(
         granularity=config.granularity,
         layers=layers,
         labels=labels,
-        freeze=config.freeze,
+        freeze=frozen,
         binary=config.binary,
     )
 

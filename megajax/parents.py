@@ -5,7 +5,8 @@ Knows pytrees and nothing of networks, masks or files.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +16,15 @@ import numpy as np
 from megajax.errors import ParentsError
 from megajax.types import PyTree
 
-__all__ = ["check_parents", "leaf_paths", "num_parents", "stack_parents", "unstack_parents"]
+__all__ = [
+    "check_parents",
+    "keep_leaves",
+    "leaf_owners",
+    "leaf_paths",
+    "num_parents",
+    "stack_parents",
+    "unstack_parents",
+]
 
 
 def leaf_paths(tree: PyTree) -> list[str]:
@@ -36,27 +45,34 @@ def check_parents(parents: Sequence[PyTree]) -> None:
         parents: K >= 2 variable pytrees with array leaves.
 
     Raises:
-        ParentsError: fewer than two parents; a parent without leaves; a leaf that is missing, or
-            that has another shape or dtype than in parent 0 (the first such leaf is named with both
+        ParentsError: fewer than two parents; a parent without leaves; leaves that are missing, or
+            that have another shape or dtype than in parent 0 (all such leaves are named, with
             shapes and dtypes); a leaf with a value that is not finite.
 
     Example:
         >>> check_parents([{"w": np.ones((2, 3))}, {"w": np.ones((2, 4))}])
         Traceback (most recent call last):
         ...
-        megajax.errors.ParentsError: leaf w: float64[2,3] in parent 0 but float64[2,4] in parent 1
+        megajax.errors.ParentsError: leaf w: float64[2,3] in parent 0 but float64[2,4] in parent 1;
+        keep={pattern: parent} can leave leaves to one parent
     """
     if len(parents) < 2:
         raise ParentsError(f"{len(parents)} parent given: a merge needs at least two")
-    reference = _leaves_by_path(parents[0])
-    if not reference:
+    leaves = [_leaves_by_path(parent) for parent in parents]
+    if not leaves[0]:
         raise ParentsError("parent 0 has no leaves: its variables are empty")
+    differing, shapes_differ = [], False
+    for path in dict.fromkeys(path for of_one in leaves for path in of_one):
+        first, *others = (_describe(of_one.get(path)) for of_one in leaves)
+        unlike = [f"{it} in parent {k}" for k, it in enumerate(others, start=1) if it != first]
+        shapes = {tuple(np.shape(of_one[path])) for of_one in leaves if path in of_one}
+        shapes_differ = shapes_differ or len(shapes) > 1
+        if unlike:
+            differing.append(f"leaf {path}: {first} in parent 0 but {', '.join(unlike)}")
+    if differing:
+        hint = "; keep={pattern: parent} can leave leaves to one parent"
+        raise ParentsError("; ".join(differing) + (hint if shapes_differ else ""))
     for k, parent in enumerate(parents[1:], start=1):
-        leaves = _leaves_by_path(parent)
-        for path in [*reference, *leaves]:
-            ours, theirs = _describe(reference.get(path)), _describe(leaves.get(path))
-            if ours != theirs:
-                raise ParentsError(f"leaf {path}: {ours} in parent 0 but {theirs} in parent {k}")
         found, wanted = (str(jax.tree.structure(tree)) for tree in (parent, parents[0]))
         if found != wanted:
             raise ParentsError(
@@ -74,11 +90,85 @@ def check_parents(parents: Sequence[PyTree]) -> None:
                     )
 
 
-def stack_parents(parents: Sequence[PyTree]) -> PyTree:
+def leaf_owners(paths: Sequence[str], keep: Mapping[str, int], num: int) -> dict[str, int]:
+    """Which leaves are left to one parent.
+
+    Args:
+        paths: of the leaves.
+        keep: regular expression -> number of a parent; leaves whose path it matches (anywhere) are
+            that parent's alone.
+        num: the number of parents K.
+
+    Returns:
+        Path -> number of the parent, for those leaves.
+
+    Raises:
+        ParentsError: a pattern is none, matches no leaf or a leaf of another pattern's parent; or
+            there is no such parent.
+
+    Example:
+        >>> leaf_owners(["body/w", "head/w"], {"head": 1}, num=2)
+        {'head/w': 1}
+    """
+    owners: dict[str, int] = {}
+    for pattern, k in keep.items():
+        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k < num:
+            raise ParentsError(f"keep {pattern!r} is {k!r}: the parents are 0 to {num - 1}")
+        try:
+            matches = [path for path in paths if re.search(pattern, path)]
+        except re.error as error:
+            raise ParentsError(f"keep {pattern!r} is no regular expression: {error}") from None
+        if not matches:
+            example = f", such as {paths[0]}" if paths else ""
+            raise ParentsError(f"keep {pattern!r} matches no leaf{example}")
+        for path in matches:
+            if owners.setdefault(path, k) != k:
+                raise ParentsError(f"keep gives leaf {path} to both parent {owners[path]} and {k}")
+    return owners
+
+
+def keep_leaves(parents: Sequence[PyTree], keep: Mapping[str, int]) -> list[PyTree]:
+    """Leaves some leaves to one parent: all parents then have that parent's there.
+
+    So parents that differ in these leaves only, such as in the number of classes, fit together.
+
+    Args:
+        parents: K variable pytrees.
+        keep: regular expression for paths -> number of the parent; see `leaf_owners`.
+
+    Returns:
+        The parents with those leaves replaced; a parent that lacks one still does.
+
+    Raises:
+        ParentsError: see `leaf_owners`; the parent that a leaf is left to has no such leaf.
+
+    Example:
+        >>> first, second = {"w": 1, "head": 2}, {"w": 3, "head": 4}
+        >>> keep_leaves([first, second], {"head": 1})
+        [{'head': 4, 'w': 1}, {'head': 4, 'w': 3}]
+    """
+    leaves = [_leaves_by_path(parent) for parent in parents]
+    paths = list(dict.fromkeys(path for of_one in leaves for path in of_one))
+    owners = leaf_owners(paths, keep, len(parents))
+    for path, k in owners.items():
+        if path not in leaves[k]:
+            raise ParentsError(f"leaf {path} is left to parent {k}, which has no such leaf")
+    return [
+        jax.tree.unflatten(
+            jax.tree.structure(parent),
+            [leaves[owners[p]][p] if p in owners else leaf for p, leaf in of_one.items()],
+        )
+        for parent, of_one in zip(parents, leaves, strict=True)
+    ]
+
+
+def stack_parents(parents: Sequence[PyTree], keep: Mapping[str, int] | None = None) -> PyTree:
     """Checks the parents and stacks them leaf by leaf.
 
     Args:
         parents: K >= 2 variable pytrees of one structure, leaves of shape `[...]`.
+        keep: leaves that are left to one parent, whose copy then stands for all K; see
+            `keep_leaves`. Freeze them in the genome (`masks(..., freeze=[*keep])`).
 
     Returns:
         One pytree of the same structure with leaves of shape `[K, ...]` and unchanged dtypes.
@@ -90,6 +180,7 @@ def stack_parents(parents: Sequence[PyTree]) -> PyTree:
         >>> stack_parents([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
         (2, 3)
     """
+    parents = keep_leaves(parents, keep) if keep else parents
     check_parents(parents)
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *parents)
 

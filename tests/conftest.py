@@ -19,6 +19,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     [given, *(f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in given)]
 ).strip()
 
+collect_ignore = ["fixtures/make_torch_fixture.py"]  # imports PyTorch
+
 
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # the workers inherit the environment

@@ -66,6 +66,15 @@ def test_lists_and_numbers_as_text_are_taken_where_they_are_meant():
         ({"fitness": {"population_chunk": "all"}}, "fitness.population_chunk is 'all'"),
         ({"genome": {"granularity": "neuron"}}, "genome.granularity is 'neuron'"),
         ({"parents": {"count": 1}}, "parents.count is 1: at least two parents"),
+        ({"parents": {"paths": ["a"]}}, "parents.paths is \\('a',\\): at least two paths"),
+        (
+            {"parents": {"paths": ["a", "b"], "count": 3}},
+            "parents.count is 3: parents.paths names 2",
+        ),
+        ({"parents": {"keep": [["head", 2]]}}, "parents.keep is .* the parents are 0 to 1"),
+        ({"parents": {"keep": [["head", "0"]]}}, "of type tuple: tuple.tuple.str, int., .... is"),
+        ({"parents": {"keep": [["(", 0]]}}, "parents.keep is .* is no regular expression"),
+        ({"parents": {"rename": [["a", "b"]]}}, "parents.rename is .* parents.paths is empty"),
         ({"parents": {"skew": -0.1}}, "parents.skew is -0.1"),
         ({"training": {"augment": ("blur",)}}, "training.augment is \\('blur',\\)"),
         ({"data": {"name": ""}}, "data.name is ''"),
@@ -80,6 +89,14 @@ def test_a_value_that_cannot_work_is_one_line_with_the_fields_name(values, messa
     with pytest.raises(ConfigError, match=message) as error:
         from_dict(values)
     assert "\n" not in str(error.value)
+
+
+def test_parents_from_files_are_counted():
+    values = {"paths": ["a", "b", "c"], "keep": [["head", 2]], "rename": [["fc", "head"]]}
+    config = from_dict({"parents": values})
+    assert config.parents.count == 3
+    assert dict(config.parents.keep) == {"head": 2}
+    assert from_dict(to_dict(config)) == config
 
 
 def test_functions_take_the_place_of_names():

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from megajax.errors import MegajaxError, ParentsError
-from megajax.parents import check_parents, leaf_paths, stack_parents, unstack_parents
+from megajax.parents import (
+    check_parents,
+    keep_leaves,
+    leaf_paths,
+    stack_parents,
+    unstack_parents,
+)
 
 
 class Net(nn.Module):
@@ -45,7 +51,8 @@ def test_stack_and_unstack_are_inverse_bit_for_bit():
         (
             "params/Dense_0/kernel",
             lambda leaf: leaf[:, :2],
-            "leaf params/Dense_0/kernel: float32[4,3] in parent 0 but float32[4,2] in parent 1",
+            "leaf params/Dense_0/kernel: float32[4,3] in parent 0 but float32[4,2] in parent 1; "
+            "keep={pattern: parent} can leave leaves to one parent",
         ),
         (
             "params/Conv_0/bias",
@@ -80,6 +87,48 @@ def test_a_missing_leaf_is_named_whichever_parent_lacks_it():
         ParentsError, match=r"leaf params/v: no such leaf .* float64\[3\] in parent"
     ):
         check_parents([short, long])
+
+
+def test_all_leaves_that_differ_are_listed_with_all_parents_they_differ_in():
+    parents = [
+        {"a": np.ones(2), "b": np.ones(3), "c": np.ones(4)},
+        {"a": np.ones(2), "b": np.ones(5), "c": np.ones(4, np.float32)},
+        {"a": np.ones(2), "b": np.ones(6), "d": np.ones(1)},
+    ]
+    with pytest.raises(ParentsError) as error:
+        check_parents(parents)
+    assert str(error.value) == (
+        "leaf b: float64[3] in parent 0 but float64[5] in parent 1, float64[6] in parent 2; "
+        "leaf c: float64[4] in parent 0 but float32[4] in parent 1, no such leaf in parent 2; "
+        "leaf d: no such leaf in parent 0 but float64[1] in parent 2; "
+        "keep={pattern: parent} can leave leaves to one parent"
+    )
+
+
+def test_kept_leaves_are_their_parents_everywhere():
+    parents = [{"body": np.full(2, k), "head": np.full(k + 2, k)} for k in range(3)]
+    kept = keep_leaves(parents, {"^head$": 1})
+    assert [parent["head"].tolist() for parent in kept] == [[1, 1, 1]] * 3
+    assert [parent["body"].tolist() for parent in kept] == [[0, 0], [1, 1], [2, 2]]
+    assert stack_parents(parents, keep={"head": 2})["head"].tolist() == [[2] * 4] * 3
+    assert parents[0]["head"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"tail": 0}, "keep 'tail' matches no leaf, such as body"),
+        ({"head": 2}, "keep 'head' is 2: the parents are 0 to 1"),
+        ({"head": True}, "keep 'head' is True"),
+        ({"head(": 0}, "keep 'head\\(' is no regular expression"),
+        ({"head": 0, "ea": 1}, "keep gives leaf head to both parent 0 and 1"),
+        ({"only": 0}, "leaf only is left to parent 0, which has no such leaf"),
+    ],
+)
+def test_a_keep_that_cannot_work_is_named(keep, message):
+    parents = [{"body": 1, "head": 2}, {"body": 1, "head": 2, "only": 3}]
+    with pytest.raises(ParentsError, match=message):
+        keep_leaves(parents, keep)
 
 
 def test_other_containers_one_parent_and_no_leaves_are_refused():
