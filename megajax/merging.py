@@ -8,7 +8,7 @@ no file and prints nothing. Whoever wants other wiring calls the pieces: this mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -357,7 +357,17 @@ def merge_many(
         *(jax.random.split(key, 4) for key in keys), strict=True
     )
     aligned = [
-        list(parents) if skipped else _aligned(key, setup, parents)
+        list(parents)
+        if skipped
+        else align_parents(
+            key,
+            setup.apply_fn,
+            parents,
+            setup.inputs,
+            setup.calibration,
+            setup.align,
+            keep=setup.keep,
+        )[0]
         for key, parents, skipped in zip(align_keys, groups, skip, strict=True)
     ]
     stacked = [stack_parents(parents) for parents in aligned]
@@ -423,16 +433,6 @@ def merge_many(
     ]
 
 
-def _aligned(key: Key, setup: Setup, parents: Sequence[PyTree]) -> list[PyTree]:
-    """The parents as they are mixed: kept leaves put in, hidden units in correspondence."""
-    fitting = keep_leaves(parents, setup.keep)
-    kept = leaf_owners(leaf_paths(fitting[0]), setup.keep, len(fitting))
-    aligned, _ = align_parents(
-        key, setup.apply_fn, fitting, setup.inputs, setup.calibration, setup.align, ignore=kept
-    )
-    return keep_leaves(aligned, setup.keep)  # as their own parent's hidden units are aligned
-
-
 def _last_generation(setup: Setup, limit: int | None) -> int:
     """When a search stops: at its limit, or where the evaluation budget ends."""
     budget = setup.evolution.evaluation_budget
@@ -470,7 +470,8 @@ def align_parents(
     inputs: Any,
     calibration: Any | None = None,
     config: AlignConfig | None = None,
-    ignore: Collection[str] = (),
+    *,
+    keep: Mapping[str, int] | None = None,
 ) -> tuple[list[PyTree], Alignment | None]:
     """Finds a network's symmetries and brings the parents' hidden units into correspondence.
 
@@ -484,7 +485,8 @@ def align_parents(
         inputs: one batch.
         calibration: training inputs, to match activations on.
         config: method and reference; None takes the defaults.
-        ignore: paths of leaves that move along and do not count, besides BatchNorm statistics.
+        keep: as for `merge`: leaves that all parents have from one of them. They do not count, and
+            come out in the order of their own parent's hidden units.
 
     Returns:
         The aligned parents, and how they were permuted; with the method `none`, or for a network
@@ -508,14 +510,17 @@ def align_parents(
         raise ConfigError(
             f"align.reference is {config.reference}: the parents are 0 to {len(parents) - 1}"
         )
+    keep = keep or {}
+    parents = keep_leaves(parents, keep)
     if config.method == "none":
-        return list(parents), None
+        return parents, None
     symmetries = find_symmetries(apply_fn, parents[0], inputs)
     if not symmetries.groups:
-        return list(parents), None
+        return parents, None
     verify_key, align_key = jax.random.split(key)
     verify(verify_key, symmetries, apply_fn, parents[0], inputs)
-    return match(
+    kept = leaf_owners(leaf_paths(parents[0]), keep, len(parents))
+    aligned, alignment = match(
         align_key,
         symmetries,
         parents,
@@ -523,8 +528,9 @@ def align_parents(
         reference=config.reference,
         apply_fn=apply_fn,
         inputs=calibration,
-        ignore=statistics_paths(apply_fn, parents[0], inputs) | set(ignore),
+        ignore=statistics_paths(apply_fn, parents[0], inputs) | set(kept),
     )
+    return keep_leaves(aligned, keep), alignment
 
 
 def statistics_paths(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> set[str]:
