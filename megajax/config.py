@@ -115,6 +115,7 @@ BASELINES: tuple[str, ...] = (
     "sep_cma_es",
     "differential_evolution",
 )
+EXPORTS: tuple[str, ...] = ("safetensors", "npz", "orbax")
 PAIRINGS: tuple[str, ...] = ("order", "similarity")
 ODD: tuple[str, ...] = ("carry", "drop")
 
@@ -687,6 +688,8 @@ class Config(_Section):
         checkpoint: how often the state is saved.
         robustness: the test on corrupted images.
         tensorboard: write the lines of `metrics.jsonl` for TensorBoard too.
+        export: formats in which the merged network is saved beside Flax msgpack: any of
+            `safetensors` (with the names of parent 0's file, if it is one), `npz` and `orbax`.
         baselines: what the merged network is compared with.
         hierarchy: whether many parents are merged by a tree.
         finetune: training after the merge.
@@ -707,12 +710,18 @@ class Config(_Section):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     tensorboard: bool = False
+    export: tuple[str, ...] = ()
     baselines: BaselinesConfig = field(default_factory=BaselinesConfig)
     hierarchy: HierarchyConfig = field(default_factory=HierarchyConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
     def _check(self) -> None:
         self._at_least(0, "seed")
+        self._all_of("export", EXPORTS)
+        if self.hierarchy.enabled and self.parents.keep:
+            raise ConfigError(
+                "parents.keep names leaves of single parents: a tree (hierarchy.enabled) has none"
+            )
         if self.robustness.enabled and self.robustness.published and self.data.name != "cifar10":
             raise ConfigError(
                 "robustness.published is True: CIFAR-10-C fits data.name cifar10, which is "
@@ -869,6 +878,7 @@ def smoke(config: Config) -> Config:
             batch_size=at_most(64, training.batch_size),
             warmup_epochs=min(training.warmup_epochs, epochs / 2),
         ),
+        finetune=dataclasses.replace(config.finetune, epochs=at_most(1, config.finetune.epochs)),
         recalibrate=dataclasses.replace(
             config.recalibrate, examples=at_most(64, config.recalibrate.examples)
         ),

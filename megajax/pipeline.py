@@ -28,6 +28,7 @@ from megajax import report, stages, workdir
 from megajax.checkpoint import Checkpoints
 from megajax.config import Config, to_dict
 from megajax.errors import ConfigError, DeviceError, Interrupted, WorkdirError
+from megajax.predictions import load_predictions
 from megajax.stages import Outcomes, Task
 from megajax.workdir import Outcome
 
@@ -55,26 +56,37 @@ class Stage(NamedTuple):
     lighter: tuple[str, ...] = ("fitness.batch_size",)
 
 
+_SEARCH = ("recalibrate", "genome", "fitness", "evolution", "hierarchy", "align")
+
 STAGES: Mapping[str, Stage] = {
     "parents": Stage(
-        stages.train_parents,
+        stages.obtain_parents,
         depends=("seed", "data", "model", "parents", "training"),
         lighter=("training.batch_size",),
     ),
+    "align": Stage(
+        stages.align,
+        depends=("align", "recalibrate.examples"),
+        lighter=("recalibrate.examples",),
+    ),
     "search": Stage(
         stages.search,
-        depends=("align", "recalibrate", "genome", "fitness", "evolution"),
+        depends=_SEARCH,
         state_depends=(
-            "align",
             "recalibrate",
             "genome",
             "fitness.metric",
+            "fitness.select_on_test",
             "evolution.population_size",
         ),
         lighter=("fitness.population_chunk", "fitness.batch_size", "evolution.population_size"),
     ),
-    "measure": Stage(stages.measure_networks),
-    "report": Stage(stages.write_report),
+    "finetune": Stage(
+        stages.finetune, depends=("finetune", "training"), lighter=("training.batch_size",)
+    ),
+    "baselines": Stage(stages.run_baselines, depends=("baselines", *_SEARCH)),
+    "measure": Stage(stages.measure, depends=("robustness",)),
+    "report": Stage(stages.write_report, depends=("export", "tensorboard")),
 }
 
 
@@ -108,7 +120,7 @@ def run(
     results = _finished(config, folder)
     if results is not None:
         console.print(f"{folder} is finished; its result was:", soft_wrap=True)
-        _show(console, results)
+        _show(console, folder, results)
         return results
 
     started = time.monotonic()
@@ -119,7 +131,7 @@ def run(
         for name, stage in STAGES.items():
             outcomes[name] = _done(name, stage, task, outcomes)
         results = _results(folder)
-    _show(console, results)
+    _show(console, folder, results)
     console.print(f"report: {folder / 'report.md'}", soft_wrap=True)
     return results
 
@@ -259,12 +271,13 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def _show(console: Console, results: Mapping[str, Any]) -> None:
-    header, *body = report.rows(results)
+def _show(console: Console, folder: Path, results: Mapping[str, Any]) -> None:
+    predictions = load_predictions(folder)
+    header, *body = report.rows(results, predictions)
     table = Table()
     for column in header:
         table.add_column(escape(column), justify="left" if column == header[0] else "right")
     for row in body:
         table.add_row(*row, style="bold" if row[0] == "merged" else None)
     console.print(table)
-    console.print(report.answer(results), soft_wrap=True, highlight=False)
+    console.print(report.answer(results, predictions), soft_wrap=True, highlight=False)

@@ -30,9 +30,9 @@ from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from megajax import pipeline, workdir
-from megajax.aggregation import aggregate
 from megajax.config import Config, from_dict
 from megajax.errors import ConfigError, Interrupted, MegajaxError
+from megajax.results import aggregate
 
 __all__ = ["main"]
 

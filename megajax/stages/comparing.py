@@ -1,0 +1,79 @@
+"""What one would do instead of evolution, on the same parents and at the same cost."""
+
+from __future__ import annotations
+
+from megajax import baselines
+from megajax.baselines import BASELINES, applicable
+from megajax.checkpoint import Checkpoints
+from megajax.config import BaselinesConfig, GenomeConfig
+from megajax.stages.task import Outcomes, Task, networks_in, progress_bar, stream
+from megajax.workdir import Outcome
+
+__all__ = ["run_baselines"]
+
+# They search where the evolution did, so on the parents as it saw them only.
+_SEARCHES = ("random_search", "cma_es", "sep_cma_es", "differential_evolution")
+
+
+def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
+    """Runs the baselines on the parents as they are and, under `aligned_`, as the search saw them.
+
+    The latter are aligned, and recalibrated where the search recalibrates; searches run only there,
+    under their own names, with as many evaluations as the evolution had.
+    """
+    del checkpoints
+    config, split = task.config, task.selection
+    parents = networks_in(outcomes["parents"], "parents")
+    aligned = networks_in(outcomes["align"], "aligned")
+    base = outcomes["parents"].networks.get("base")
+    available = {"validation", "calibration"}
+    available |= {"two parents"} if len(parents) == 2 else set()
+    available |= {"base"} if base is not None else set()
+    names = [n for n in applicable(config.baselines.names, available) if n != "best_parent"]
+    as_they_are = [name for name in names if name not in _SEARCHES]
+    # A base network fits parents as they are: their hidden units come from its own.
+    as_searched = [name for name in names if "base" not in BASELINES[name].needs]
+    if config.align.method == "none" and not config.recalibrate.enabled:
+        as_searched = [name for name in names if name in _SEARCHES]
+    genome = config.genome
+    if genome.kind != "masks":  # the line that weights start from, and no more
+        genome = GenomeConfig(granularity="global")
+    examples = config.baselines.examples
+    own = [task.dataset.train.images[shard[:examples]] for shard in task.shards]
+    found = {}
+    with progress_bar(task.console) as progress:
+        bar = progress.add_task("baselines", total=len(as_they_are) + len(as_searched))
+
+        def done(name: str) -> None:
+            progress.update(bar, advance=1, description=f"baselines, {name.replace('_', ' ')}")
+
+        for prefix, networks, chosen in (
+            ("", parents, as_they_are),
+            ("aligned_", aligned, as_searched),
+        ):
+            if not chosen:
+                continue
+            results = baselines.run_baselines(
+                stream(config, "baselines"),
+                task.apply_fn,
+                networks,
+                (split.images, split.labels),
+                calibration=task.calibration,
+                parent_inputs=own,
+                base=base if prefix == "" else None,
+                config=BaselinesConfig(
+                    names=tuple(chosen), budget=config.baselines.budget, examples=examples
+                ),
+                recalibrate=config.recalibrate if prefix else None,
+                genome=genome,
+                fitness=config.fitness,
+                evolution=config.evolution,
+                budget=outcomes["search"].values["evaluations"],
+                callback=done,
+            )
+            for name, result in results.items():
+                found[name if name in _SEARCHES else prefix + name] = result
+    return Outcome(
+        networks={f"baselines/{name}": result.variables for name, result in found.items()},
+        values={"evaluations": {name: result.evaluations for name, result in found.items()}},
+    )
