@@ -1,14 +1,17 @@
 """Networks from anywhere, and back: Flax msgpack, Orbax, safetensors, npz, PyTorch's state dicts.
 
-networks    load_network, load_parents, save_network       export      the same, with a card
-matching    which array becomes which leaf                 state_dict  PyTorch's modules
-search      the order of modules, from their names         uses        what leaves are for
-layouts     the rule table                                 trees       pytrees as named arrays
-msgpack, npz, orbax, safetensors    one format each        files       checksums, whole writes
+`load_parents` and `export` are the two ends; what lies between them:
+
+    networks    load_network, load_parents, save_network       exporting   the same, with a card
+    matching    which array becomes which leaf                 mapping     what a match is
+    state_dict  PyTorch's modules and our layers               search      the modules' order
+    uses        what the program does with each leaf           layouts     the rule table
+    trees       pytrees as named arrays                        files       sums, whole writes
+    msgpack, npz, orbax, safetensors    one format each
 """
 
-from megajax.interchange.export import export as export
-from megajax.interchange.export import model_card as model_card
+from megajax.interchange.exporting import export as export
+from megajax.interchange.exporting import model_card as model_card
 from megajax.interchange.files import fingerprint as fingerprint
 from megajax.interchange.mapping import NameMap as NameMap
 from megajax.interchange.networks import FORMATS as FORMATS

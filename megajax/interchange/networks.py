@@ -164,6 +164,8 @@ def load_parents(
     if like is None:
         parents = [_as_stored(_opened(Path(path))) for path in paths]
         return keep_leaves(parents, keep) if keep else parents
+    if logits is not None and len(logits) != len(paths):
+        raise InterchangeError(f"logits of {len(logits)} parents are given, and {len(paths)} paths")
     network, target = _target(like, inputs)
     specs = specs_of(target.variables)
     owners = leaf_owners(list(specs), keep or {}, len(paths))

@@ -115,16 +115,6 @@ def match_state_dict(
     return sorted(entries, key=lambda entry: paths.index(entry.path))
 
 
-class _Module(NamedTuple):
-    """A module of a state dict: tensor (`weight`, ...) -> its full name.
-
-    A parameter of any other name is a module of its own, with that name, and one tensor ``.
-    """
-
-    name: str
-    tensors: Mapping[str, str]
-
-
 class _Sides(NamedTuple):
     """What is to be matched.
 
@@ -134,7 +124,8 @@ class _Sides(NamedTuple):
         wanted: their shapes and dtypes.
         free: paths of leaves of any shape.
         layers: our leaves, in groups, in the order of the program.
-        modules: the file's tensors, in groups.
+        modules: the file's tensors: module -> tensor (`weight`, ...) -> its full name. A parameter
+            of any other name is a module of its own, whose only tensor has no name.
     """
 
     stored: Stored
@@ -142,21 +133,21 @@ class _Sides(NamedTuple):
     wanted: Mapping[str, Spec]
     free: Collection[str]
     layers: Sequence[tuple[Slot, ...]]
-    modules: Mapping[str, _Module]
+    modules: Mapping[str, Mapping[str, str]]
 
 
-def _modules(names: Collection[str]) -> dict[str, _Module]:
+def _modules(names: Collection[str]) -> dict[str, dict[str, str]]:
     modules: dict[str, dict[str, str]] = {}
     for name in names:
         outer, _, last = name.rpartition(".")
         module, tensor = (outer, last) if last in _TENSORS else (name, "")
         modules.setdefault(module, {})[tensor] = name
-    return {name: _Module(name, tensors) for name, tensors in modules.items()}
+    return modules
 
 
 def _entries(sides: _Sides, layer: int, module: str) -> list[Entry]:
     """What a module's tensors become in a layer that it fits."""
-    tensors, slots = sides.modules[module].tensors, sides.layers[layer]
+    tensors, slots = sides.modules[module], sides.layers[layer]
     if len(slots) == 1 and slots[0].tensor not in tensors:  # a parameter of its own
         (slot,), (name,) = slots, tensors.values()
         return [Entry(name, sides.paths[slot.leaf], as_is(slot.layout.shape))]
@@ -165,7 +156,7 @@ def _entries(sides: _Sides, layer: int, module: str) -> list[Entry]:
 
 def _same_tensors(sides: _Sides, layer: int, module: str) -> bool:
     """Whether a module has just the tensors of a layer, of whatever shapes."""
-    tensors, slots = sides.modules[module].tensors, sides.layers[layer]
+    tensors, slots = sides.modules[module], sides.layers[layer]
     if {slot.tensor for slot in slots} == set(tensors):
         return True
     single = len(slots) == 1 and len(tensors) == 1
@@ -191,7 +182,7 @@ def _pins(sides: _Sides, renamed: Mapping[str, str]) -> dict[int, str]:
     """Layer -> module, where the user has named a leaf for one of its tensors."""
     paths, layers = sides.paths, sides.layers
     layer_of = {paths[slot.leaf]: i for i, layer in enumerate(layers) for slot in layer}
-    module_of = {name: m.name for m in sides.modules.values() for name in m.tensors.values()}
+    module_of = {name: m for m, tensors in sides.modules.items() for name in tensors.values()}
     pins: dict[int, str] = {}
     for name, path in renamed.items():
         layer, module = layer_of[path], module_of[name]
@@ -291,7 +282,7 @@ def _check_counts(
     if without:
         wrong.append(f"nothing there becomes {_leaves(sides, without)}")
     if left:
-        names = [name for module in left for name in sides.modules[module].tensors.values()]
+        names = [name for module in left for name in sides.modules[module].values()]
         described = some([f"{name} {dims(sides.stored.specs[name].shape)}" for name in names])
         wrong.append(f"no leaf for {described} (ignore= leaves tensors out)")
     if wrong:
@@ -309,7 +300,7 @@ def _is_alike(sides: _Sides, layer: int, module: str) -> bool:
 def _unlike(sides: _Sides, layer: int, module: str) -> str:
     """Where a module does not have the shapes of a layer."""
     if not _same_tensors(sides, layer, module):
-        names = ", ".join(sides.modules[module].tensors.values())
+        names = ", ".join(sides.modules[module].values())
         return f"{names} cannot be {_leaves(sides, [layer])}"
     differing = []
     for name, path, layout in _entries(sides, layer, module):

@@ -222,11 +222,12 @@ def test_every_kernel_of_the_zoo_is_found(name, options):
 def test_gram_matrices_of_a_real_network_are_of_what_enters_its_layers():
     model = models.build("cnn", 3, {"width": 2, "norm": "none"})
     x = normal(5, 8, 8, 1)
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     apply_fn = from_linen(model, {}, train=False).apply_fn
-    grams = gram_matrices(apply_fn, variables, x, batch_size=2)
+    grams = gram_matrices(apply_fn, variables, x, batch_size=3)
     paths = leaf_paths(variables)
-    _, state = model.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
+    capture = partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
+    _, state = jax.jit(capture)(variables, x)
     (conv1,) = state["intermediates"]["conv1"]["__call__"]
     (index,) = [i for i, path in enumerate(paths) if path == "params/conv2/kernel"]
     rows = windows(nn.relu(conv1), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
