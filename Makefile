@@ -10,10 +10,10 @@ run: .venv/installed  ## the default experiment, on bundled data
 	$(BIN)/python -m megajax.run --config $(CONFIG)
 
 test: lint  ## lint, format check, types, doctests and tests
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: .venv/installed-dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -14,8 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 import megajax as mj
-from megajax import data, models, pipeline, run, stages, workdir
+from megajax import data, models, pipeline, run, training, workdir
 from megajax.config import Config, from_dict, to_dict
+from megajax.interchange.networks import FORMATS
+from megajax.stages.task import stream
 
 ROOT = Path(__file__).parent.parent
 DIGITS = str(ROOT / "experiments" / "digits.py")
@@ -25,13 +27,17 @@ SMALL = {
     "parents": {"shards": "skewed"},
     "recalibrate": {"enabled": True},
     "training": {"epochs": 2},
+    "align": {"method": "activations"},
     "evolution": {"population_size": 8, "generations": 4},
+    "baselines": {"names": ("uniform_average", "random_search")},
+    "robustness": {"corruptions": ("contrast",), "severities": (5,)},
 }
+STAGES = ["data", *pipeline.STAGES]
 
 
 def without_seconds(path):
     results = json.loads((path / "results.json").read_text())
-    assert set(results.pop("seconds")) == {"data", "parents", "search", "measure"}
+    assert [*results.pop("seconds"), "report"] == STAGES
     return results
 
 
@@ -50,9 +56,16 @@ def test_the_workdir_keeps_its_contract(finished):
             assert entry[f"{part}_nll"] > 0
     assert set(results["baselines"]) == {
         "uniform_average",
-        "aligned_average",
-        "recalibrated_average",
+        "aligned_uniform_average",
+        "random_search",
         "ensemble",
+    }
+    assert results["baselines"]["random_search"]["evaluations"] == 8 + 4 * 8
+    assert set(results["path"]["lines"]) == {"as they are", "aligned", "aligned, recalibrated"}
+    assert len(results["alignment_objective"]) == 2
+    assert set(results["robustness"]["networks"]) == {
+        *("parent_0", "parent_1", "merged"),
+        *results["baselines"],
     }
     assert results["merged"]["fitness"] >= max(entry["fitness"] for entry in results["parents"])
     assert results["evaluations"] == 8 + 4 * 8
@@ -67,7 +80,9 @@ def test_the_workdir_keeps_its_contract(finished):
     assert {"jax", "flax", "megajax", "python"} <= set(stored["versions"])
     report = (finished / "report.md").read_text()
     assert f"{100 * results['merged']['test_accuracy']:.1f} %" in report
-    for name in ("fitness", "mask", "path"):
+    assert "parents/0" in (finished / "merged" / "README.md").read_text()
+    for name in ("accuracy", "fitness", "mask", "path", "per_class", "robustness"):
+        assert f"plots/{name}.png" in report
         with Image.open(finished / "plots" / f"{name}.png") as picture:
             assert min(picture.size) > 200
 
@@ -75,8 +90,7 @@ def test_the_workdir_keeps_its_contract(finished):
 def test_the_saved_network_has_the_reported_accuracy(finished):
     results = without_seconds(finished)
     config = from_dict(SMALL)
-    data_key = jax.random.split(jax.random.key(0), 4)[0]
-    dataset = data.load(data_key, config.data)
+    dataset = data.load(stream(config, "data"), config.data)
     model = models.build("cnn", 10, {"width": 4})
     apply_fn = mj.from_linen(model, {}, train=False).apply_fn
     folders = [finished / "merged", finished / "parents" / "0", finished / "parents" / "1"]
@@ -121,9 +135,87 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(finished, tmp_path, monke
             pipeline.run(from_dict(SMALL), tmp_path / "run")
     assert not (tmp_path / "run" / "results.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(stages.training, "train", None)  # would fail if called
+        patch.setattr(training, "train", None)  # would fail if called
         pipeline.run(from_dict(SMALL), tmp_path / "run")
     assert without_seconds(tmp_path / "run") == without_seconds(finished)
+
+
+TREE = SMALL | {
+    "parents": {"count": 3, "shared_initialization": True},
+    "hierarchy": {"enabled": True},
+    "finetune": {"epochs": 1},
+    "fitness": {"select_on_test": True},
+    "baselines": {"names": ("task_arithmetic", "greedy_soup")},
+    "robustness": {"enabled": False},
+    "export": ("safetensors",),
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tree"
+    pipeline.run(from_dict(TREE), folder)
+    return folder
+
+
+def test_a_tree_is_reported_node_by_node_and_fine_tuned_beside_the_best_parent(tree):
+    results = without_seconds(tree)
+    assert [node["parents"] for node in results["nodes"]] == [[0, 1], [3, 2]]
+    assert results["evaluations"] == 2 * (8 + 4 * 8)
+    assert results["nodes"][1]["fitness"] == results["merged"]["fitness"]
+    assert {"merged_finetuned", "best_parent_finetuned"} <= set(results["baselines"])
+    assert {"task_arithmetic", "aligned_greedy_soup"} <= set(results["baselines"])
+    lines = [json.loads(line) for line in (tree / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["round"], line["generation"]) for line in lines] == [
+        (number, generation) for number in (1, 2) for generation in range(5)
+    ]
+    assert results["not_held_out"]
+    assert "**Selected on the test set" in (tree / "report.md").read_text()
+    like = workdir.load_network(tree / "merged")
+    chex.assert_trees_all_equal(
+        mj.load_network(tree / "merged" / FORMATS["safetensors"], like), like
+    )
+
+
+def test_a_tree_that_was_killed_does_not_search_finished_nodes_again(tree, tmp_path, monkeypatch):
+    saved = []
+
+    def failing(folder, name, key, outcome):
+        save_outcome(folder, name, key, outcome)
+        saved.append(name)
+        if name == "nodes/1-0":
+            raise KeyboardInterrupt
+
+    save_outcome = workdir.save_outcome
+    with monkeypatch.context() as patch:
+        patch.setattr(workdir, "save_outcome", failing)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(from_dict(TREE), tmp_path / "run")
+        saved.clear()
+        pipeline.run(from_dict(TREE), tmp_path / "run")
+    assert saved[0] == "nodes/2-0"
+    assert without_seconds(tmp_path / "run") == without_seconds(tree)
+
+
+def test_parents_from_files_with_a_head_of_their_own(finished, tmp_path):
+    """Parent 1 has another number of classes; the head is kept from parent 0."""
+    first, second = (workdir.load_network(finished / "parents" / str(k)) for k in range(2))
+    second["params"]["head"] = {"kernel": np.ones((16, 3), "f"), "bias": np.zeros(3, "f")}
+    paths = [
+        str(mj.save_network(tmp_path / name, variables))
+        for name, variables in (("a.safetensors", first), ("b.npz", second))
+    ]
+    config = SMALL | {
+        "parents": {"paths": paths, "keep": (("head", 0),)},
+        "baselines": {"names": ()},
+        "robustness": {"enabled": False},
+    }
+    results = pipeline.run(from_dict(config), tmp_path / "run")
+    before = without_seconds(finished)["parents"][0]
+    for figure in ("test_accuracy", "test_nll", "fitness"):
+        assert results["parents"][0][figure] == before[figure]
+    merged = workdir.load_network(tmp_path / "run" / "merged")
+    chex.assert_trees_all_equal(merged["params"]["head"], first["params"]["head"])
 
 
 def test_the_command_runs_with_overrides(tmp_path):
@@ -137,6 +229,7 @@ def test_the_command_runs_with_overrides(tmp_path):
         str(tmp_path / "w"),
     ]
     overrides = ["training.epochs=1", "evolution.generations=2", "model.options.width=4"]
+    overrides += ["robustness.enabled=False", "baselines.names=uniform_average"]
     overrides += [
         "evolution.mutation_rate=0.05",
         "genome.freeze=head",
@@ -278,8 +371,10 @@ def called(monkeypatch, tmp_path):
         calls.append((config.seed, str(folder.relative_to(tmp_path)), origin))
         if config.seed == 3:
             raise mj.ParentsError("parent 0: training diverged")
-        figures = {"test_accuracy": 0.5 + 0.1 * config.seed}
-        return {"seed": config.seed, "merged": figures, "baselines": {"ensemble": figures}}
+        parent = {"validation_accuracy": 0.5, "test_accuracy": 0.5}
+        merged = {"validation_accuracy": 0.5, "test_accuracy": 0.5 + 0.1 * config.seed}
+        data = {"name": "digits", "validation": 10, "test": 10}
+        return {"seed": config.seed, "parents": [parent] * 2, "merged": merged, "data": data}
 
     monkeypatch.setattr(pipeline, "run", fake)
     return calls
@@ -291,8 +386,10 @@ def test_seeds_have_workdirs_of_their_own_and_a_summary(called, tmp_path):
     assert called == [(k, f"w/seed{k}", None) for k in range(3)]
     summary = json.loads((tmp_path / "w" / "results.json").read_text())
     assert summary["seeds"] == [0, 1, 2]
-    assert summary["mean"]["merged"]["test_accuracy"] == pytest.approx(0.6)
-    assert summary["std"]["ensemble"]["test_accuracy"] == pytest.approx(0.1)
+    merged = summary["networks"]["merged"]
+    assert merged["test_accuracy"]["mean"] == pytest.approx(0.6)
+    assert merged["difference"]["estimate"] == pytest.approx(0.1)
+    assert "3 seeds" in (tmp_path / "w" / "report.md").read_text()
     fork = [*where, "--fork", str(tmp_path / "f")]
     assert run.main(["run", "--config", DIGITS, *fork, "--seeds", "5,2"]) == 0
     assert called[3:] == [(k, f"f/seed{k}", tmp_path / "w" / f"seed{k}") for k in (5, 2)]
