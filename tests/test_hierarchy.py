@@ -243,6 +243,7 @@ def test_in_turn_nodes_at_once_get_the_bits_they_get_alone_in_one_trace(alone):
     assert 0 < len(TRACED) <= alone.traced
 
 
+@pytest.mark.slow
 def test_side_by_side_nodes_are_close_to_alone_and_the_same_when_one_is_loaded(alone):
     def first_round(loaded):
         """What is saved of both nodes, which run at once: there are no convolutions."""

@@ -135,17 +135,18 @@ def test_shared_initialization(tiny):
 # --- fine-tuning -------------------------------------------------------------------------------
 
 
+# All images in one batch: their order does not matter, and no part of training is needed.
+WHOLE = TrainingConfig(
+    epochs=7, batch_size=40, optimizer="sgd", schedule="cosine", learning_rate=5.0, momentum=0.5
+)
+SIX = FinetuneConfig(epochs=6)
+
+
 def test_fine_tuning_is_a_plain_optax_loop_for_each_network(tiny):
     split, _ = tiny
     model = tiny_model()
     merged, best_parent = (model.init(jax.random.key(k), split.images) for k in (1, 2))
-    # All images in one batch: their order does not matter, and no part of training is needed.
-    config = TrainingConfig(
-        epochs=7, batch_size=40, optimizer="sgd", schedule="cosine", learning_rate=5.0, momentum=0.5
-    )
-    tuned, history = training.finetune(
-        KEY, model, split, [merged, best_parent], FinetuneConfig(epochs=6), config
-    )
+    tuned, history = training.finetune(KEY, model, split, [merged, best_parent], SIX, WHOLE)
     schedule = optax.cosine_decay_schedule(0.5, 6)  # a tenth, over these epochs
     optimizer = optax.sgd(schedule, momentum=0.5, nesterov=True)
 
@@ -184,7 +185,7 @@ def test_fine_tuning_that_diverges_names_its_own_rate(tiny):
     good = model.init(KEY, tiny[0].images)
     bad = jax.tree.map(lambda leaf: leaf * jnp.inf, good)
     with pytest.raises(ParentsError, match=r"finetune: parent 1: .* finetune.learning_rate below"):
-        training.finetune(KEY, model, tiny[0], [good, bad], FinetuneConfig(epochs=1), TINY)
+        training.finetune(KEY, model, tiny[0], [good, bad], SIX, WHOLE)
 
 
 # --- shards, batches ---------------------------------------------------------------------------
