@@ -29,7 +29,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from megajax import pipeline, workdir
+from megajax import pipeline, report, workdir
 from megajax.config import Config, from_dict
 from megajax.errors import ConfigError, Interrupted, MegajaxError
 from megajax.results import aggregate
@@ -91,7 +91,10 @@ def _do(runs: Sequence[_Run], summary: Path | None, stopping: Callable[[], bool]
             error.args = (f"{label}{error}",)
             raise
     if summary is not None:
-        workdir.write_json(summary, aggregate(results))
+        combined = aggregate(results)
+        report.write_report(summary.parent, combined)
+        workdir.write_json(summary, combined)
+        console.print(report.answer(combined), soft_wrap=True, highlight=False)
         console.print(f"all seeds: {summary}", soft_wrap=True)
 
 

@@ -42,9 +42,9 @@ def one_line(error, exception, *parts):
 
 
 SECTIONS = {
-    f.name: typing.get_type_hints(Config)[f.name]
-    for f in dataclasses.fields(Config)
-    if f.name != "seed"
+    name: kind
+    for name, kind in typing.get_type_hints(Config).items()
+    if dataclasses.is_dataclass(kind)
 }
 FIELDS = [
     (section, f.name, typing.get_type_hints(kind)[f.name], f.default)
