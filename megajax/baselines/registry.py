@@ -131,6 +131,7 @@ class Baseline(NamedTuple):
         summary: what it does, in a line.
         reference: where it comes from.
         default: whether it is one of the `default` names.
+        searches: whether it scores as many networks as its budget allows.
     """
 
     run: Callable[[Key, Given], Result]
@@ -138,6 +139,7 @@ class Baseline(NamedTuple):
     summary: str
     reference: str
     default: bool = False
+    searches: bool = False
 
 
 def run_baselines(
@@ -176,15 +178,16 @@ def run_baselines(
         calibration: training inputs `[n, ...]` for recalibration, Fisher and RegMean.
         parent_inputs: K arrays of each parent's own training inputs, for Fisher and RegMean; None
             takes `calibration` for all of them.
-        base: the network that all parents were trained from.
+        base: the network that all parents were trained from. Its hidden units must be in the order
+            of the parents', so that it goes with parents as they were trained, not aligned ones.
         config: which baselines; None takes the defaults, here as below.
         recalibrate: whether statistics are measured anew.
         genome: what a gene is.
         fitness: how a network is scored.
         evolution: whose population size the searches have, and whose evaluations by default.
         labels: the user's own genes; see `megajax.genome.masks`.
-        budget: networks that the evolution scored; None computes what it would at most. The
-            configuration's own budget goes first.
+        budget: networks that the evolution scored; None computes what it would at most, 0 leaves
+            the searches out. Where the configuration has a budget of its own, that one counts.
         callback: called with the name of each baseline before it runs.
 
     Returns:
@@ -249,6 +252,8 @@ def run_baselines(
     available |= {"base"} if base is not None else set()
     results: dict[str, Result] = {}
     for name in applicable(config.names, available):
+        if budget == 0 and BASELINES[name].searches:
+            continue
         if callback is not None:
             callback(name)
         own_key = jax.random.fold_in(key, list(BASELINES).index(name))
@@ -458,12 +463,14 @@ BASELINES: dict[str, Baseline] = {
         frozenset({"calibration"}),
         "the mean, each weight counted by its Fisher information",
         "Matena and Raffel, arXiv 2111.09832",
+        default=True,
     ),
     "regmean": Baseline(
         _regmean,
         frozenset({"calibration"}),
         "linear layers nearest to the parents' outputs, in closed form",
         "Jin et al., arXiv 2212.09849",
+        default=True,
     ),
     "task_arithmetic": Baseline(
         _scaled(_keyless(task_arithmetic)),
@@ -489,6 +496,7 @@ BASELINES: dict[str, Baseline] = {
         "the best point of the straight line, or of the simplex of three parents and more",
         "Scheffe, J. R. Stat. Soc. B 20 (1958)",
         default=True,
+        searches=True,
     ),
     "random_search": Baseline(
         _searched(random_search),
@@ -496,24 +504,28 @@ BASELINES: dict[str, Baseline] = {
         "the best of as many random masks as the evolution scored",
         "-",
         default=True,
+        searches=True,
     ),
     "cma_es": Baseline(
         _searched(partial(from_evosax, "CMA_ES")),
         _OTHER_SEARCH,
         "CMA-ES over the masks; the covariance of all genes limits it to some thousand genes",
         "Hansen, arXiv 1604.00772",
+        searches=True,
     ),
     "sep_cma_es": Baseline(
         _searched(partial(from_evosax, "Sep_CMA_ES")),
         _OTHER_SEARCH,
         "CMA-ES with a diagonal covariance over the masks",
         "Ros and Hansen, PPSN 2008",
+        searches=True,
     ),
     "differential_evolution": Baseline(
         _searched(partial(from_evosax, "DifferentialEvolution")),
         _OTHER_SEARCH,
         "differential evolution over the masks",
         "Storn and Price, J. Global Optimization 11 (1997)",
+        searches=True,
     ),
 }
 """The baselines by the names that the configuration gives them."""

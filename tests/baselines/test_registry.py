@@ -180,6 +180,13 @@ def test_statistics_are_averaged_or_measured_anew_but_for_parents():
     assert results["best_parent"].variables is parents[results["best_parent"].detail["parent"]]
 
 
+def test_without_a_budget_nothing_is_searched():
+    results = every(names=("best_parent", "line", "random_search"), budget=0)
+    assert list(results) == ["best_parent"]
+    searches = {name for name, baseline in BASELINES.items() if baseline.searches}
+    assert searches == {"line", "random_search", *EVOSAX}
+
+
 def test_what_cannot_be_is_one_line():
     cases = [
         (ConfigError, "names has 'ties', which needs a base network", {
