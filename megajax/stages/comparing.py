@@ -12,7 +12,7 @@ from megajax.workdir import Outcome
 __all__ = ["run_baselines"]
 
 # They search where the evolution did, so on the parents as it saw them only.
-_SEARCHES = ("line", "random_search", "cma_es", "sep_cma_es", "differential_evolution")
+_SEARCHES = tuple(name for name, baseline in BASELINES.items() if baseline.searches)
 
 
 def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
