@@ -25,6 +25,8 @@ OVERRIDES = {
     "evolution.population_size": 6,
     "evolution.generations": 12,
     "checkpoint.every_seconds": 0.0,
+    "baselines.names": "random_search",
+    "robustness.examples": 50,
 }
 # Each phase begins when the file before it appears, and ends when its own does.
 PHASES = {"training": "stages/parents.json", "search": "stages/search.json", "finishing": ""}

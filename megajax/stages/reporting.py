@@ -34,7 +34,7 @@ def write_report(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Ou
     shares = {name: np.asarray(rows) for name, rows in found["shares"].items()}
     report.write_report(task.folder, results, history, shares, load_predictions(task.folder))
     files = ["report.md", "report.html"]
-    files += [f"plots/{plot.name}" for plot in sorted((task.folder / "plots").iterdir())]
+    files += [f"plots/{plot.name}" for plot in sorted((task.folder / "plots").glob("*"))]
     files += _export(task, outcomes, results)
     if config.tensorboard:
         write_tensorboard(task.folder / "tensorboard", history)
