@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -69,7 +68,9 @@ def transliteration(first, second, score, draws):
 def draws_of(key, shapes):
     """The numbers that `merge` draws with this key: the same keys, written out."""
     _, genes_key, _, run_key = jax.random.split(key, 4)
-    shares = jax.random.dirichlet(genes_key, jnp.ones(2), (POPULATION, 1))[:, 0, 1]
+    # Two waiting times, as shares of their sum: uniform on the segment.
+    waits = jax.random.exponential(genes_key, (POPULATION, 1, 2))[:, 0]
+    shares = waits[:, 1] / waits.sum(-1)
     contestants, blends, hits, noise = [], [], [], []
     for g in range(ROUNDS - 1):
         select_key, cross_key, mutate_key, _ = jax.random.split(jax.random.fold_in(run_key, g), 4)

