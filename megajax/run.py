@@ -36,6 +36,8 @@ from megajax.errors import ConfigError, Interrupted, MegajaxError
 
 __all__ = ["main"]
 
+_RUNS_PER_CACHE = 20  # a process can hold the compiled programs of about a hundred
+
 
 class _Run(NamedTuple):
     """One run that the command line asks for.
@@ -84,12 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _do(runs: Sequence[_Run], summary: Path | None, stopping: Callable[[], bool]) -> None:
     """Does the runs; finished ones are not done again. Several have a summary in the end."""
     console, results = Console(), []
-    for config, folder, origin, label in runs:
+    for number, (config, folder, origin, label) in enumerate(runs, start=1):
         try:
             results.append(pipeline.run(config, folder, console, origin=origin, stopping=stopping))
         except MegajaxError as error:
             error.args = (f"{label}{error}",)
             raise
+        if number % _RUNS_PER_CACHE == 0:
+            jax.clear_caches()
     if summary is not None:
         workdir.write_json(summary, aggregate(results))
         console.print(f"all seeds: {summary}", soft_wrap=True)

@@ -67,6 +67,7 @@ def compiled(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    jax.clear_caches()  # a process can hold only so many programs
 
 
 @pytest.fixture(scope="module")
@@ -149,31 +150,32 @@ def test_a_run_killed_after_any_write_ends_as_an_undisturbed_one(undisturbed, co
 @pytest.mark.slow
 def test_the_command_killed_at_random_instants_ends_as_an_undisturbed_one(tmp_path):
     disturb = runpy.run_path(str(ROOT / "benchmarks" / "kill.py"))["disturb"]
-    rows = disturb(tmp_path, 10, 0, twice=False)
-    assert len(rows) == 10
-    assert [row["differs"] for row in rows] == [[]] * 10
-    assert [row["stderr"] for row in rows] == [""] * 10
+    rows = disturb(tmp_path, 10, 0)
+    assert [len(row["killed"]) for row in rows] == [2] * 5
+    assert [row["differs"] for row in rows] == [[]] * 5
+    assert [row["stderr"] for row in rows] == [""] * 5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_saves_when_it_is_asked_to_stop(number, tmp_path):
+def test_the_command_saves_when_it_is_asked_to_stop(tmp_path):
     kill = runpy.run_path(str(ROOT / "benchmarks" / "kill.py"))
-    kill["OVERRIDES"]["checkpoint.every_seconds"] = "None"  # saves for no other reason
+    kill["OVERRIDES"]["checkpoint.every_seconds"] = 1e6  # saves for no other reason
     kill["OVERRIDES"]["evolution.generations"] = 500
-    folder = tmp_path / "run"
-    process = kill["start"](folder)
-    kill["wait_for"](folder / "stages" / "parents.json", process)
-    while not (folder / "metrics.jsonl").exists() or not (folder / "metrics.jsonl").read_text():
-        time.sleep(0.01)
-    process.send_signal(number)
-    errors = process.communicate(timeout=60)[1].decode().splitlines()
-    assert process.returncode == 128 + number
-    assert errors[0] == "stopping as soon as the state is saved; once more to stop at once"
-    (step,) = states(folder)
-    assert errors[1:] == [
-        f"stopped and saved after generation {step}; the same command goes on from it"
-    ]
+    metrics, reached = tmp_path / "run" / "metrics.jsonl", 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = kill["start"](tmp_path / "run")
+        kill["wait_for"](metrics, process)
+        while process.poll() is None and len(metrics.read_text().splitlines()) <= reached + 1:
+            time.sleep(0.01)
+        process.send_signal(number)
+        errors = process.communicate(timeout=60)[1].decode().splitlines()
+        assert process.returncode == 128 + number
+        reached, before = states(tmp_path / "run")[-1], reached
+        assert reached > before
+        assert errors == [
+            "stopping as soon as the state is saved; once more to stop at once",
+            f"stopped and saved after generation {reached}; the same command goes on from it",
+        ]
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(undisturbed, no_plots, tmp_path):
@@ -207,50 +209,53 @@ def damage(path, how):
         path.write_bytes(data[: len(data) // 2 if how == "half" else 0])
 
 
-def check_damage(original, expected, copy, capsys, names, hows):
+def check_damage(original, expected, copy, damages):
     """Every damage is recovered from, or told in one line; never a traceback or other results."""
-    for name in names:
-        for how in hows:
-            harmed = copy(original)
-            damage(harmed / name, how)
-            error = ""
-            try:
-                pipeline.run(tiny(), harmed)
-            except mj.MegajaxError as caught:
-                error = str(caught)
-            if error:
-                assert "\n" not in error
-                assert name in error
-            else:
-                assert outcome(harmed) == expected, (name, how)
+    for number, (name, how) in enumerate(damages):
+        if number % 20 == 19:
+            jax.clear_caches()
+        harmed = copy(original)
+        damage(harmed / name, how)
+        error = ""
+        try:
+            pipeline.run(tiny(), harmed)
+        except mj.MegajaxError as caught:
+            error = str(caught)
+        if error:
+            assert "\n" not in error
+            assert name in error
+        else:
+            assert outcome(harmed) == expected, (name, how)
 
 
 def all_files(folder):
     return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def test_damage_to_what_later_stages_read_is_found(undisturbed, copy, capsys, caplog):
+def test_damage_to_what_later_stages_read_is_found(undisturbed, copy, caplog):
     folder, _ = undisturbed
     names = ["results.json", "stages/search.json", "merged/variables.msgpack", "config.json"]
-    check_damage(folder, outcome(folder), copy, capsys, names, ["flip"])
+    check_damage(folder, outcome(folder), copy, zip(names, itertools.repeat("flip")))
     told = [record.getMessage() for record in caplog.records if record.name.startswith("megajax")]
     assert len(told) == 3  # and an error for config.json
     assert all("is damaged: " in line and line.endswith(" is done again") for line in told)
 
 
 @pytest.mark.slow
-def test_damage_to_any_file_of_a_finished_run(undisturbed, copy, capsys):
+@pytest.mark.parametrize("how", ["flip", "half", "empty"])
+def test_damage_to_any_file_of_a_finished_run(how, undisturbed, copy):
     folder, _ = undisturbed
-    names = all_files(folder)
-    check_damage(folder, outcome(folder), copy, capsys, names, ["flip", "half", "empty"])
+    damages = [(name, how) for name in all_files(folder)]
+    check_damage(folder, outcome(folder), copy, damages)
 
 
 @pytest.mark.slow
-def test_damage_to_any_file_of_an_interrupted_run(undisturbed, copy, capsys):
+@pytest.mark.parametrize("how", ["flip", "half"])
+def test_damage_to_any_file_of_an_interrupted_run(how, undisturbed, copy):
     folder, snapshots = undisturbed
     original = searching(snapshots)
-    names = all_files(original)
-    check_damage(original, outcome(folder), copy, capsys, names, ["flip", "half"])
+    damages = [(name, how) for name in all_files(original)]
+    check_damage(original, outcome(folder), copy, damages)
 
 
 @pytest.mark.parametrize("harmed", [1, 2])
