@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
 import megajax as mj
@@ -62,11 +63,15 @@ def compiled(tmp_path_factory):
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
+
+    def configure(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        reset_cache()
+
+    configure(values)
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    configure(before)
     jax.clear_caches()  # a process can hold only so many programs
 
 
@@ -305,16 +310,43 @@ def test_a_fork_keeps_only_what_the_change_leaves_valid(
     undisturbed, no_plots, tmp_path, monkeypatch
 ):
     folder, _ = undisturbed
-    other = tiny(fitness={"metric": "accuracy"})
     monkeypatch.setattr(stages.training, "train", None)
-    pipeline.run(other, tmp_path / "fork", origin=folder)
-    results, lines, _ = outcome(tmp_path / "fork")
-    assert lines[0]["generation"] == 0  # of a new search: the old fitness means something else
-    assert 0 <= results["merged"]["fitness"] <= 1
+    with pytest.raises(mj.Interrupted, match="saved after generation 0"):  # of a new search
+        pipeline.run(
+            tiny(fitness={"metric": "accuracy"}),
+            tmp_path / "fork",
+            origin=folder,
+            stopping=iter([False, True]).__next__,  # asked before the search, and in it
+        )
+    (line,) = workdir.read_lines(tmp_path / "fork" / "metrics.jsonl")
+    assert 0 <= line["best_ever"] <= 1  # an accuracy, where the old fitness is below zero
     with pytest.raises(mj.ConfigError, match=r"nothing of .* can be kept when seed changes"):
         pipeline.run(from_dict({**TINY, "seed": 1}), tmp_path / "none", origin=folder)
     with pytest.raises(mj.ConfigError, match=r"generations is 2: the search .* did 3 already"):
         pipeline.run(tiny(evolution={"generations": 2}), tmp_path / "short", origin=folder)
+
+
+def test_a_fork_that_was_killed_while_it_copied_has_to_be_repeated(
+    undisturbed, no_plots, tmp_path, monkeypatch
+):
+    folder, _ = undisturbed
+    longer = tiny(evolution={"generations": 4})
+
+    def killed(old, new, **options):
+        (new / "stages").mkdir()
+        shutil.copy(old / "stages" / "parents.json", new / "stages")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.run(longer, tmp_path / "fork", origin=folder)
+    with pytest.raises(mj.WorkdirError, match=r"fork that was interrupted: repeat that"):
+        pipeline.run(longer, tmp_path / "fork")
+    with pytest.raises(mj.Interrupted, match="before the stage search"):
+        pipeline.run(longer, tmp_path / "fork", origin=folder, stopping=lambda: True)
+    assert workdir.read_config(tmp_path / "fork")["forked_from"]["workdir"] == str(folder)
+    assert states(tmp_path / "fork") == states(folder)
 
 
 def test_how_often_to_save_may_differ_from_the_workdir(undisturbed):
