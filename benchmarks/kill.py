@@ -2,12 +2,13 @@
 
     python benchmarks/kill.py [--instants 50] [--seed 0] [--json FILE]
 
-Starts the real command, kills it (SIGKILL) at a random instant of the training, the search or the
-finishing in turn, starts it again and compares all it leaves, times apart, with what an undisturbed
-run left. Every second run is killed twice. Prints a line for each run; exit code 1 if one differs.
+Starts the real command and kills it (SIGKILL) at random instants of the training, the search and
+the finishing, two for each run; starts it again and compares all it leaves, times apart, with what
+an undisturbed run left. Prints a line for each run; exit code 1 if one differs.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -109,27 +110,28 @@ def content(folder: Path) -> dict[str, object]:
     return {"results.json": results, "metrics.jsonl": lines, **networks}
 
 
-def disturb(folder: Path, instants: int, seed: int, *, twice: bool) -> list[dict[str, object]]:
-    """Kills and resumes as many runs in workdirs under the folder, every second one twice if asked.
+def disturb(folder: Path, instants: int, seed: int) -> list[dict[str, object]]:
+    """Kills runs in workdirs under the folder so many times, each of them twice, and ends them.
 
     Returns:
-        For each of them when it was killed, and the names of what differs from the undisturbed run.
+        For each run when it was killed, what it wrote to the standard error in the end, and the
+        names of what differs from the undisturbed run.
     """
     rng = random.Random(seed)
     finish(folder / "warm")  # compiles
     taken = durations(folder / "undisturbed")
     expected = content(folder / "undisturbed")
+    turns = itertools.cycle(PHASES)
     rows = []
-    for number in range(instants):
-        workdir, instant = folder / f"killed{number}", []
-        for _ in range(1 + number % 2 * twice):
-            phase = list(PHASES)[number % len(PHASES)]
+    for number in range(instants // 2):
+        workdir, killed = folder / f"killed{number}", []
+        for phase in sorted([next(turns), next(turns)], key=list(PHASES).index):
             delay = rng.uniform(0, taken[phase])
-            instant.append(f"{delay:.3f} s into {phase}: {kill(workdir, phase, delay)}")
+            killed.append(f"{delay:.3f} s into {phase}: {kill(workdir, phase, delay)}")
         errors = finish(workdir)
         found = content(workdir)
         differs = [k for k in {**expected, **found} if expected.get(k) != found.get(k)]
-        rows.append({"killed": instant, "stderr": errors, "differs": differs})
+        rows.append({"killed": killed, "stderr": errors, "differs": differs})
     return rows
 
 
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = disturb(Path(folder), options.instants, options.seed, twice=True)
+        rows = disturb(Path(folder), options.instants, options.seed)
     for row in rows:
         verdict = f"DIFFERS in {row['differs']}" if row["differs"] else "the same"
         print("; ".join(row["killed"]), "->", verdict)

@@ -8,8 +8,10 @@ are written beside them: a checkpoint that they do not fit is damaged, and the o
 from __future__ import annotations
 
 import logging
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -109,7 +111,7 @@ class Checkpoints:
                 _log.warning(
                     "checkpoint %s is not used: %s", self._folder / str(step), _line(error)
                 )
-                self._guarded(lambda step=step: manager.delete(step))
+                self._guarded(partial(manager.delete, step))
                 continue
             self._saved_step, self._saved_at = step, time.monotonic()
             return Checkpoint(step, state)
@@ -174,9 +176,10 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+            for unfinished in self._folder.glob("*.*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._config.keep,
-                cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
             )
             self._manager = self._guarded(
@@ -200,7 +203,7 @@ class Checkpoints:
         tree: dict[str, Any] = traverse_util.unflatten_dict(leaves, sep="/")
         return tree
 
-    def _guarded(self, action: Any) -> Any:
+    def _guarded(self, action: Callable[[], Any]) -> Any:
         """What goes wrong while writing is told in one line that names the folder."""
         try:
             return action()
@@ -278,6 +281,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error's text, or its kind."""
+    """The first line of an error's text, without TensorStore's appendix."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[0].split(" [tensorstore_spec=")[0] if lines else type(error).__name__

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
@@ -210,14 +210,20 @@ def _one_line_warnings(errors: Console) -> Iterator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             errors.print(f"warning: {record.getMessage()}")
 
+    def unraisablehook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # Orbax's threads, after the error
+            hook(unraisable)
+
     ours, orbax, handler = logging.getLogger("megajax"), logging.getLogger("absl"), Handler()
     before = orbax.level, ours.propagate
+    hook, sys.unraisablehook = sys.unraisablehook, unraisablehook
     ours.addHandler(handler)
     ours.propagate = False
     orbax.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         ours.removeHandler(handler)
         orbax.setLevel(before[0])
         ours.propagate = before[1]

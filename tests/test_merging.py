@@ -1,6 +1,7 @@
 """The main job: never worse than the best parent, reproducible, clear about bad input."""
 
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -146,11 +147,19 @@ def test_what_cannot_work_is_named(options, error, message):
 
 
 def test_continued_from_a_state_it_ends_bit_identical_and_another_searchs_state_is_refused():
-    seen = []
-    whole = merge(
-        align=NO_ALIGNMENT, callback=lambda state, infos: seen.append(jax.device_get(state))
+    parents = [{"kernel": jnp.diag(jnp.array(d))} for d in ([1.0, 1, 0], [0.0, 1, 1])]
+    merge = partial(
+        mj.merge,
+        KEY,
+        lambda variables, x: x @ variables["kernel"],
+        parents,
+        (jnp.eye(3), jnp.arange(3)),
+        align=NO_ALIGNMENT,
+        evolution=SMALL,
     )
-    rest = merge(align=NO_ALIGNMENT, state=seen[2])
+    seen = []
+    whole = merge(callback=lambda state, infos: seen.append(jax.device_get(state)))
+    rest = merge(state=seen[2])
     chex.assert_trees_all_equal(rest.variables, whole.variables)
     chex.assert_trees_all_equal(rest.state, whole.state)
     np.testing.assert_array_equal(rest.parent_fitness, whole.parent_fitness)
@@ -158,12 +167,16 @@ def test_continued_from_a_state_it_ends_bit_identical_and_another_searchs_state_
     assert rest.evaluations == whole.evaluations
     smaller = jax.tree.map(lambda leaf: leaf[:8], seen[2].population)
     with pytest.raises(mj.ConfigError, match=r"population/genes is float32\[8, .* there, .*\[10, "):
-        merge(align=NO_ALIGNMENT, state=seen[2]._replace(population=smaller))
+        merge(state=seen[2]._replace(population=smaller))
 
 
 def test_parents_without_finite_outputs_stop_before_the_search():
-    def sick(variables, x):
-        return apply_fn(variables, x) * jnp.nan
-
     with pytest.raises(mj.SearchError, match="generation 0: none of the 10 networks"):
-        mj.merge(KEY, sick, PARENTS, (INPUTS, LABELS), evolution=SMALL, align=NO_ALIGNMENT)
+        mj.merge(
+            KEY,
+            lambda variables, x: x @ variables * jnp.nan,
+            [jnp.eye(3), -jnp.eye(3)],
+            (jnp.eye(3), jnp.arange(3)),
+            evolution=SMALL,
+            align=NO_ALIGNMENT,
+        )
