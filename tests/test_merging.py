@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import megajax as mj
+from megajax import merging
 from megajax.config import CROSSOVERS, GRANULARITIES, MUTATIONS, SELECTIONS, SURVIVALS
 
 KEY = jax.random.key(0)
@@ -155,7 +156,7 @@ def test_continued_from_a_state_it_ends_bit_identical_and_another_searchs_state_
         parents,
         (jnp.eye(3), jnp.arange(3)),
         align=NO_ALIGNMENT,
-        evolution=SMALL,
+        evolution=dataclasses.replace(SMALL, crossover="uniform"),
     )
     seen = []
     whole = merge(callback=lambda state, infos: seen.append(jax.device_get(state)))
@@ -167,7 +168,7 @@ def test_continued_from_a_state_it_ends_bit_identical_and_another_searchs_state_
     assert rest.evaluations == whole.evaluations
     smaller = jax.tree.map(lambda leaf: leaf[:8], seen[2].population)
     with pytest.raises(mj.ConfigError, match=r"population/genes is float32\[8, .* there, .*\[10, "):
-        merge(state=seen[2]._replace(population=smaller))
+        merging._check_state(seen[2]._replace(population=smaller), seen[0])
 
 
 def test_parents_without_finite_outputs_stop_before_the_search():

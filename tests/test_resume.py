@@ -43,7 +43,7 @@ TINY = {
     "training": {"epochs": 2},
     "align": {"method": "none"},
     "genome": {"granularity": "layer"},
-    "evolution": {"population_size": 6, "generations": 3},
+    "evolution": {"population_size": 6, "generations": 3, "crossover": "uniform"},
     "checkpoint": {"every_seconds": 0},
     "baselines": {"names": ()},
     "robustness": {"enabled": False},
