@@ -50,7 +50,8 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
     history: dict[str, np.ndarray] = {}  # column by column
     restored = checkpoints.restore()
     if restored is not None:
-        state, history = _search_state(restored.state["search"]), restored.state["history"]
+        state, stored = _search_state(restored.state["search"]), restored.state["history"]
+        history = {name: stored[name] for name in (*GAInfo._fields, "seconds")}
         clock = Clock(float(history["seconds"][-1]))
         task.console.print(f"merging goes on after generation {restored.step}")
         if restored.step > config.evolution.generations:
