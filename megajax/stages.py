@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megajax import data, models, report, training, workdir
 from megajax.adapters import from_linen
 from megajax.checkpoint import Checkpoints
-from megajax.config import Config
+from megajax.config import Config, EvolutionConfig
 from megajax.errors import ConfigError, Interrupted, SearchError
 from megajax.evaluation import TENTHS, ensemble, measure, predict, straight_path
 from megajax.evolution import GAInfo, GAState
@@ -147,47 +147,22 @@ def train_parents(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> O
 
 def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     """Merges the parents; a line of `metrics.jsonl` for each generation."""
-    config, split, clock = task.config, task.dataset.validation, _Clock()
-    metrics_file = task.folder / workdir.METRICS
-    state: GAState | None = None
-    history: dict[str, np.ndarray] = {}  # column by column
-    restored = checkpoints.restore()
-    if restored is not None:
-        state, history = _search_state(restored.state["search"]), restored.state["history"]
-        clock = _Clock(float(history["seconds"][-1]))
-        task.console.print(f"merging goes on after generation {restored.step}")
-        if restored.step > config.evolution.generations:
-            raise ConfigError(
-                f"evolution.generations is {config.evolution.generations}: the search that it is "
-                f"to go on from did {restored.step} already"
-            )
-    workdir.write_lines(metrics_file, _rows(history))
-    evolution = config.evolution
-    if evolution.time_budget is not None:
-        left = max(evolution.time_budget - clock.seconds(), 0.0)
-        evolution = dataclasses.replace(evolution, time_budget=left)
-
-    def save(when: Callable[[int, PyTree], None]) -> None:
-        assert state is not None
-        when(int(state.generation), {"search": state, "history": history})
-
+    config, split = task.config, task.dataset.validation
+    journal = _Journal(task.folder / workdir.METRICS, checkpoints)
+    evolution = _what_is_left(config.evolution, journal)
+    if journal.state is not None:
+        task.console.print(f"merging goes on after generation {journal.generation}")
     with _progress(task.console) as progress:
         bar = progress.add_task("merging", total=evolution.generations)
 
-        def on_chunk(reached: GAState, infos: GAInfo) -> None:
-            nonlocal state, history
-            seconds = np.full(len(infos.generation), round(clock.seconds(), 3))
-            lines = {**infos._asdict(), "seconds": seconds}
-            workdir.write_lines(metrics_file, _rows(lines), append=True)
-            before = history or {name: column[:0] for name, column in lines.items()}
-            history = {name: np.append(before[name], column) for name, column in lines.items()}
-            state = reached
-            generation, fitness = int(state.generation), float(state.best.fitness)
-            progress.update(bar, completed=generation, description=f"merging, {fitness:.4f}")
-            if task.stopping() and generation < evolution.generations:
-                save(checkpoints.save)
-                raise _interrupted("generation", generation)
-            save(checkpoints.offer)
+        def on_chunk(state: GAState, infos: GAInfo) -> None:
+            journal.add(state, infos)
+            best = f"merging, fitness {float(state.best.fitness):.4f}"
+            progress.update(bar, completed=journal.generation, description=best)
+            if task.stopping() and journal.generation < evolution.generations:
+                journal.save()
+                raise _interrupted("generation", journal.generation)
+            journal.save_if_due()
 
         try:
             merged = merge(
@@ -201,13 +176,13 @@ def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
                 genome=config.genome,
                 fitness=config.fitness,
                 evolution=evolution,
-                state=state,
+                state=journal.state,
                 callback=on_chunk,
             )
         except SearchError:
-            save(checkpoints.save)
+            journal.save()
             raise
-    save(checkpoints.save)
+    journal.save()
     aligned = {f"aligned/{k}": parent for k, parent in enumerate(merged.parents)}
     return Outcome(
         networks={"merged": merged.variables, **aligned},
@@ -221,7 +196,7 @@ def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
             "shares": parent_shares(merged.genome, merged.genes, merged.variables),
         },
         files=(workdir.METRICS,),
-        seconds=clock.seconds(),
+        seconds=journal.clock.seconds(),
     )
 
 
@@ -308,6 +283,56 @@ def _interrupted(unit: str, number: int) -> Interrupted:
     return Interrupted(f"stopped and saved after {unit} {number}; the same command goes on from it")
 
 
+class _Journal:
+    """A search under way: its state, and what each generation had to tell, as columns.
+
+    It begins where the last checkpoint left it, and its file with it: lines that were written after
+    that, or half written, are gone.
+    """
+
+    def __init__(self, file: Path, checkpoints: Checkpoints) -> None:
+        self.state: GAState | None = None
+        self.clock = _Clock()
+        self._file, self._checkpoints = file, checkpoints
+        self._history: dict[str, np.ndarray] = {}
+        restored = checkpoints.restore()
+        if restored is not None:
+            self.state = _search_state(restored.state["search"])
+            history = restored.state["history"]
+            self._history = {name: history[name] for name in (*GAInfo._fields, "seconds")}
+            self.clock = _Clock(history["seconds"][-1])
+        workdir.write_lines(file, _rows(self._history))
+
+    @property
+    def generation(self) -> int:
+        return int(self._history["generation"][-1])
+
+    def add(self, state: GAState, infos: GAInfo) -> None:
+        """Takes over a state, and writes a line for each generation that led to it."""
+        seconds = np.full(len(infos.generation), round(self.clock.seconds(), 3))
+        lines, before = {**infos._asdict(), "seconds": seconds}, self._history
+        workdir.write_lines(self._file, _rows(lines), append=True)
+        self.state = state
+        self._history = {
+            name: np.append(before[name], column) if before else column
+            for name, column in lines.items()
+        }
+
+    def save(self) -> None:
+        self._checkpoints.save(self.generation, self._content())
+
+    def save_if_due(self) -> None:
+        self._checkpoints.offer(self.generation, self._content())
+
+    def _content(self) -> PyTree:
+        return {"search": self.state, "history": self._history}
+
+
+def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
 def _search_state(saved: Mapping[str, Any]) -> GAState:
     """The state from the nested dictionaries of a checkpoint, which `merge` checks."""
     population, best = (
@@ -317,9 +342,17 @@ def _search_state(saved: Mapping[str, Any]) -> GAState:
     return GAState(population, best, saved["generation"], saved["evaluations"], saved["stale"])
 
 
-def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    lists = [column.tolist() for column in columns.values()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+def _what_is_left(evolution: EvolutionConfig, journal: _Journal) -> EvolutionConfig:
+    """The configuration of a search that has done something already."""
+    if journal.state is not None and journal.generation > evolution.generations:
+        raise ConfigError(
+            f"evolution.generations is {evolution.generations}: the search that it is to go on "
+            f"from did {journal.generation} already"
+        )
+    if evolution.time_budget is None:
+        return evolution
+    left = max(evolution.time_budget - journal.clock.seconds(), 0.0)
+    return dataclasses.replace(evolution, time_budget=left)
 
 
 def _check_choices(config: Config, model: nn.Module, apply_fn: ApplyFn, images: np.ndarray) -> None:

@@ -259,7 +259,7 @@ def load_outcome(folder: Path, name: str, key: str) -> Outcome | None:
 
     Returns:
         The outcome, networks made of dictionaries and NumPy arrays; None if there is none, or one
-        with another key.
+        with another key, or a file of it was removed.
 
     Raises:
         WorkdirError: a file of it is damaged; names the file.
@@ -276,7 +276,7 @@ def load_outcome(folder: Path, name: str, key: str) -> Outcome | None:
     if not _record(folder, name).exists():
         return None
     record = _unsealed(_record(folder, name))
-    if record["key"] != key:
+    if record["key"] != key or not all((folder / file).exists() for file in record["files"]):
         return None
     for file, noted in record["files"].items():
         if file_digest(folder / file) != noted:

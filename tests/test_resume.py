@@ -47,8 +47,7 @@ def outcome(folder):
     results = json.loads((folder / "results.json").read_text())
     del results["seconds"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["seconds"]
+    lines = [list(line.items()) for line in lines if line.pop("seconds") is not None]
     networks = {name: workdir.load_network(folder / name) for name in ("merged", "parents/1")}
     leaves = jax.tree.leaves(networks)
     return results, lines, [leaf.tobytes() for leaf in leaves]
