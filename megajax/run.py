@@ -156,6 +156,8 @@ def _plan(
         raise ConfigError(f"--fork {fork} is the --workdir itself: name a new folder")
     if seeds is None:
         return [_Run(config, new, origin)], None
+    if workdir.is_workdir(new):
+        raise ConfigError(f"--seeds: {new} holds a single run; choose another --workdir")
     return [
         _Run(
             dataclasses.replace(config, seed=seed),

@@ -354,6 +354,17 @@ def test_how_often_to_save_may_differ_from_the_workdir(undisturbed):
         pipeline.run(tiny(training={"epochs": 3}), undisturbed[0])
 
 
+def test_another_version_of_jax_is_told(undisturbed, copy, caplog):
+    folder = copy(undisturbed[1][0])
+    there = workdir.read_config(folder)
+    there["versions"]["jax"] = "0.0.1"
+    workdir.write_config(folder, there["config"], there)
+    with pytest.raises(mj.Interrupted, match="before the stage parents"):
+        pipeline.run(tiny(), folder, stopping=lambda: True)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{folder} was started with other versions: the result may differ")
+
+
 HOLD = """
 import sys, time
 from megajax.workdir import locked
