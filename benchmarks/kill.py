@@ -104,8 +104,7 @@ def content(folder: Path) -> dict[str, object]:
     results = json.loads((folder / "results.json").read_text())
     del results["seconds"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["seconds"]
+    lines = [list(line.items()) for line in lines if line.pop("seconds") is not None]
     networks = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.msgpack")}
     return {"results.json": results, "metrics.jsonl": lines, **networks}
 

@@ -60,8 +60,7 @@ def outcome(folder):
     results = json.loads((folder / "results.json").read_text())
     del results["seconds"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        del line["seconds"]
+    lines = [list(line.items()) for line in lines if line.pop("seconds") is not None]
     networks = {name: workdir.load_network(folder / name) for name in ("merged", "parents/1")}
     leaves = jax.tree.leaves(networks)
     return results, lines, [leaf.tobytes() for leaf in leaves]
@@ -367,6 +366,17 @@ def test_how_often_to_save_may_differ_from_the_workdir(undisturbed):
     pipeline.run(tiny(checkpoint={"keep": 7}), undisturbed[0])
     with pytest.raises(mj.WorkdirError, match=r"training.epochs is 2 there, 3 here"):
         pipeline.run(tiny(training={"epochs": 3}), undisturbed[0])
+
+
+def test_another_version_of_jax_is_told(undisturbed, copy, caplog):
+    folder = copy(undisturbed[1][0])
+    there = workdir.read_config(folder)
+    there["versions"]["jax"] = "0.0.1"
+    workdir.write_config(folder, there["config"], there)
+    with pytest.raises(mj.Interrupted, match="before the stage parents"):
+        pipeline.run(tiny(), folder, stopping=lambda: True)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.startswith(f"{folder} was started with other versions: the result may differ")
 
 
 HOLD = """

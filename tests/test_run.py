@@ -395,6 +395,14 @@ def test_seeds_have_workdirs_of_their_own_and_a_summary(called, tmp_path):
     assert called[3:] == [(k, f"f/seed{k}", tmp_path / "w" / f"seed{k}") for k in (5, 2)]
 
 
+def test_the_summary_of_several_seeds_does_not_replace_a_single_runs_result(
+    called, capsys, finished
+):
+    assert run.main(["run", "--config", DIGITS, "--workdir", str(finished), "--seeds", "0:2"]) == 2
+    assert f"--seeds: {finished} holds a single run" in capsys.readouterr().err
+    assert not called
+
+
 def test_a_seed_that_fails_is_named(called, capsys, tmp_path):
     command = ["run", "--config", DIGITS, "--workdir", str(tmp_path / "w"), "--seeds", "2:9"]
     assert run.main(command) == 2
