@@ -234,6 +234,7 @@ def test_time_budget_and_callback_stop_between_chunks():
 # Several searches -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_searches_in_one_program_are_the_searches_alone():
     def evaluate(target, genes):
         # On a plateau near the target nothing improves, so that patience has something to end.

@@ -230,7 +230,7 @@ def test_channel_shares_are_what_is_expressed(granularity):
     assert shares["norm"].shape == (4, 2)
 
 
-@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("binary", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_the_search_finds_a_planted_mask(granularity, binary):
     """Every number of parent k is k, so that a network is its own mask."""

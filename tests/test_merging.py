@@ -45,7 +45,7 @@ def merge(key=KEY, parents=PARENTS, validation=(INPUTS, LABELS), evolution=SMALL
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("binary", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_result_is_never_below_the_best_parent_and_its_fitness_is_its_own(granularity, binary):
     result = merge(genome=mj.GenomeConfig(granularity=granularity, binary=binary))
     assert result.fitness >= result.parent_fitness.max()
@@ -63,6 +63,7 @@ def test_the_same_key_gives_the_same_bits_and_another_key_another_network():
     assert not np.array_equal(first.genes, other.genes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["selection", "crossover", "mutation", "survival"])
 def test_every_operator_by_name(field):
     choices = {

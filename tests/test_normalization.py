@@ -36,6 +36,7 @@ def with_random_statistics(variables, seed=0):
     return {**variables, "batch_stats": randomized}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_logits_are_those_of_training_mode(name, wrap):

@@ -177,6 +177,7 @@ def test_a_tree_is_reported_node_by_node_and_fine_tuned_beside_the_best_parent(t
     )
 
 
+@pytest.mark.slow
 def test_a_tree_that_was_killed_does_not_search_finished_nodes_again(tree, tmp_path, monkeypatch):
     saved = []
 

@@ -148,6 +148,7 @@ def test_recalibrated_candidates_have_their_own_statistics_and_parents_keep_thei
             assert not np.allclose(found["c"], one["c"], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_merging_weights_is_never_below_the_best_parent_and_its_fitness_is_its_own():
     trees = [network(k) for k in range(3)]
     evolution = mj.EvolutionConfig(population_size=8, generations=4)

@@ -139,6 +139,7 @@ class Net(nn.Module):
         return nn.Dense(3)(nn.relu(x))
 
 
+@pytest.mark.slow
 def test_statistics_are_averaged_or_measured_anew_but_for_parents():
     model = Net()
     network = mj.from_linen(model, {}, train=False).apply_fn

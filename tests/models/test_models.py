@@ -124,6 +124,7 @@ def test_resnet_without_projection_pads_channels_on_both_sides():
     chex.assert_trees_all_close(logits, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_one_training_step_and_an_evaluation(name):
     model = build(name, 3, TINY[name])
