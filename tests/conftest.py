@@ -9,7 +9,7 @@ import tempfile
 
 _FLAGS = {
     "--xla_force_host_platform_device_count": "8",
-    "--xla_backend_optimization_level": "0",
+    "--xla_backend_optimization_level": "1",
 }
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
