@@ -879,6 +879,12 @@ def smoke(config: Config) -> Config:
             warmup_epochs=min(training.warmup_epochs, epochs / 2),
         ),
         finetune=dataclasses.replace(config.finetune, epochs=at_most(1, config.finetune.epochs)),
+        baselines=dataclasses.replace(config.baselines, names=("uniform_average", "random_search")),
+        robustness=dataclasses.replace(
+            config.robustness,
+            severities=config.robustness.severities[-1:],
+            examples=at_most(64, config.robustness.examples),
+        ),
         recalibrate=dataclasses.replace(
             config.recalibrate, examples=at_most(64, config.recalibrate.examples)
         ),
