@@ -18,7 +18,7 @@ from jax.extend import core
 
 from megajax.errors import ConfigError
 from megajax.genome import Genome
-from megajax.programs import Delayed, Program, delay, shape_of, trace, walk
+from megajax.programs import Delayed, Program, delay, moved_axes, shape_of, trace, walk
 from megajax.types import ApplyFn, Genes, PyTree
 
 __all__ = [
@@ -425,14 +425,9 @@ def _follow(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) ->
 
 
 def _moved(equation: core.JaxprEqn, dims: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Where axes are after a reshape that only adds or drops axes of length one, or a broadcast."""
-    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
-    if equation.primitive.name == "broadcast_in_dim":
-        return tuple(equation.params["broadcast_dimensions"][dim] for dim in dims)
-    if equation.primitive.name in ("convert_element_type", "copy"):
-        return dims
-    kept = [dim for dim in dims if before[dim] != 1]
-    places = [dim for dim, size in enumerate(after) if size != 1]
-    if [before[dim] for dim in kept] != [after[dim] for dim in places]:
+    """Where a leaf's axes are after an equation; None if one of them is gone."""
+    rank = len(shape_of(equation.invars[0]))
+    axes = moved_axes(equation, [dims.index(d) if d in dims else None for d in range(rank)])
+    if axes is None or any(axis not in axes for axis in range(len(dims))):
         return None
-    return tuple(places) if len(kept) == len(dims) else None
+    return tuple(axes.index(axis) for axis in range(len(dims)))

@@ -15,11 +15,32 @@ from jax.extend import core
 
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Delayed", "Program", "delay", "shape_of", "trace", "walk"]
+__all__ = [
+    "CALLS",
+    "Delayed",
+    "Program",
+    "body_of",
+    "delay",
+    "moved_axes",
+    "shape_of",
+    "trace",
+    "walk",
+]
 
-_CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
+CALLS = frozenset(
+    {
+        "call",
+        "checkpoint",
+        "closed_call",
+        "core_call",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "jit",
+        "pjit",
+        "remat2",
+    }
 )
+"""Primitives that do what a program of theirs does, once and on their own operands."""
 
 Delayed: TypeAlias = Callable[[], Any]
 """A value that is computed when it is asked for."""
@@ -106,11 +127,9 @@ def walk(
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
-        body = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
         outputs: Sequence[Any]
-        if equation.primitive.name in _CALLS and body is not None:
-            inner = body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
-            outputs = walk(inner, operands, visit, lift, numbers)
+        if equation.primitive.name in CALLS:
+            outputs = walk(body_of(equation), operands, visit, lift, numbers)
         else:
             outputs = visit(next(numbers), equation, operands)
         values.update(zip(equation.outvars, outputs, strict=True))
@@ -146,6 +165,62 @@ def delay(equation: core.JaxprEqn, operands: Sequence[Delayed]) -> list[Delayed]
         return computed[index]
 
     return [partial(output, i) for i in range(len(equation.outvars))]
+
+
+def body_of(equation: core.JaxprEqn) -> core.ClosedJaxpr:
+    """The program that a call does.
+
+    Args:
+        equation: of one of the `CALLS`.
+
+    Returns:
+        Its program.
+
+    Example:
+        >>> equation = jax.make_jaxpr(jax.jit(lambda x: 2 * x))(1.0).eqns[0]
+        >>> len(body_of(equation).eqns)
+        1
+    """
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    body = next(equation.params[name] for name in names if name in equation.params)
+    return body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
+
+
+def moved_axes(
+    equation: core.JaxprEqn, axes: Sequence[int | None]
+) -> tuple[int | None, ...] | None:
+    """Follows the axes of an array through an equation that changes no more than layout or type.
+
+    Args:
+        equation: any equation.
+        axes: for each dimension of its first operand which axis it is; None for one of no interest.
+
+    Returns:
+        The same for each dimension of its result; None for an axis that was added. None in all if
+        the equation does more than add and drop axes of length one, move axes, broadcast or
+        convert.
+
+    Example:
+        >>> import numpy as np
+        >>> equation = jax.make_jaxpr(lambda x: x.T)(np.ones((2, 3))).eqns[0]
+        >>> moved_axes(equation, (0, 1))
+        (1, 0)
+    """
+    name = equation.primitive.name
+    if name in ("convert_element_type", "copy", "copy_p"):
+        return tuple(axes)
+    if name == "transpose":
+        return tuple(axes[dim] for dim in equation.params["permutation"])
+    shape = shape_of(equation.outvars[0])
+    if name == "broadcast_in_dim":
+        places = dict(zip(equation.params["broadcast_dimensions"], axes, strict=True))
+        return tuple(places.get(dim) for dim in range(len(shape)))
+    if name in ("reshape", "squeeze", "expand_dims"):
+        before = shape_of(equation.invars[0])
+        if [n for n in before if n != 1] == [n for n in shape if n != 1]:
+            kept = iter([axis for axis, n in zip(axes, before, strict=True) if n != 1])
+            return tuple(next(kept) if n != 1 else None for n in shape)
+    return None
 
 
 def shape_of(atom: Any) -> tuple[int, ...]:

@@ -185,3 +185,17 @@ def test_a_kernel_that_is_used_twice_or_not_transposable_is_left_alone():
         return jnp.tanh(x @ w["u"] + w["b"]) @ w["u"].T
 
     assert find_linear(tied, {"u": jnp.ones((3, 5)), "b": jnp.ones(5)}, jnp.ones((2, 3))) == ()
+
+
+def test_batch_norm_inside_a_checkpoint_is_found():
+    """`jax.checkpoint` is a call like any other: what is in it is walked too."""
+    model, options = models.build("cnn", 3, {"width": 4}), {"train": False}
+    variables = model.init(jax.random.key(0), X)
+
+    def plain(variables, x):
+        return model.apply(variables, x, **options)
+
+    found = find_statistics(jax.checkpoint(plain), variables, X)
+    assert found == find_statistics(plain, variables, X) != ()
+    fresh = [recalibrate(f, variables, X) for f in (jax.checkpoint(plain), plain)]
+    chex.assert_trees_all_close(*fresh, rtol=1e-5, atol=1e-6)

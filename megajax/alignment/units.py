@@ -8,7 +8,7 @@ symmetries say which entries of which leaves are the same unit; names play no pa
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from megajax.alignment.propagation import ELEMENTWISE
 from megajax.alignment.symmetries import Group, Site, Symmetries, find_symmetries, unit_layout
 from megajax.layers import find_layers
 from megajax.parents import leaf_paths
-from megajax.programs import shape_of, trace, walk
+from megajax.programs import moved_axes, shape_of, trace, walk
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["find_outputs", "unit_labels"]
@@ -101,17 +101,16 @@ def find_outputs(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> list[tupl
     ) -> Sequence[_Weight | None]:
         del number
         for operand, free in zip(operands, _free(equation), strict=False):
-            if operand is not None and operand.leaf >= 0:
-                axes = tuple(axis for axis, dim in enumerate(operand.dims) if dim in free)
-                found.setdefault(operand.leaf, axes)
+            if operand is not None and operand.leaf is not None:
+                axes = {operand.axes[dim] for dim in free} - {None}
+                found.setdefault(operand.leaf, tuple(sorted(cast(set[int], axes))))
         return [_follow(equation, operands)] * len(equation.outvars)
 
     arguments = [
         _Weight(i, tuple(range(len(shape.shape)))) for i, shape in enumerate(program.shapes)
     ]
-    constants = _Weight(-1, ())
     inputs_too = [None] * len(jax.tree.leaves(inputs))
-    walk(program.closed, [*arguments, *inputs_too], visit, lambda constant: constants)
+    walk(program.closed, [*arguments, *inputs_too], visit, lambda constant: _Weight())
     return [found.get(i) or _last(shape.shape) for i, shape in enumerate(program.shapes)]
 
 
@@ -123,32 +122,33 @@ def _units(
     shape: Sequence[int], axes: Sequence[int], sites: Sequence[tuple[Group, Site]], layer: int
 ) -> Iterator[Hashable]:
     """What names the unit of each entry along the axes, in row-major order."""
-    layouts = [(group.name, site, *unit_layout(group, site, shape)) for group, site in sites]
+    layouts = [(group, site, *unit_layout(group, site, shape)) for group, site in sites]
     for index in np.ndindex(*(shape[axis] for axis in axes)):
         at = dict(zip(axes, index, strict=True))
-        names: list[Hashable] = []
-        covered = set()
-        for name, site, copy, unit in layouts:
+        units: dict[str, tuple[int, int]] = {}
+        held, covered = set(), set()
+        for group, site, copy, unit in layouts:
             u = int(unit[at[site.axis]])
             copy_axis = site.axis if site.copies is None else site.copies.axis
             c = int(copy[at[copy_axis]])
             if u >= 0 and c >= 0:
-                names.append((name, c, u))
+                units[group.name] = (c, u)
+                held.add(group.within)  # which copy it is says it already
                 covered |= {site.axis, copy_axis}
-        names += [(layer, k, i) for k, i in enumerate(index) if axes[k] not in covered]
-        yield tuple(names)
+        rest = [(layer, k, i) for k, i in enumerate(index) if axes[k] not in covered]
+        yield (*((name, *place) for name, place in units.items() if name not in held), *rest)
 
 
 class _Weight(NamedTuple):
     """A value computed from leaves and constants alone: which leaf it is, laid out anew.
 
     Attributes:
-        leaf: the leaf's number; -1 for a constant, or for what mixes several leaves.
-        dims: for each axis of the leaf, where it is in the value; -1 where it is gone.
+        leaf: the leaf's number; None for a constant, or for what mixes several leaves.
+        axes: for each dimension of the value, the leaf's axis there; None where there is none.
     """
 
-    leaf: int
-    dims: tuple[int, ...]
+    leaf: int | None = None
+    axes: tuple[int | None, ...] = ()
 
 
 def _free(equation: core.JaxprEqn) -> list[set[int]]:
@@ -172,25 +172,13 @@ def _follow(equation: core.JaxprEqn, operands: Sequence[_Weight | None]) -> _Wei
     known = [operand for operand in operands if operand is not None]
     if len(known) < len(operands):
         return None
-    leaves = [operand for operand in known if operand.leaf >= 0]
-    nothing = _Weight(-1, ())
+    leaves = [operand for operand in known if operand.leaf is not None]
     if len({operand.leaf for operand in leaves}) != 1:
-        return nothing
-    name, params, weight = equation.primitive.name, equation.params, leaves[0]
-    before, after = shape_of(equation.invars[known.index(weight)]), shape_of(equation.outvars[0])
-    if name == "transpose":
-        return weight._replace(dims=_through(weight.dims, params["permutation"]))
-    if name == "broadcast_in_dim":
-        moved = [params["broadcast_dimensions"][dim] if dim >= 0 else -1 for dim in weight.dims]
-        return weight._replace(dims=tuple(moved))
-    if name in ("reshape", "squeeze"):
-        long = [[dim for dim, size in enumerate(shape) if size != 1] for shape in (before, after)]
-        if [before[dim] for dim in long[0]] != [after[dim] for dim in long[1]]:
-            return nothing
-        place = dict(zip(*long, strict=True))
-        return weight._replace(dims=tuple(place.get(dim, -1) for dim in weight.dims))
-    return weight if name in ELEMENTWISE and before == after else nothing
-
-
-def _through(dims: Sequence[int], permutation: Sequence[int]) -> tuple[int, ...]:
-    return tuple(permutation.index(dim) if dim >= 0 else -1 for dim in dims)
+        return _Weight()
+    weight, axes = leaves[0], None
+    if equation.primitive.name in ELEMENTWISE:
+        before = shape_of(equation.invars[known.index(weight)])
+        axes = weight.axes if before == shape_of(equation.outvars[0]) else None
+    elif weight is known[0]:
+        axes = moved_axes(equation, weight.axes)
+    return _Weight() if axes is None else weight._replace(axes=axes)

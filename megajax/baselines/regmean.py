@@ -21,7 +21,7 @@ from jax.extend import core
 from megajax.baselines.averages import uniform_average
 from megajax.baselines.leaves import is_floating
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.programs import Delayed, delay, shape_of, trace, walk
+from megajax.programs import Delayed, delay, moved_axes, shape_of, trace, walk
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Kernel", "find_kernels", "gram_matrices", "regmean"]
@@ -77,7 +77,7 @@ def find_kernels(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[Ker
     def visit(number: int, equation: core.JaxprEqn, operands: Sequence[_Value]) -> list[_Value]:
         active = any(operand.active for operand in operands)
         outputs = [_Value(active)] * len(equation.outvars)
-        view = None if active or not operands else _moved(equation, operands[0])
+        view = None if active or not operands else _viewed(equation, operands[0])
         if view is not None:
             return [view]
         kernel = _contracted(number, equation, operands)
@@ -238,22 +238,13 @@ class _Value(NamedTuple):
     axes: tuple[int | None, ...] = ()
 
 
-def _moved(equation: core.JaxprEqn, value: _Value) -> _Value | None:
+def _viewed(equation: core.JaxprEqn, value: _Value) -> _Value | None:
     """The leaf behind an equation that only changes its layout or type; None for any other."""
-    name, axes = equation.primitive.name, value.axes
     if value.leaf is None or len(equation.outvars) != 1:
         return None
-    before, after = shape_of(equation.invars[0]), shape_of(equation.outvars[0])
-    if name in ("convert_element_type", "copy"):
-        return value
-    if name == "transpose":
-        return value._replace(axes=tuple(axes[i] for i in equation.params["permutation"]))
-    if name in ("reshape", "squeeze", "expand_dims", "broadcast_in_dim"):
-        kept = [axis for axis, size in zip(axes, before, strict=True) if size != 1]
-        if [size for size in before if size != 1] == [size for size in after if size != 1]:
-            rest = iter(kept)
-            return value._replace(axes=tuple(next(rest) if n != 1 else None for n in after))
-    return None
+    sizes = (math.prod(shape_of(atom)) for atom in (equation.invars[0], equation.outvars[0]))
+    axes = moved_axes(equation, value.axes) if len(set(sizes)) == 1 else None
+    return None if axes is None else value._replace(axes=axes)
 
 
 def _contracted(number: int, equation: core.JaxprEqn, operands: Sequence[_Value]) -> Kernel | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.extend import core
@@ -17,7 +17,7 @@ from jax.extend import core
 from megajax.interchange import layouts
 from megajax.interchange.layouts import Layout
 from megajax.normalization import find_statistics
-from megajax.programs import shape_of, trace, walk
+from megajax.programs import moved_axes, shape_of, trace, walk
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Slot", "find_modules"]
@@ -85,6 +85,9 @@ def find_modules(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> list[tupl
     return [_slots(group, uses, shapes) for group in _groups(ordered, uses, shapes)]
 
 
+View: TypeAlias = tuple[int, tuple[int | None, ...]]
+
+
 class _Value(NamedTuple):
     """What is known of an intermediate.
 
@@ -96,7 +99,7 @@ class _Value(NamedTuple):
         flattened: `(*spatial, channels)`, if its last axis was flattened from there.
     """
 
-    view: tuple[int, tuple[int | None, ...]] | None = None
+    view: View | None = None
     leaves: frozenset[int] = frozenset()
     active: bool = False
     spatial: bool = False
@@ -122,7 +125,6 @@ class _Use(NamedTuple):
 
 
 _ELEMENTWISE = {"add": "bias", "add_any": "bias", "mul": "scale"}
-_VIEWS = frozenset({"convert_element_type", "copy", "copy_p", "stop_gradient"})
 _SPATIAL = frozenset(
     {
         "reduce_window",
@@ -203,7 +205,7 @@ def _output(equation: core.JaxprEqn, operands: Sequence[_Value]) -> _Value:
     active = [(v, atom) for v, atom in zip(operands, equation.invars, strict=True) if v.active]
     if not active:
         leaves = frozenset().union(*(value.leaves for value in operands))
-        view = _viewed(equation, operands[0], shape) if len(leaves) == 1 and operands else None
+        view = _viewed(equation, operands[0].view) if len(leaves) == 1 and operands else None
         return _Value(view=view, leaves=leaves)
     value, atom = active[0]
     before = shape_of(atom)
@@ -222,28 +224,10 @@ def _output(equation: core.JaxprEqn, operands: Sequence[_Value]) -> _Value:
     return _Value(active=True)
 
 
-def _viewed(
-    equation: core.JaxprEqn, value: _Value, shape: tuple[int, ...]
-) -> tuple[int, tuple[int | None, ...]] | None:
+def _viewed(equation: core.JaxprEqn, view: View | None) -> View | None:
     """A leaf with its axes renamed, if the equation does no more than that."""
-    if value.view is None:
-        return None
-    name = equation.primitive.name
-    leaf, axes = value.view
-    before = shape_of(equation.invars[0])
-    if name in _VIEWS:
-        return value.view
-    if name == "transpose":
-        return leaf, tuple(axes[axis] for axis in equation.params["permutation"])
-    if name == "broadcast_in_dim":
-        where = dict(zip(equation.params["broadcast_dimensions"], axes, strict=True))
-        return leaf, tuple(where.get(axis) for axis in range(len(shape)))
-    if name in ("reshape", "squeeze", "expand_dims"):
-        kept = [axis for axis, length in zip(axes, before, strict=True) if length != 1]
-        if [length for length in before if length != 1] == [n for n in shape if n != 1]:
-            rest = iter(kept)
-            return leaf, tuple(next(rest) if length != 1 else None for length in shape)
-    return None
+    axes = None if view is None else moved_axes(equation, view[1])
+    return None if view is None or axes is None else (view[0], axes)
 
 
 def _groups(
