@@ -21,6 +21,7 @@ __all__ = [
     "keep_leaves",
     "leaf_owners",
     "leaf_paths",
+    "leaves_by_path",
     "num_parents",
     "stack_parents",
     "unstack_parents",
@@ -36,6 +37,16 @@ def leaf_paths(tree: PyTree) -> list[str]:
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their paths, in flattening order.
+
+    Example:
+        >>> leaves_by_path({"params": {"kernel": 1, "bias": 2}})
+        {'params/bias': 2, 'params/kernel': 1}
+    """
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def check_parents(parents: Sequence[PyTree]) -> None:
@@ -58,7 +69,7 @@ def check_parents(parents: Sequence[PyTree]) -> None:
     """
     if len(parents) < 2:
         raise ParentsError(f"{len(parents)} parent given: a merge needs at least two")
-    leaves = [_leaves_by_path(parent) for parent in parents]
+    leaves = [leaves_by_path(parent) for parent in parents]
     if not leaves[0]:
         raise ParentsError("parent 0 has no leaves: its variables are empty")
     differing, shapes_differ = [], False
@@ -80,7 +91,7 @@ def check_parents(parents: Sequence[PyTree]) -> None:
                 f"{found} instead of {wanted}"
             )
     for k, parent in enumerate(parents):
-        for path, leaf in _leaves_by_path(parent).items():
+        for path, leaf in leaves_by_path(parent).items():
             values = np.asarray(leaf)
             if jnp.issubdtype(values.dtype, jnp.inexact):
                 bad = values.size - int(np.isfinite(values.astype(np.float64)).sum())
@@ -147,7 +158,7 @@ def keep_leaves(parents: Sequence[PyTree], keep: Mapping[str, int]) -> list[PyTr
         >>> keep_leaves([first, second], {"head": 1})
         [{'head': 4, 'w': 1}, {'head': 4, 'w': 3}]
     """
-    leaves = [_leaves_by_path(parent) for parent in parents]
+    leaves = [leaves_by_path(parent) for parent in parents]
     paths = list(dict.fromkeys(path for of_one in leaves for path in of_one))
     owners = leaf_owners(paths, keep, len(parents))
     for path, k in owners.items():
@@ -204,10 +215,6 @@ def num_parents(parents: PyTree) -> int:
         4
     """
     return int(jax.tree.leaves(parents)[0].shape[0])
-
-
-def _leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
 
 
 def _describe(leaf: Any) -> str:

@@ -13,9 +13,9 @@ The assignments are solved by `scipy.optimize.linear_sum_assignment`. On a CPU i
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from jax.extend import core
 from scipy.optimize import linear_sum_assignment
 
 from megajax.alignment.axes import Axis, boxes
-from megajax.alignment.propagation import CALLS, Axes, Place, subjaxpr
+from megajax.alignment.propagation import Axes
 from megajax.alignment.symmetries import (
     ApplyFn,
     Array,
@@ -36,7 +36,6 @@ from megajax.alignment.symmetries import (
     Trace,
     compose,
     identity_permutations,
-    leaves_by_path,
     permute,
     site_at,
     trace,
@@ -44,6 +43,8 @@ from megajax.alignment.symmetries import (
     validate,
 )
 from megajax.errors import ParentsError
+from megajax.parents import leaves_by_path
+from megajax.programs import delay, walk
 
 __all__ = ["Alignment", "activation_matching", "align", "weight_matching"]
 
@@ -477,7 +478,7 @@ def activation_matching(
         before += _paired(symmetries, blocks, placed[k])
         for group in symmetries.groups:
             if group.within is None:
-                placed[k].update(_step(symmetries, group, functools.partial(_given, blocks)))
+                placed[k].update(_step(symmetries, group, partial(_given, blocks)))
         after += _paired(symmetries, blocks, placed[k])
     return placed, (before, after)
 
@@ -508,7 +509,7 @@ def _paired(symmetries: Symmetries, blocks: Mapping[str, Array], p: Permutations
     return total
 
 
-Taps = dict[Place, list[tuple[int, Group, Site]]]
+Taps = dict[int, list[tuple[int, Group, Site]]]
 
 
 def _taps(symmetries: Symmetries, traced: Trace) -> Taps:
@@ -520,8 +521,8 @@ def _taps(symmetries: Symmetries, traced: Trace) -> Taps:
         if unit is not None:
             known[unit] = group, holder
     taps: Taps = {}
-    for place, operands in traced.record.contracted.items():
-        for number, axes in enumerate(operands):
+    for number, operands in traced.record.contracted.items():
+        for place, axes in enumerate(operands):
             here = [
                 (unit, axis, at, factor)
                 for axis, whole in enumerate(axes)
@@ -530,8 +531,8 @@ def _taps(symmetries: Symmetries, traced: Trace) -> Taps:
                 if unit in known
             ]
             names = {known[unit][0].within for unit, *_ in here}
-            taps[place] = taps.get(place, []) + [
-                (number, known[unit][0], site_at(axes, "", axis, at, factor, known[unit][1]))
+            taps[number] = taps.get(number, []) + [
+                (place, known[unit][0], site_at(axes, "", axis, at, factor, known[unit][1]))
                 for unit, axis, at, factor in here
                 if known[unit][0].name not in names  # Its units count for what is within them.
             ]
@@ -562,48 +563,26 @@ def _read(
     traced: Trace, taps: Taps, variables: Any, inputs: Any
 ) -> Iterator[tuple[Group, jax.Array]]:
     """Runs the network and reads the hidden units at the taps: [copies, size, samples]."""
-    leaves = jax.tree.leaves(variables)
-    args = [*leaves, *jax.tree.leaves(inputs)]
     hidden: list[tuple[Group, jax.Array]] = []
 
-    def visit(place: Place, operands: Sequence[jax.Array], active: Sequence[bool]) -> None:
+    def visit(number: int, eqn: core.JaxprEqn, operands: Sequence[_Value]) -> list[_Value]:
         hidden.extend(
-            (group, units_of(operands[number], group, site))
-            for number, group, site in taps.get(place, ())
-            if active[number]
+            (group, units_of(operands[place].array, group, site))
+            for place, group, site in taps.get(number, ())
+            if operands[place].active
         )
+        outputs = delay(eqn, [partial(getattr, operand, "array") for operand in operands])
+        active = any(operand.active for operand in operands)
+        return [_Value(output(), active) for output in outputs]
 
-    _run(traced.closed, args, [i >= len(leaves) for i in range(len(args))], visit)
+    args = [_Value(leaf, False) for leaf in jax.tree.leaves(variables)]
+    args += [_Value(leaf, True) for leaf in jax.tree.leaves(inputs)]
+    walk(traced.closed, args, visit, lambda constant: _Value(constant, False))
     return iter(hidden)
 
 
-def _run(
-    closed: core.ClosedJaxpr,
-    args: Sequence[Any],
-    active: Sequence[bool],
-    visit: Callable[[Place, Sequence[Any], Sequence[bool]], None],
-    place: Place = (),
-) -> tuple[list[Any], list[bool]]:
-    """Evaluates a program, showing each operation its operands and which depend on the inputs."""
-    jaxpr = closed.jaxpr
-    env: dict[core.Var, tuple[Any, bool]] = {}
-    env.update(zip(jaxpr.invars, zip(args, active, strict=True), strict=True))
-    env.update((x, (value, False)) for x, value in zip(jaxpr.constvars, closed.consts, strict=True))
+class _Value(NamedTuple):
+    """An array of a run, and whether it depends on the inputs."""
 
-    def read(x: core.Var | core.Literal) -> tuple[Any, bool]:
-        return (x.val, False) if isinstance(x, core.Literal) else env[x]
-
-    for index, eqn in enumerate(jaxpr.eqns):
-        here = (*place, index)
-        operands = [read(x)[0] for x in eqn.invars]
-        flags = [read(x)[1] for x in eqn.invars]
-        if eqn.primitive.name in CALLS:
-            results, after = _run(subjaxpr(eqn), operands, flags, visit, here)
-        else:
-            visit(here, operands, flags)
-            params = eqn.primitive.get_bind_params(eqn.params)
-            out = eqn.primitive.bind(*operands, **params)
-            results = list(out) if eqn.primitive.multiple_results else [out]
-            after = [any(flags)] * len(results)
-        env.update(zip(eqn.outvars, zip(results, after, strict=True), strict=True))
-    return [read(x)[0] for x in jaxpr.outvars], [read(x)[1] for x in jaxpr.outvars]
+    array: Any
+    active: bool

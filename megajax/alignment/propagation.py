@@ -18,25 +18,12 @@ import numpy as np
 from jax.extend import core
 
 from megajax.alignment.axes import Axis, atom, concat, pin, product, split, unify
+from megajax.programs import walk
 
-__all__ = [
-    "CALLS",
-    "RULES",
-    "Axes",
-    "Place",
-    "Record",
-    "first_uses",
-    "fresh",
-    "pin_all",
-    "propagate",
-    "subjaxpr",
-]
+__all__ = ["RULES", "Axes", "Record", "first_uses", "fresh", "pin_all", "propagate"]
 
 Axes = tuple[Axis | None, ...]
 """The axes of one value; None where the value is constant along the axis (or the size is 1)."""
-
-Place = tuple[int, ...]
-"""Where an equation stands: its index in the jaxpr, after those of the calls around it."""
 
 
 @dataclasses.dataclass
@@ -45,17 +32,17 @@ class Record:
 
     Attributes:
       values: the axes of every value that was met.
-      contracted: for every dot product and convolution outside control flow, its place and the axes
-        of its operands.
+      contracted: for every dot product and convolution outside control flow, its number in a walk
+        (see `megajax.programs.walk`) and the axes of its operands.
       unknown: the names of the primitives that had no rule and touched an axis.
     """
 
     values: list[Axes] = dataclasses.field(default_factory=list)
-    contracted: dict[Place, list[Axes]] = dataclasses.field(default_factory=dict)
+    contracted: dict[int, list[Axes]] = dataclasses.field(default_factory=dict)
     unknown: set[str] = dataclasses.field(default_factory=set)
 
 
-Rule = Callable[[core.JaxprEqn, list[Axes], Record, Place | None], list[Axes]]
+Rule = Callable[[core.JaxprEqn, list[Axes], Record, int | None], list[Axes]]
 
 
 def fresh(shape: Sequence[int], reason: str | None = None) -> Axes:
@@ -79,22 +66,8 @@ def pin_all(axes: Iterable[Axis | None], reason: str) -> None:
         pin(axis, reason)
 
 
-def subjaxpr(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
-    """The program that a call-like equation calls.
-
-    >>> eqn = jax.make_jaxpr(jax.jit(lambda x: 2 * x))(1.0).eqns[0]
-    >>> len(subjaxpr(eqn).eqns)
-    1
-    """
-    inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params)
-    return inner if isinstance(inner, core.ClosedJaxpr) else core.ClosedJaxpr(inner, ())
-
-
 def propagate(
-    closed: core.ClosedJaxpr,
-    args: Sequence[Axes],
-    record: Record,
-    place: Place | None = (),
+    closed: core.ClosedJaxpr, args: Sequence[Axes], record: Record, *, inside: bool = False
 ) -> list[Axes]:
     """Gives every value of a program its axes, tying together what its primitives tie.
 
@@ -102,7 +75,7 @@ def propagate(
       closed: the program.
       args: the axes of its arguments.
       record: filled with what was met on the way.
-      place: the place of the call that this program is the body of; None inside control flow.
+      inside: it is the body of control flow, whose contractions are not recorded.
 
     Returns:
       The axes of its results.
@@ -112,42 +85,45 @@ def propagate(
     >>> [axis.size for axis in out]
     [2, 4]
     """
-    jaxpr = closed.jaxpr
-    env: dict[core.Var, Axes] = dict(zip(jaxpr.invars, args, strict=True))
-    env.update(zip(jaxpr.constvars, map(_constant, closed.consts), strict=True))
-    record.values.extend(env.values())
 
-    def read(x: core.Var | core.Literal) -> Axes:
-        return _constant(x.val) if isinstance(x, core.Literal) else env[x]
-
-    for index, eqn in enumerate(jaxpr.eqns):
-        here = None if place is None else (*place, index)
-        operands = [read(x) for x in eqn.invars]
-        results = RULES.get(eqn.primitive.name, _unknown)(eqn, operands, record, here)
-        env.update(zip(eqn.outvars, results, strict=True))
+    def visit(number: int, eqn: core.JaxprEqn, operands: Sequence[Axes]) -> Sequence[Axes]:
+        rule = RULES.get(eqn.primitive.name, _unknown)
+        results = rule(eqn, list(operands), record, None if inside else number)
         record.values.extend(results)
-    return [read(x) for x in jaxpr.outvars]
+        return results
+
+    def lift(value: Any) -> Axes:
+        axes = _constant(value)
+        record.values.append(axes)
+        return axes
+
+    record.values.extend(args)
+    return walk(closed, args, visit, lift)
 
 
-def first_uses(closed: core.ClosedJaxpr) -> list[Place | None]:
-    """The place of the equation that first reads each argument; None where none does.
+def first_uses(closed: core.ClosedJaxpr) -> list[int | None]:
+    """The number of the equation that first reads each argument; None where none does.
 
     >>> closed = jax.make_jaxpr(lambda a, b, c: (b + 1) * a)(1.0, 1.0, 1.0)
     >>> first_uses(closed)
-    [(1,), (0,), None]
+    [1, 0, None]
     """
-    first: dict[core.Var, Place] = {}
-    for index, eqn in enumerate(closed.eqns):
-        inner: list[Place | None] = [()] * len(eqn.invars)
-        if eqn.primitive.name in CALLS:
-            inner = first_uses(subjaxpr(eqn))
-        for x, place in zip(eqn.invars, inner, strict=True):
-            if isinstance(x, core.Var) and place is not None:
-                first.setdefault(x, (index, *place))
-    for x in closed.jaxpr.outvars:
-        if isinstance(x, core.Var):
-            first.setdefault(x, (len(closed.eqns),))
-    return [first.get(x) for x in closed.jaxpr.invars]
+    first: dict[int, int] = {}
+    met = 0
+
+    def visit(number: int, eqn: core.JaxprEqn, operands: Sequence[int | None]) -> Sequence[None]:
+        nonlocal met
+        met = number + 1
+        for argument in operands:
+            if argument is not None:
+                first.setdefault(argument, number)
+        return [None] * len(eqn.outvars)
+
+    count = len(closed.jaxpr.invars)
+    for argument in walk(closed, range(count), visit, lambda value: None):
+        if argument is not None:
+            first.setdefault(argument, met)
+    return [first.get(argument) for argument in range(count)]
 
 
 def _constant(value: Any) -> Axes:
@@ -186,7 +162,7 @@ def _pinned(axis: Axis | None, size: int, reason: str) -> Axis | None:
     return None if size == 1 else atom(size, reason)
 
 
-def _unknown(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: Place | None) -> list[Axes]:
+def _unknown(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
     name = eqn.primitive.name
     if any(axis is not None for axes in ins for axis in axes):
         record.unknown.add(name)
@@ -411,15 +387,15 @@ def _gather(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 
 
 def _dot_general(
-    eqn: core.JaxprEqn, ins: list[Axes], record: Record, place: Place | None
+    eqn: core.JaxprEqn, ins: list[Axes], record: Record, number: int | None
 ) -> list[Axes]:
     (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     left, right = ins
     for i, j in zip(left_sum, right_sum, strict=True):
         unify(left[i], right[j])
     batch = tuple(unify(left[i], right[j]) for i, j in zip(left_batch, right_batch, strict=True))
-    if place is not None:
-        record.contracted[place] = ins
+    if number is not None:
+        record.contracted[number] = ins
     return [
         (
             *batch,
@@ -430,11 +406,11 @@ def _dot_general(
 
 
 def _conv_general_dilated(
-    eqn: core.JaxprEqn, ins: list[Axes], record: Record, place: Place | None
+    eqn: core.JaxprEqn, ins: list[Axes], record: Record, number: int | None
 ) -> list[Axes]:
     p = eqn.params
     if p["batch_group_count"] != 1:
-        return _unknown(eqn, ins, record, place)
+        return _unknown(eqn, ins, record, number)
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
     image, kernel = ins
     (image_shape, kernel_shape), (shape,) = (_shape(x) for x in eqn.invars), _shapes(eqn)
@@ -460,8 +436,8 @@ def _conv_general_dilated(
         pointwise = kernel_shape[j] == 1 and still == (1, 1, (0, 0))
         pin(kernel[j], "convolution window")
         out[k] = image[i] if pointwise else _pinned(image[i], shape[k], "convolution window")
-    if place is not None:
-        record.contracted[place] = ins
+    if number is not None:
+        record.contracted[number] = ins
     return [tuple(out)]
 
 
@@ -484,12 +460,8 @@ def _reduce_window(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 # Rules for programs inside programs.
 
 
-def _call(eqn: core.JaxprEqn, ins: list[Axes], record: Record, place: Place | None) -> list[Axes]:
-    return propagate(subjaxpr(eqn), ins, record, place)
-
-
-def _cond(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: Place | None) -> list[Axes]:
-    results = [propagate(branch, ins[1:], record, None) for branch in eqn.params["branches"]]
+def _cond(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
+    results = [propagate(branch, ins[1:], record, inside=True) for branch in eqn.params["branches"]]
     return [_unify_all(alike) for alike in zip(*results, strict=True)]
 
 
@@ -498,7 +470,7 @@ def _carried(init: Axes, shape: Sequence[int]) -> Axes:
     return tuple(a or b for a, b in zip(init, fresh(shape), strict=True))
 
 
-def _scan(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: Place | None) -> list[Axes]:
+def _scan(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
     p = eqn.params
     first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
     carry = [
@@ -509,24 +481,24 @@ def _scan(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: Place | None) 
     step = atom(p["length"], "loop order" if carry else None)
     for axes in ins[last:]:
         unify(axes[0], step if axes[0] is not None else None)
-    inside = Record(unknown=record.unknown)
+    held = Record(unknown=record.unknown)
     args = [*ins[:first], *carry, *(axes[1:] for axes in ins[last:])]
-    results = propagate(p["jaxpr"], args, inside, None)
+    results = propagate(p["jaxpr"], args, held, inside=True)
     # What a step holds is one entry of what the loop holds.
-    record.values.extend((*axes, step) for axes in inside.values)
+    record.values.extend((*axes, step) for axes in held.values)
     after = [_unify_all(pair) for pair in zip(carry, results[: len(carry)], strict=True)]
     time = None if p["length"] == 1 else step
     return [*after, *((time, *axes) for axes in results[len(carry) :])]
 
 
-def _while(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: Place | None) -> list[Axes]:
+def _while(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
     p = eqn.params
     first, last = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
     carry = [
         _carried(axes, _shape(x)) for axes, x in zip(ins[last:], eqn.invars[last:], strict=True)
     ]
-    propagate(p["cond_jaxpr"], [*ins[:first], *carry], record, None)
-    results = propagate(p["body_jaxpr"], [*ins[first:last], *carry], record, None)
+    propagate(p["cond_jaxpr"], [*ins[:first], *carry], record, inside=True)
+    results = propagate(p["body_jaxpr"], [*ins[first:last], *carry], record, inside=True)
     return [_unify_all(pair) for pair in zip(carry, results, strict=True)]
 
 
@@ -563,7 +535,6 @@ REDUCTIONS = (
 )
 ORDERED = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "rev", "sort")
 WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
-CALLS = ("call", "closed_call", "custom_jvp_call", "custom_vjp_call", "jit", "remat2")
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
@@ -571,7 +542,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(REDUCTIONS, _reduce),
     **dict.fromkeys(ORDERED, _ordered("axis", "dimension", "dimensions")),
     **dict.fromkeys(WINDOWS, _reduce_window),
-    **dict.fromkeys(CALLS, _call),
     "argmax": _locate,
     "argmin": _locate,
     "broadcast_in_dim": _broadcast_in_dim,

@@ -31,9 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from megajax import programs
 from megajax.alignment.axes import Axis, Box, boxes
 from megajax.alignment.propagation import Axes, Record, first_uses, fresh, pin_all, propagate
 from megajax.errors import SymmetryError
+from megajax.parents import leaves_by_path
 
 __all__ = [
     "Copies",
@@ -47,7 +49,6 @@ __all__ = [
     "find_symmetries",
     "identity_permutations",
     "invert_permutations",
-    "leaves_by_path",
     "permute",
     "random_permutations",
     "site_at",
@@ -230,7 +231,7 @@ def trace(apply_fn: ApplyFn, variables: Any, inputs: Any) -> Trace:
     >>> trace(lambda v, x: x @ v["w"], {"w": np.ones((3, 8))}, np.ones((1, 3))).paths
     ('w',)
     """
-    closed = jax.make_jaxpr(apply_fn)(variables, inputs)
+    closed = programs.trace(apply_fn, variables, inputs).closed
     paths = tuple(leaves_by_path(variables))
     args = [fresh(x.aval.shape) for x in closed.jaxpr.invars]
     axes = tuple(args[: len(paths)])
@@ -246,8 +247,9 @@ def trace(apply_fn: ApplyFn, variables: Any, inputs: Any) -> Trace:
     record = Record()
     for out in propagate(closed, args, record):
         pin_all(out, "output")
-    order = sorted(zip(paths, uses, strict=False), key=lambda pair: pair[1] or ())
-    return Trace(closed, paths, axes, record, unused, tuple(path for path, _ in order))
+    numbered = {path: use for path, use in zip(paths, uses, strict=False) if use is not None}
+    order = (*sorted(unused, key=paths.index), *sorted(numbered, key=numbered.__getitem__))
+    return Trace(closed, paths, axes, record, unused, order)
 
 
 def symmetries_of(traced: Trace) -> Symmetries:
@@ -527,18 +529,6 @@ def _change(before: Sequence[jax.Array], after: Sequence[jax.Array]) -> float:
         by, largest = float(np.abs(b - a).max()), float(np.abs(a).max())
         changes.append(by / largest if largest else (math.inf if by else 0.0))
     return float(np.max(changes))
-
-
-def leaves_by_path(variables: Any) -> dict[str, Any]:
-    """The leaves of a pytree, by the keys that lead to them joined by "/".
-
-    >>> leaves_by_path({"params": {"kernel": 1, "bias": 2}})
-    {'params/bias': 2, 'params/kernel': 1}
-    """
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-    }
 
 
 def site_at(axes: Axes, path: str, axis: int, at: int, factor: int, holder: Axis | None) -> Site:
