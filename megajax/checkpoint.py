@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 
 from megajax.config import CheckpointConfig
-from megajax.errors import WorkdirError
+from megajax.errors import WorkdirError, first_line
 from megajax.files import file_digest, sync, write_bytes
 from megajax.types import PyTree
 
@@ -284,5 +284,4 @@ def _line(error: Exception) -> str:
     """The first line of an error's text, without TensorStore's appendix."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].split(" [tensorstore_spec=")[0] if lines else type(error).__name__
+    return first_line(error).split(" [tensorstore_spec=")[0]

@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megajax.config import DataConfig, ParentsConfig
-from megajax.errors import DataError, MegajaxError
+from megajax.errors import DataError, MegajaxError, first_line
 
 __all__ = ["Dataset", "Split", "check_dataset", "load", "load_part", "prepare", "shards"]
 
@@ -405,7 +405,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
                 "only TensorFlow can read; prepare it elsewhere: "
                 f"python -m megajax.data prepare {name} --data_dir ANOTHER_DIRECTORY"
             ) from error
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{name} cannot be opened by tensorflow-datasets: {reason}") from error
 
 

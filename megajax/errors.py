@@ -13,6 +13,16 @@ class MegajaxError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    r"""The first line of an error's text that is not empty, or else its kind.
+
+    >>> first_line(ValueError("one\ntwo")), first_line(KeyError())
+    ('one', 'KeyError')
+    """
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
 class ConfigError(MegajaxError, ValueError):
     """A config field (or an argument of the same name) has a value that cannot work."""
 

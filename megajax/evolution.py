@@ -36,8 +36,10 @@ __all__ = [
     "GAInfo",
     "GAState",
     "GeneticAlgorithm",
+    "best_ever",
     "check_alive",
     "describe",
+    "evaluated",
     "genetic_algorithm",
     "init_many",
     "rescored",
@@ -417,6 +419,46 @@ def describe(state: GAState, invalid: jax.Array | int | None = None) -> GAInfo:
     )
 
 
+def evaluated(evaluate: Evaluate, genes: Genes) -> Population:
+    """Individuals with their fitness; what is not a finite number counts as -inf.
+
+    Args:
+        evaluate: `evaluate(genes [P, ...]) -> (fitness [P], aux)`.
+        genes: leaves `[P, ...]`.
+
+    Returns:
+        The population.
+
+    Example:
+        >>> evaluated(lambda genes: (genes, ()), jnp.array([1.0, jnp.nan])).fitness.tolist()
+        [1.0, -inf]
+    """
+    fitness, aux = evaluate(genes)
+    return Population(genes, jnp.where(jnp.isfinite(fitness), fitness, -jnp.inf), aux)
+
+
+def best_ever(offspring: Population, best: Population) -> tuple[Population, jax.Array]:
+    """The best individual ever seen, after a generation.
+
+    Args:
+        offspring: of the generation.
+        best: the best one before, without a population axis.
+
+    Returns:
+        The best one, the earlier of equals, and whether it is new.
+
+    Example:
+        >>> offspring = Population(jnp.array([3.0, 5.0]), jnp.array([0.1, 0.9]))
+        >>> best, improved = best_ever(offspring, Population(jnp.array(7.0), jnp.array(0.5)))
+        >>> float(best.genes), bool(improved)
+        (5.0, True)
+    """
+    child: Population = operators.take(offspring, jnp.argmax(offspring.fitness))
+    improved = child.fitness > best.fitness
+    kept: Population = jax.tree.map(lambda new, old: jnp.where(improved, new, old), child, best)
+    return kept, improved
+
+
 class _Variation(NamedTuple):
     select: Selection
     cross: Crossover
@@ -428,7 +470,7 @@ class _Variation(NamedTuple):
 @jax.jit
 def _init(evaluate: Evaluate, key: Key, genes: Genes) -> GAState:
     del key  # the first population is given; part of the signature for algorithms that draw it
-    population = _score(evaluate, genes)
+    population = evaluated(evaluate, genes)
     zero = jnp.zeros((), jnp.int32)
     best: Population = operators.take(population, jnp.argmax(population.fitness))
     return GAState(population, best, zero, jnp.full_like(zero, population.fitness.size), zero)
@@ -442,14 +484,10 @@ def _step(
     pairs = vary.select(select_key, population.fitness, 2 * num_offspring)
     first, second = (operators.take(population.genes, half) for half in jnp.split(pairs, 2))
     genes = vary.repair(vary.mutate(mutate_key, vary.cross(cross_key, first, second)))
-    offspring = _score(evaluate, genes)
+    offspring = evaluated(evaluate, genes)
     population = vary.survive(survive_key, population, offspring)
 
-    child: Population = operators.take(offspring, jnp.argmax(offspring.fitness))
-    improved = child.fitness > state.best.fitness
-    best: Population = jax.tree.map(
-        lambda new, old: jnp.where(improved, new, old), child, state.best
-    )
+    best, improved = best_ever(offspring, state.best)
     state = GAState(
         population,
         best,
@@ -458,11 +496,6 @@ def _step(
         jnp.where(improved, 0, state.stale + 1),
     )
     return state, describe(state, invalid=jnp.sum(~jnp.isfinite(offspring.fitness)))
-
-
-def _score(evaluate: Evaluate, genes: Genes) -> Population:
-    fitness, aux = evaluate(genes)
-    return Population(genes, jnp.where(jnp.isfinite(fitness), fitness, -jnp.inf), aux)
 
 
 @partial(jax.jit, static_argnames="side_by_side")

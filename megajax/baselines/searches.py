@@ -25,7 +25,15 @@ from scipy.linalg import helmert
 
 from megajax import operators
 from megajax.errors import ConfigError
-from megajax.evolution import GAInfo, GAState, GeneticAlgorithm, describe, genetic_algorithm
+from megajax.evolution import (
+    GAInfo,
+    GAState,
+    GeneticAlgorithm,
+    best_ever,
+    describe,
+    evaluated,
+    genetic_algorithm,
+)
 from megajax.fitness import Evaluate
 from megajax.genome import Genome
 from megajax.operators import Population
@@ -103,7 +111,7 @@ def best_point(evaluate: Evaluate, genes: Genes, *, batch_size: int) -> tuple[Ge
 
 @jax.jit
 def _fitness(evaluate: Evaluate, genes: Genes) -> jax.Array:
-    return _score(evaluate, genes).fitness
+    return evaluated(evaluate, genes).fitness
 
 
 def random_search(evaluate: Evaluate, genome: Genome, *, num_offspring: int) -> GeneticAlgorithm:
@@ -261,7 +269,7 @@ def _init(
             f"the first population has {size} individuals: this search needs as many as offspring, "
             f"{search.num_offspring}"
         )
-    population = _score(evaluate, genes)
+    population = evaluated(evaluate, genes)
     best: Population = operators.take(population, jnp.argmax(population.fitness))
     if search.population_based:
         cost = -population.fitness  # evosax minimises; inf is the worst
@@ -280,7 +288,7 @@ def _step(
     ask_key, tell_key = jax.random.split(key)
     asked, strategy = search.strategy.ask(ask_key, state.strategy, fixed)
     genes = search.repair(search.decode(asked))
-    offspring = _score(evaluate, genes)
+    offspring = evaluated(evaluate, genes)
     finite = jnp.isfinite(offspring.fitness)
     # What may be weighed into a mean has to be a number; what joins a population must not win.
     worst = -jnp.min(offspring.fitness, where=finite, initial=jnp.inf)
@@ -291,11 +299,7 @@ def _step(
         lambda new, old: jnp.where(finite.any(), new, old).astype(old.dtype), told, state.strategy
     )
 
-    child: Population = operators.take(offspring, jnp.argmax(offspring.fitness))
-    improved = child.fitness > state.best.fitness
-    best: Population = jax.tree.map(
-        lambda new, old: jnp.where(improved, new, old), child, state.best
-    )
+    best, improved = best_ever(offspring, state.best)
     state = SearchState(
         offspring,
         best,
@@ -305,11 +309,6 @@ def _step(
         strategy,
     )
     return state, describe(GAState(*state[:5]), invalid=jnp.sum(~finite))
-
-
-def _score(evaluate: Evaluate, genes: Genes) -> Population:
-    fitness, aux = evaluate(genes)
-    return Population(genes, jnp.where(jnp.isfinite(fitness), fitness, -jnp.inf), aux)
 
 
 def _one(genome: Genome, population_size: int) -> Genes:

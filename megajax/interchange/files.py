@@ -8,14 +8,14 @@ is one, it is compared before anything else is read.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from megajax.errors import InterchangeError
+from megajax import files
+from megajax.errors import InterchangeError, WorkdirError
 
 __all__ = [
     "Spec",
@@ -93,7 +93,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all (temporary name, fsync, rename).
+    """Writes a file whole or not at all; see `megajax.files.write_bytes`.
 
     Args:
         path: of the file; folders are made if need be.
@@ -109,16 +109,10 @@ def write_bytes(path: Path, data: bytes) -> None:
         >>> path.read_bytes()
         b'abc'
     """
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise InterchangeError(f"{path} cannot be written: {error.strerror}") from None
+        files.write_bytes(path, data)
+    except WorkdirError as error:
+        raise InterchangeError(str(error)) from None
 
 
 def fingerprint(path: Path | str) -> str:
@@ -144,10 +138,9 @@ def fingerprint(path: Path | str) -> str:
     if path.is_dir():
         return hashlib.sha256(_sums(path).encode()).hexdigest()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InterchangeError(f"{path} cannot be read: {error.strerror}") from None
+        return files.file_digest(path)
+    except WorkdirError as error:
+        raise InterchangeError(str(error)) from None
 
 
 def write_sums(path: Path) -> None:
@@ -229,6 +222,6 @@ def check_sums(path: Path) -> None:
 
 
 def _sums(folder: Path) -> str:
-    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / _SUMS)
-    named = sorted((path.relative_to(folder).as_posix(), path) for path in files)
+    inside = (path for path in folder.rglob("*") if path.is_file() and path != folder / _SUMS)
+    named = sorted((path.relative_to(folder).as_posix(), path) for path in inside)
     return "".join(f"{fingerprint(path)}  {name}\n" for name, path in named)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from flax import serialization
 
-from megajax.errors import InterchangeError
+from megajax.errors import InterchangeError, first_line
 from megajax.interchange.files import Spec, Stored, read_bytes, write_bytes
 from megajax.interchange.trees import native, nested
 
@@ -50,7 +50,9 @@ def open_msgpack(path: Path, nbytes: int | None = None) -> Stored:
     try:
         tree = serialization.msgpack_restore(data)
     except Exception as error:  # msgpack and flax raise many kinds for damaged bytes
-        raise InterchangeError(f"{path} is no msgpack file, or damaged: {_line(error)}") from None
+        raise InterchangeError(
+            f"{path} is no msgpack file, or damaged: {first_line(error)}"
+        ) from None
     values: dict[str, Any] = {}
     if not isinstance(tree, (dict, list, tuple)):
         raise InterchangeError(f"{path} holds a {type(tree).__name__} instead of named arrays")
@@ -107,8 +109,3 @@ def _spec(value: Any) -> Spec:
     if isinstance(value, (bool, int, float, complex)):
         return Spec((), np.asarray(value).dtype)
     return Spec((), _NOT_AN_ARRAY)
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from megajax.errors import InterchangeError
+from megajax.errors import InterchangeError, first_line
 from megajax.interchange.files import Spec, Stored, write_sums
 from megajax.interchange.trees import native, nested
 
@@ -168,5 +168,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}"[:300] if lines else type(error).__name__
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"[:300]
