@@ -14,27 +14,12 @@ Accuracies and time: not measured (no GPU yet).
 from ml_collections import ConfigDict
 
 from megajax.config import default_config
+from megajax.presets import sound_cifar10
 
 
 def get_config() -> ConfigDict:
-    config = default_config()
-    config.data.name = "cifar10"
-    config.data.standardize = True
+    config = default_config(sound_cifar10())
     config.model.name = "vgg"
-    config.model.options.depth = 16
-    config.model.options.norm = "batch"
-    config.training.epochs = 200
-    config.training.batch_size = 128
-    config.training.optimizer = "sgd"
+    config.model.options = {"depth": 16, "norm": "batch"}
     config.training.learning_rate = 0.05
-    config.training.warmup_epochs = 5
-    config.training.momentum = 0.9
-    config.training.weight_decay = 5e-4
-    config.training.augment = ("flip", "crop")
-    config.align.method = "weights"
-    config.recalibrate.enabled = True
-    config.recalibrate.examples = 1000
-    config.genome.granularity = "channel"
-    config.evolution.population_size = 32
-    config.evolution.generations = 100
     return config

@@ -31,7 +31,6 @@ from megajax.config import GenomeConfig as GenomeConfig
 from megajax.config import HierarchyConfig as HierarchyConfig
 from megajax.config import RecalibrateConfig as RecalibrateConfig
 from megajax.config import RobustnessConfig as RobustnessConfig
-from megajax.config import mega_paper as mega_paper
 from megajax.config import merge_sections as merge_sections
 from megajax.errors import ConfigError as ConfigError
 from megajax.errors import DataError as DataError
@@ -70,3 +69,5 @@ from megajax.parents import stack_parents as stack_parents
 from megajax.parents import unstack_parents as unstack_parents
 
 __version__ = "0.1.0"
+from megajax.presets import mega_paper as mega_paper
+from megajax.presets import sound_cifar10 as sound_cifar10

@@ -47,7 +47,6 @@ __all__ = [
     "TrainingConfig",
     "default_config",
     "from_dict",
-    "mega_paper",
     "merge_sections",
     "smoke",
     "to_dict",
@@ -736,92 +735,11 @@ class Config(_Section):
             )
 
 
-def mega_paper() -> Config:
-    """MeGA as published: every choice of its reference code, for two ResNet-56 on CIFAR-10.
-
-    What the reference does, and this configuration with it:
-
-    - Parents: pixels in [0, 1], no augmentation, 45,000 of the 50,000 images, Adam at a constant
-      0.01, 50 epochs of batches of 256; convolutions with biases, projection shortcuts.
-    - The individual is a network's whole list of tensors, BatchNorm's moving mean and variance
-      among them. A population of 20 starts at random points of the line between the two parents,
-      who are not in it themselves.
-    - Fitness is the accuracy on 5,000 validation images. The population is scored 20 times: as it
-      starts, and after each of 19 generations.
-    - Each child has two parents, each the winner of a tournament of 3 distinct individuals. (The
-      reference holds four tournaments for each child and leaves two of the winners unused.)
-    - Child: `(1 - b) first + b second` with one b ~ U(0, 1) for the whole network. Then each
-      tensor, with probability 0.02, gets noise N(0, 0.1^2) on every element.
-    - The best individual ever seen, the earlier one of equals, is slot 0 of the next population;
-      19 children fill the rest.
-    - Hidden units are not aligned and statistics are not measured anew.
-
-    Elsewhere in megajax the doubtful ones default to the sound choice, because the line between
-    two independently trained networks leads through networks at chance: `align` and `recalibrate`
-    make it worth searching, `genome.parents_first` keeps the result from being worse than a parent,
-    and `GenomeConfig` says what is wrong with noise on statistics, with one scale for all tensors
-    and with negative variances. A network with a negative variance has no fitness here (0 % right);
-    the reference counts its answers as class 0.
-
-    Not part of the published description, and taken from this library: initialisation, and momentum
-    and epsilon of BatchNorm.
-
-    Returns:
-        The configuration; `merge_sections` has what `megajax.merge` takes of it, and
-        `default_config` makes it editable for a config file.
-
-    Example:
-        >>> mega_paper().evolution.survival, mega_paper().genome.kind
-        ('generational', 'weights')
-
-    Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
-    Algorithm", arXiv 2406.04607, and its public code, of which none is used here.
-    """
-    return Config(
-        data=DataConfig(name="cifar10", validation_fraction=0.1, standardize=False),
-        model=ModelConfig(
-            name="resnet", options={"depth": 56, "conv_bias": True, "projection": True}
-        ),
-        parents=ParentsConfig(count=2, shards="same", shared_initialization=False),
-        training=TrainingConfig(
-            epochs=50,
-            batch_size=256,
-            optimizer="adam",
-            learning_rate=0.01,
-            schedule="constant",
-            weight_decay=0.0,
-            augment=(),
-        ),
-        align=AlignConfig(method="none"),
-        recalibrate=RecalibrateConfig(enabled=False),
-        genome=GenomeConfig(
-            kind="weights",
-            parents_first=False,
-            relative_noise=False,
-            noise_on_statistics=True,
-            clip_variances=False,
-        ),
-        fitness=FitnessConfig(metric="accuracy"),
-        evolution=EvolutionConfig(
-            population_size=20,
-            generations=19,
-            elites=1,
-            selection="tournament",
-            tournament_size=3,
-            crossover="arithmetic",
-            mutation="gaussian",
-            mutation_rate=0.02,
-            mutation_scale=0.1,
-            survival="generational",
-        ),
-    )
-
-
 def merge_sections(config: Config) -> dict[str, Any]:
     """The sections that `megajax.merge` takes, by the names of its arguments.
 
     Example:
-        >>> sorted(merge_sections(mega_paper()))  # merge(..., **merge_sections(mega_paper()))
+        >>> sorted(merge_sections(Config()))  # merge(..., **merge_sections(config))
         ['align', 'evolution', 'fitness', 'genome', 'recalibrate']
     """
     names = ("align", "recalibrate", "genome", "fitness", "evolution")
@@ -853,9 +771,9 @@ def smoke(config: Config) -> Config:
         search.
 
     Example:
-        >>> small = smoke(mega_paper())
-        >>> small.model.options["depth"], small.evolution.generations, small.genome.kind
-        (8, 3, 'weights')
+        >>> small = smoke(Config(evolution=EvolutionConfig(generations=100)))
+        >>> small.model.options, small.evolution.generations
+        ({'width': 4}, 3)
     """
 
     def at_most(high: int, value: int | None) -> int:
@@ -996,7 +914,7 @@ def default_config(config: Config | None = None) -> ConfigDict:
     Names and values are checked when the run starts, by `from_dict`.
 
     Args:
-        config: where to start from instead of the defaults, such as `mega_paper()`.
+        config: where to start from instead of the defaults, such as a preset's.
 
     Returns:
         The editable configuration.

@@ -370,7 +370,7 @@ def weights(
         [[0.0, 0.0], [4.0, 8.0], [2.0, 4.0]]
 
     Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
-    Algorithm", arXiv 2406.04607; `megajax.config.mega_paper` sets all its choices.
+    Algorithm", arXiv 2406.04607; `megajax.presets.mega_paper` sets all its choices.
     """
     K = num_parents(parents)
     lines = masks(parents, granularity="global", freeze=freeze)

@@ -174,7 +174,7 @@ def merge(
         True
 
     Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
-    Algorithm", arXiv 2406.04607; `megajax.config.mega_paper` is its algorithm to the letter. The
+    Algorithm", arXiv 2406.04607; `megajax.presets.mega_paper` is its algorithm to the letter. The
     search over masks is megajax's own.
     """
     setup = prepare(

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import pytest
 
 from megajax import models
-from megajax.config import from_dict, mega_paper, to_dict
+from megajax.config import from_dict, to_dict
+from megajax.presets import mega_paper
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.py"))

@@ -13,10 +13,10 @@ from megajax.config import (
     DataConfig,
     ParentsConfig,
     TrainingConfig,
-    mega_paper,
     merge_sections,
 )
 from megajax.parents import leaf_paths
+from megajax.presets import mega_paper
 
 KEY = jax.random.key(4)
 ROUNDS, POPULATION, CHILDREN = 20, 20, 19
