@@ -17,12 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import stats
+import pairs
+from pairs import midpoint
 
 import megajax as mj
-from megajax import data, models, training
 from megajax.config import Config, DataConfig, ModelConfig, ParentsConfig
 from megajax.merging import align_parents
+from megajax.statistics import mean_interval
 
 METHODS = ("weights", "activations", "both")
 GRANULARITIES = ("global", "layer", "channel", "element")
@@ -30,35 +31,27 @@ GRANULARITIES = ("global", "layer", "channel", "element")
 
 def pair(seed: int, config: Config, granularities: list[str]) -> dict[str, dict[str, float]]:
     """Test figures of one pair by every method."""
-    data_key, shard_key, train_key, merge_key = jax.random.split(jax.random.key(seed), 4)
-    dataset = data.load(data_key, config.data)
-    model = models.build(config.model.name, dataset.num_classes, config.model.options)
-    shards = data.shards(shard_key, dataset.train.labels, dataset.num_classes, config.parents)
-    parents, _ = training.train(train_key, model, dataset.train, shards, config.training)
-    apply_fn = mj.from_linen(model, {}, train=False).apply_fn
-    validation, test = dataset.validation, dataset.test
-    calibration = jax.numpy.asarray(dataset.train.images[:256])
+    trained = pairs.train(seed, config)
+    apply_fn, parents, key = trained.apply_fn, trained.parents, trained.key
+    validation, test = trained.dataset.validation, trained.dataset.test
+    calibration = jax.numpy.asarray(trained.dataset.train.images[:256])
 
-    def logits(variables: Any, split: data.Split = test) -> np.ndarray:
-        return mj.predict(apply_fn, variables, split.images)
+    def logits(variables: Any) -> np.ndarray:
+        return mj.predict(apply_fn, variables, test.images)
 
-    def midpoint(networks: list[Any]) -> Any:
-        return jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *networks)
-
-    scores = [mj.measure(logits(p, validation), validation.labels).accuracy for p in parents]
-    predictions = {"best parent": logits(parents[int(np.argmax(scores))])}
+    predictions = {"best parent": logits(pairs.best_parent(trained))}
     predictions["midpoint as it is"] = logits(midpoint(parents))
     recalibrated = mj.recalibrate(apply_fn, midpoint(parents), calibration)
     predictions["midpoint recalibrated"] = logits(recalibrated)
     for method in METHODS:
         align = mj.AlignConfig(method=method)
-        aligned, _ = align_parents(merge_key, apply_fn, parents, calibration, calibration, align)
+        aligned, _ = align_parents(key, apply_fn, parents, calibration, calibration, align)
         predictions[f"midpoint aligned by {method}"] = logits(midpoint(aligned))
         recalibrated = mj.recalibrate(apply_fn, midpoint(aligned), calibration)
         predictions[f"midpoint aligned by {method}, recalibrated"] = logits(recalibrated)
     for granularity in granularities:
         result = mj.merge(
-            merge_key,
+            key,
             apply_fn,
             parents,
             (validation.images, validation.labels),
@@ -75,8 +68,8 @@ def pair(seed: int, config: Config, granularities: list[str]) -> dict[str, dict[
 
 def interval(values: np.ndarray, sign: str = "") -> str:
     """Mean and 95 % interval, in points."""
-    half = stats.sem(values) * stats.t.ppf(0.975, len(values) - 1) if len(values) > 1 else np.nan
-    return f"{100 * values.mean():{sign}.1f} +- {100 * half:.1f}"
+    mean, _, high = mean_interval(values)
+    return f"{100 * mean:{sign}.1f} +- {100 * (high - mean):.1f}"
 
 
 def main() -> None:
@@ -93,8 +86,8 @@ def main() -> None:
         model=ModelConfig(options={"width": options.width}),
         parents=ParentsConfig(shards=options.shards, skew=0.95),
     )
-    pairs = [pair(seed, config, options.granularities) for seed in range(options.pairs)]
-    accuracy = {row: np.array([p[row]["accuracy"] for p in pairs]) for row in pairs[0]}
+    figures = [pair(seed, config, options.granularities) for seed in range(options.pairs)]
+    accuracy = {row: np.array([p[row]["accuracy"] for p in figures]) for row in figures[0]}
     print("| network | test accuracy [%] | against the best parent | better in |")
     print("| --- | --- | --- | --- |")
     for row, values in accuracy.items():
@@ -102,7 +95,7 @@ def main() -> None:
         better = f"{int((gain > 0).sum())} of {len(gain)}"
         print(f"| {row} | {interval(values)} | {interval(gain, '+')} | {better} |")
     if options.json:
-        options.json.write_text(json.dumps(pairs, indent=2) + "\n")
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

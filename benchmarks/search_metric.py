@@ -2,8 +2,9 @@
 
     python benchmarks/search_metric.py [--seeds 5] [--json FILE]
 
-Pairs of CNNs on class-skewed digits (the default experiment), merged with each metric from the same
-parents, at the same number of evaluations, with the same keys. Printed: test figures, mean and
+Pairs of CNNs on class-skewed digits (those of the default experiment), aligned by weights and not
+recalibrated, merged with each metric from the same parents, at the same number of evaluations, with
+the same keys. Printed: test figures, mean and
 standard error over the pairs, and the paired differences to the best parent (chosen on validation).
 """
 
@@ -13,11 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
+import pairs
 
 import megajax as mj
-from megajax import data, models, training
 from megajax.config import Config, DataConfig, FitnessConfig, ParentsConfig
 
 CONFIG = Config(
@@ -29,27 +29,21 @@ ROWS = ("best parent", "uniform average", "ensemble", *(f"merged by {name}" for 
 
 def pair(seed: int) -> dict[str, dict[str, float]]:
     """Test accuracy and NLL of one pair of parents, their baselines and both searches."""
-    data_key, shard_key, train_key, merge_key = jax.random.split(jax.random.key(seed), 4)
-    dataset = data.load(data_key, CONFIG.data)
-    model = models.build(CONFIG.model.name, dataset.num_classes, CONFIG.model.options)
-    shards = data.shards(shard_key, dataset.train.labels, dataset.num_classes, CONFIG.parents)
-    parents, _ = training.train(train_key, model, dataset.train, shards, CONFIG.training)
-    apply_fn = mj.from_linen(model, {}, train=False).apply_fn
+    trained = pairs.train(seed, CONFIG)
+    apply_fn, parents = trained.apply_fn, trained.parents
+    validation, test = trained.dataset.validation, trained.dataset.test
 
-    def logits(variables: Any, split: data.Split) -> np.ndarray:
-        return mj.predict(apply_fn, variables, split.images)
+    def logits(variables: Any) -> np.ndarray:
+        return mj.predict(apply_fn, variables, test.images)
 
-    validation, test = dataset.validation, dataset.test
-    accuracies = [mj.measure(logits(p, validation), validation.labels).accuracy for p in parents]
-    average = jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *parents)
     predictions = {
-        "best parent": logits(parents[int(np.argmax(accuracies))], test),
-        "uniform average": logits(average, test),
-        "ensemble": mj.ensemble(np.stack([logits(parent, test) for parent in parents])),
+        "best parent": logits(pairs.best_parent(trained)),
+        "uniform average": logits(pairs.midpoint(parents)),
+        "ensemble": mj.ensemble(np.stack([logits(parent) for parent in parents])),
     }
     for metric in METRICS:
         result = mj.merge(
-            merge_key,
+            trained.key,
             apply_fn,
             parents,
             (validation.images, validation.labels),
@@ -57,7 +51,7 @@ def pair(seed: int) -> dict[str, dict[str, float]]:
             fitness=FitnessConfig(metric=metric),
             evolution=dataclasses.replace(CONFIG.evolution, generations_per_chunk=20),
         )
-        predictions[f"merged by {metric}"] = logits(result.variables, test)
+        predictions[f"merged by {metric}"] = logits(result.variables)
     return {name: mj.measure(p, test.labels)._asdict() for name, p in predictions.items()}
 
 
@@ -73,9 +67,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    pairs = [pair(seed) for seed in range(options.seeds)]
+    found = [pair(seed) for seed in range(options.seeds)]
     column = {
-        (row, figure): np.array([figures[row][figure] for figures in pairs])
+        (row, figure): np.array([figures[row][figure] for figures in found])
         for row in ROWS
         for figure in ("accuracy", "nll")
     }
@@ -88,7 +82,7 @@ def main() -> None:
             f"{column[row, 'nll'].mean():.3f} |"
         )
     if options.json:
-        options.json.write_text(json.dumps(pairs, indent=2) + "\n")
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

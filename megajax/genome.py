@@ -32,7 +32,7 @@ from optax.projections import projection_simplex
 from megajax import operators
 from megajax.config import GRANULARITIES
 from megajax.errors import ConfigError
-from megajax.parents import leaf_paths, num_parents
+from megajax.parents import leaf_paths, num_parents, one_of
 from megajax.types import Genes, Key, PyTree
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def masks(
         2
     """
     K = num_parents(parents)
-    one = jax.eval_shape(lambda parents: jax.tree.map(lambda leaf: leaf[0], parents), parents)
+    one = one_of(parents)
     if labels is None:
         labels = mask_labels(one, granularity, layers)
     labels = _frozen_and_renumbered(_broadcastable(labels, one), one, freeze)

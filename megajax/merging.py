@@ -43,7 +43,15 @@ from megajax.fitness import METRICS, Evaluate, auto_chunk, batches, evaluator
 from megajax.genome import Genome, masks, weights
 from megajax.layers import find_layers
 from megajax.normalization import find_statistics, recalibrated
-from megajax.parents import check_parents, keep_leaves, leaf_owners, leaf_paths, stack_parents
+from megajax.parents import (
+    check_parents,
+    keep_leaves,
+    leaf_owners,
+    leaf_paths,
+    one_of,
+    stack_parents,
+    stacked_shapes,
+)
 from megajax.shares import parent_shares, projected_shares
 from megajax.types import ApplyFn, Key, PyTree
 
@@ -274,7 +282,7 @@ def prepare(
     if calibration is None and (recalibrate.enabled or align.method in ("activations", "both")):
         raise DataError("calibration inputs are missing: align or recalibrate needs them")
 
-    stacked = jax.eval_shape(_stack, list(parents))
+    stacked = stacked_shapes(one, len(parents))
     masked = genome_for(apply_fn, stacked, batch, genome, labels=labels, freeze=tuple(keep))
     examples = None
     if recalibrate.enabled:
@@ -441,10 +449,6 @@ def _last_generation(setup: Setup, limit: int | None) -> int:
     return min(limit, (budget - setup.evolution.population_size) // setup.num_offspring)
 
 
-def _stack(parents: list[PyTree]) -> PyTree:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parents)
-
-
 def _check_state(state: GAState, start: GAState) -> GAState:
     """The state on the device, if it is one of a search that starts so."""
 
@@ -585,7 +589,7 @@ def genome_for(
         >>> genome_for(lambda w, x: x @ w, parents, np.ones((1, 4)), GenomeConfig()).num_genes
         3
     """
-    one = jax.eval_shape(lambda parents: jax.tree.map(lambda leaf: leaf[0], parents), parents)
+    one = one_of(parents)
     frozen = [*freeze] if config.freeze is None else [config.freeze, *freeze]
     if config.kind == "weights":
         if labels is not None:

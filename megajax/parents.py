@@ -23,7 +23,9 @@ __all__ = [
     "leaf_paths",
     "leaves_by_path",
     "num_parents",
+    "one_of",
     "stack_parents",
+    "stacked_shapes",
     "unstack_parents",
 ]
 
@@ -205,6 +207,35 @@ def unstack_parents(parents: PyTree) -> list[PyTree]:
     """
     leaves, treedef = jax.tree.flatten(parents)
     return [jax.tree.unflatten(treedef, of_one) for of_one in zip(*leaves, strict=True)]
+
+
+def stacked_shapes(variables: PyTree, count: int) -> PyTree:
+    """The shapes and dtypes of so many stacked parents, from those of one.
+
+    Args:
+        variables: of one network, or their shapes and dtypes.
+        count: K.
+
+    Returns:
+        `jax.ShapeDtypeStruct`s `[K, ...]`.
+
+    Example:
+        >>> stacked_shapes({"w": np.ones((2, 3))}, 5)["w"].shape
+        (5, 2, 3)
+    """
+    return jax.eval_shape(
+        lambda one: jax.tree.map(lambda *k: jnp.stack(k), *[one] * count), variables
+    )
+
+
+def one_of(parents: PyTree) -> PyTree:
+    """The shapes and dtypes of one network, from those of stacked parents.
+
+    Example:
+        >>> one_of({"w": np.ones((5, 2, 3))})["w"].shape
+        (2, 3)
+    """
+    return jax.eval_shape(lambda parents: jax.tree.map(lambda leaf: leaf[0], parents), parents)
 
 
 def num_parents(parents: PyTree) -> int:

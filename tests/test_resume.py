@@ -17,7 +17,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from rich.console import Console
 
 import megajax as mj
@@ -67,24 +66,10 @@ def outcome(folder):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Programs are compiled once and then read from the disk."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-
-    def configure(values):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        reset_cache()
-
-    configure(values)
+def forgotten():
+    """A process can hold only so many programs; conftest has them read back from the disk."""
     yield
-    configure(before)
-    jax.clear_caches()  # a process can hold only so many programs
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

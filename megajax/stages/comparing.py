@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from megajax import baselines
-from megajax.baselines import BASELINES, applicable
+from megajax.baselines import BASELINES
 from megajax.checkpoint import Checkpoints
 from megajax.config import BaselinesConfig, GenomeConfig
-from megajax.stages.task import Outcomes, Task, networks_in, progress_bar, stream
+from megajax.stages.task import Outcomes, Task, baseline_names, networks_in, progress_bar, stream
 from megajax.workdir import Outcome
 
 __all__ = ["run_baselines"]
@@ -25,11 +25,7 @@ def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> O
     config, split = task.config, task.selection
     parents = networks_in(outcomes["parents"], "parents")
     aligned = networks_in(outcomes["align"], "aligned")
-    base = outcomes["parents"].networks.get("base")
-    available = {"validation", "calibration"}
-    available |= {"two parents"} if len(parents) == 2 else set()
-    available |= {"base"} if base is not None else set()
-    names = [n for n in applicable(config.baselines.names, available) if n != "best_parent"]
+    names = baseline_names(config)
     as_they_are = [name for name in names if name not in _SEARCHES]
     # A base network fits parents as they are: their hidden units come from its own.
     as_searched = [name for name in names if "base" not in BASELINES[name].needs]
@@ -60,7 +56,7 @@ def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> O
                 (split.images, split.labels),
                 calibration=task.calibration,
                 parent_inputs=own,
-                base=base if prefix == "" else None,
+                base=outcomes["parents"].networks.get("base") if prefix == "" else None,
                 config=BaselinesConfig(
                     names=tuple(chosen), budget=config.baselines.budget, examples=examples
                 ),

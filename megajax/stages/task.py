@@ -22,6 +22,7 @@ from megajax.config import PUBLISHED_CORRUPTIONS, Config
 from megajax.errors import ConfigError, Interrupted
 from megajax.merging import genome_for
 from megajax.normalization import find_statistics
+from megajax.parents import stacked_shapes
 from megajax.robustness import published
 from megajax.tensorboard import require_tensorboard
 from megajax.types import ApplyFn, Key, PyTree
@@ -31,6 +32,7 @@ __all__ = [
     "Clock",
     "Outcomes",
     "Task",
+    "baseline_names",
     "interrupted",
     "networks_in",
     "prepare",
@@ -128,6 +130,24 @@ def stream(config: Config, name: str) -> Key:
     return jax.random.fold_in(jax.random.key(config.seed), _STREAMS.index(name))
 
 
+def baseline_names(config: Config) -> list[str]:
+    """The baselines that a run compares with; the best parent is in every table as it is.
+
+    Raises:
+        ConfigError: one that is named needs something that the run has not.
+
+    Example:
+        >>> baseline_names(Config())[:2]
+        ['uniform_average', 'slerp']
+    """
+    available = {"validation", "calibration"}
+    if config.parents.count == 2:
+        available.add("two parents")
+    if config.parents.shared_initialization and not config.parents.paths:
+        available.add("base")
+    return [n for n in applicable(config.baselines.names, available) if n != "best_parent"]
+
+
 def networks_in(outcome: Outcome, folder: str) -> list[PyTree]:
     """The networks `folder/0`, `folder/1` and so on.
 
@@ -176,7 +196,7 @@ def _check_choices(config: Config, model: nn.Module, apply_fn: ApplyFn, images: 
     one = jax.eval_shape(model.init, jax.random.key(0), images)
     count = config.parents.count
     met = 2 if config.hierarchy.enabled else count
-    stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((met, *leaf.shape), leaf.dtype), one)
+    stacked = stacked_shapes(one, met)
     keep = tuple(pattern for pattern, _ in config.parents.keep)
     genome = genome_for(apply_fn, stacked, images, config.genome, freeze=keep)
     if config.recalibrate.enabled and not find_statistics(apply_fn, one, images):
@@ -187,10 +207,7 @@ def _check_choices(config: Config, model: nn.Module, apply_fn: ApplyFn, images: 
         )
     first = partial(genome.init, jax.random.key(0), config.evolution.population_size)
     jax.eval_shape(first, stacked)
-    available = {"validation", "calibration"} | ({"two parents"} if count == 2 else set())
-    if config.parents.shared_initialization and not config.parents.paths:
-        available.add("base")
-    applicable(config.baselines.names, available)
+    baseline_names(config)
     if config.robustness.enabled and config.robustness.published:
         name = (config.robustness.corruptions or PUBLISHED_CORRUPTIONS)[0]
         published(config.data)(name, config.robustness.severities[0])
