@@ -4,8 +4,8 @@
 
 Pairs of CNNs on class-skewed digits (those of the default experiment), aligned by weights and not
 recalibrated, merged with each metric from the same parents, at the same number of evaluations, with
-the same keys. Printed: test figures, mean and
-standard error over the pairs, and the paired differences to the best parent (chosen on validation).
+the same keys. Printed: test figures, mean and standard error over the pairs, and the paired
+differences to the best parent (chosen on validation).
 """
 
 import argparse

@@ -16,10 +16,11 @@ _SEARCHES = tuple(name for name, baseline in BASELINES.items() if baseline.searc
 
 
 def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
-    """Runs the baselines on the parents as they are and, under `aligned_`, as the search saw them.
+    """Runs the baselines on the parents as they are and, with a prefix, as the search saw them.
 
-    The latter are aligned, and recalibrated where the search recalibrates; searches run only there,
-    under their own names, with as many evaluations as the evolution had.
+    The latter are aligned (`aligned_`) and recalibrated where the search recalibrates, or the one
+    alone (`recalibrated_`); searches run only there, under their own names, with as many
+    evaluations as the evolution had.
     """
     del checkpoints
     config, split = task.config, task.selection
@@ -29,8 +30,11 @@ def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> O
     as_they_are = [name for name in names if name not in _SEARCHES]
     # A base network fits parents as they are: their hidden units come from its own.
     as_searched = [name for name in names if "base" not in BASELINES[name].needs]
-    if config.align.method == "none" and not config.recalibrate.enabled:
-        as_searched = [name for name in names if name in _SEARCHES]
+    seen_as = "aligned_"
+    if config.align.method == "none":
+        seen_as = "recalibrated_"
+        if not config.recalibrate.enabled:
+            as_searched = [name for name in names if name in _SEARCHES]
     genome = config.genome
     if genome.kind != "masks":  # the line that weights start from, and no more
         genome = GenomeConfig(granularity="global")
@@ -45,7 +49,7 @@ def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> O
 
         for prefix, networks, chosen in (
             ("", parents, as_they_are),
-            ("aligned_", aligned, as_searched),
+            (seen_as, aligned, as_searched),
         ):
             if not chosen:
                 continue
