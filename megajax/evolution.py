@@ -220,10 +220,6 @@ def run(
         >>> infos.evaluations.tolist()
         [16, 24]
     """
-    if evaluation_budget is not None:
-        done, evaluations = map(int, jax.device_get((state.generation, state.evaluations)))
-        left = max(evaluation_budget - evaluations, 0) // algorithm.num_offspring
-        generations = min(generations, done + left)
     (state,), (infos,) = run_many(
         [key],
         [algorithm],
@@ -232,6 +228,7 @@ def run(
         generations_per_chunk=generations_per_chunk,
         patience=patience,
         time_budget=time_budget,
+        evaluation_budget=evaluation_budget,
         callback=callback and (lambda states, infos: callback(states[0], infos[0])),
     )
     return state, infos
@@ -282,6 +279,7 @@ def run_many(
     generations_per_chunk: int = 10,
     patience: int | None = None,
     time_budget: float | None = None,
+    evaluation_budget: int | None = None,
     callback: Callable[[list[GAState], list[GAInfo]], bool | None] | None = None,
 ) -> tuple[list[GAState], list[GAInfo]]:
     """Runs n independent searches in one program, each as `run` would.
@@ -293,9 +291,10 @@ def run_many(
         generations: for each search, the generation to stop at.
         side_by_side: as for `init_many`. Side by side, floating point may be summed in another
             order than alone, and a search may take another course where fitnesses are close.
-        generations_per_chunk: as for `run`, as the rest; patience is each search's own.
-        patience: see above.
+        generations_per_chunk: as for `run`, as the rest.
+        patience: each search's own.
         time_budget: of all searches together.
+        evaluation_budget: each search's own.
         callback: called with all states and each search's infos of the chunk, which are empty for
             searches that have ended.
 
@@ -314,7 +313,10 @@ def run_many(
     steps = [algorithm.step for algorithm in algorithms]
     common, own = _split(steps)
     now, goals = list(states), np.asarray(generations)
-    done, stale = _counters(now)
+    done, stale, evaluations = _counters(now)
+    if evaluation_budget is not None:
+        left = np.maximum(evaluation_budget - evaluations, 0)
+        goals = np.minimum(goals, done + left // [one.num_offspring for one in algorithms])
     history: list[list[GAInfo]] = [[] for _ in steps]
     while True:
         going = done < goals
@@ -341,7 +343,7 @@ def run_many(
         ]
         for of_one, chunks in zip(infos, history, strict=True):
             chunks.append(of_one)
-        done, stale = _counters(now)
+        done, stale, _ = _counters(now)
         stop = callback is not None and callback(now, infos)
         for of_one, algorithm in zip(infos, algorithms, strict=True):
             check_alive(of_one, algorithm.num_offspring)
@@ -577,8 +579,8 @@ def _joined(common: PyTree, own: PyTree) -> PyTree:
     return jax.tree.map(either, own, common, is_leaf=lambda leaf: leaf is None)
 
 
-def _counters(states: Sequence[GAState]) -> tuple[np.ndarray, np.ndarray]:
-    """Generations done, and those without a better best, of each state."""
-    counters = jax.device_get([(state.generation, state.stale) for state in states])
-    done, stale = np.asarray(counters).T
-    return done, stale
+def _counters(states: Sequence[GAState]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Generations done, those without a better best, and networks scored, of each state."""
+    counters = [(state.generation, state.stale, state.evaluations) for state in states]
+    done, stale, evaluations = np.asarray(jax.device_get(counters)).T
+    return done, stale, evaluations

@@ -411,11 +411,12 @@ def merge_many(
             run_keys,
             algorithms,
             now,
-            [_last_generation(setup, limit) for limit in generations],
+            [limit or 0 for limit in generations],
             side_by_side=side_by_side,
             generations_per_chunk=config.generations_per_chunk,
             patience=config.patience,
             time_budget=config.time_budget,
+            evaluation_budget=config.evaluation_budget,
             callback=callback,
         )
         history.append(rest)
@@ -439,14 +440,6 @@ def merge_many(
         )
         for i, state in enumerate(now)
     ]
-
-
-def _last_generation(setup: Setup, limit: int | None) -> int:
-    """When a search stops: at its limit, or where the evaluation budget ends."""
-    budget = setup.evolution.evaluation_budget
-    if limit is None or budget is None:
-        return limit or 0
-    return min(limit, (budget - setup.evolution.population_size) // setup.num_offspring)
 
 
 def _check_state(state: GAState, start: GAState) -> GAState:
