@@ -298,14 +298,17 @@ def _mix(genes: jax.Array, label: np.ndarray, leaf: jax.Array) -> jax.Array:
     """One leaf of one individual: `leaf [K, ...]` mixed with `genes [G, K]` as the label says."""
     if (label == FROZEN).all():
         return leaf[0]
-    coefficients = jnp.moveaxis(_look_up(genes, label), -1, 0)
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    mixed = jnp.sum(coefficients.astype(wide) * leaf.astype(wide), axis=0).astype(leaf.dtype)
+    coefficients = jnp.moveaxis(_look_up(genes, label), -1, 0).astype(wide)
+    # One parent after the other: a reduction over so short an axis is hundreds of times slower
+    # where XLA makes a loop of it for each element (benchmarks/population.py).
+    parts = [share * one.astype(wide) for share, one in zip(coefficients, leaf, strict=True)]
+    mixed = sum(parts[1:], parts[0]).astype(leaf.dtype)
     # Products with 0 and 1 already give a parent's numbers; this gives its bits (-0.0 too).
-    picks = [coefficient == 1 for coefficient in coefficients]
-    if (label == FROZEN).any():
-        picks[0] = picks[0] | (label == FROZEN)
-    return jnp.select(picks, list(leaf), mixed)
+    for share, one in zip(coefficients, leaf, strict=True):
+        mixed = jnp.where(share == 1, one, mixed)
+    frozen = label == FROZEN
+    return jnp.where(frozen, leaf[0], mixed) if frozen.any() else mixed
 
 
 def _look_up(genes: jax.Array, label: np.ndarray) -> jax.Array:
