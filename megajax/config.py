@@ -439,9 +439,10 @@ class FitnessConfig(_Section):
     Attributes:
         metric: `cross_entropy` (its negative, smooth), `accuracy`, or a function
             `(logits [b, C], labels [b]) -> scores [b]` whose mean over the images is the fitness.
-        batch_size: validation images per forward pass.
+        batch_size: validation images per forward pass: a number, or `auto` for a choice by backend
+            and network.
         population_chunk: individuals evaluated side by side by `vmap` (the rest in turn by
-            `lax.map`): a number, or `auto` for a choice by backend and network.
+            `lax.map`): a number, or `auto`.
         select_on_test: score on the test images instead, as MeGA's reference does for many parents.
             The search then chooses the network that happens to suit the test images, no figure is
             held out any more, and the report says so. For the command line: `merge` scores on the
@@ -450,18 +451,18 @@ class FitnessConfig(_Section):
 
     _name: ClassVar[str] = "fitness"
     metric: str | Callable[..., Any] = "cross_entropy"
-    batch_size: int = 512
+    batch_size: int | str = "auto"
     population_chunk: int | str = "auto"
     select_on_test: bool = False
 
     def _check(self) -> None:
-        self._at_least(1, "batch_size")
         if isinstance(self.metric, str):
             self._one_of("metric", METRICS)
-        if isinstance(self.population_chunk, str):
-            self._one_of("population_chunk", ("auto",))
-        else:
-            self._at_least(1, "population_chunk")
+        for name in ("batch_size", "population_chunk"):
+            if isinstance(getattr(self, name), str):
+                self._one_of(name, ("auto",))
+            else:
+                self._at_least(1, name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,13 @@ examples, and how the population axis is mapped, which is what decides the speed
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.extend import core
 from jax.tree_util import Partial
 
 from megajax.errors import DataError
@@ -24,11 +23,9 @@ __all__ = [
     "Batches",
     "Evaluate",
     "accuracy",
-    "auto_chunk",
     "batches",
     "evaluator",
     "example_scores",
-    "footprint",
     "map_chunks",
     "negative_cross_entropy",
 ]
@@ -227,85 +224,3 @@ def map_chunks(function: Callable[[Any], Any], xs: PyTree, chunk: int) -> PyTree
     if chunk == 1:
         return jax.lax.map(function, xs)
     return jax.lax.map(function, xs, batch_size=chunk)
-
-
-def auto_chunk(apply_fn: ApplyFn, variables: PyTree, inputs: Any, population_size: int) -> int:
-    """A sensible `population_chunk` for the backend and the network.
-
-    `vmap` over the kernels of a convolution makes a grouped convolution, which is several times
-    slower than one network after another on a CPU (`benchmarks/population_chunk.py`); without
-    convolutions, and on accelerators, the whole population goes side by side.
-
-    Args:
-        apply_fn: the network.
-        variables: of one network, or their shapes and dtypes.
-        inputs: one batch, or its shape and dtype.
-        population_size: individuals P.
-
-    Returns:
-        1 or `population_size`.
-
-    Example:
-        >>> auto_chunk(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((1, 3)), 20)
-        20
-    """
-    if jax.default_backend() != "cpu":
-        return population_size
-    program = jax.make_jaxpr(apply_fn)(variables, inputs)
-    convolves = "conv_general_dilated" in _primitives(program.jaxpr)
-    return 1 if convolves else population_size
-
-
-def footprint(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> int:
-    """About how much memory one network takes while it is evaluated on one batch.
-
-    Its weights, and the most that is alive at once if its program runs equation by equation, as it
-    is written. Compilers fuse equations and need less, but convolutions may take a workspace.
-
-    Args:
-        apply_fn: the network.
-        variables: of one network, or their shapes and dtypes.
-        inputs: one batch, or its shape and dtype.
-
-    Returns:
-        Bytes.
-
-    Example:
-        >>> footprint(lambda w, x: jnp.tanh(x @ w), jnp.ones((3, 2)), jnp.ones((5, 3)))
-        104
-    """
-    program = jax.make_jaxpr(apply_fn)(variables, inputs)
-    weights = program.jaxpr.invars[: len(jax.tree.leaves(variables))]
-    return sum(map(_size, weights)) + _peak(program.jaxpr)
-
-
-def _size(atom: Any) -> int:
-    return int(atom.aval.size) * int(atom.aval.dtype.itemsize)
-
-
-def _peak(jaxpr: core.Jaxpr) -> int:
-    """The most bytes of results that are alive at once; arguments apart."""
-    last_use = {
-        atom: number
-        for number, equation in enumerate(jaxpr.eqns)
-        for atom in equation.invars
-        if not isinstance(atom, core.Literal)
-    }
-    last_use |= dict.fromkeys(
-        (atom for atom in jaxpr.outvars if not isinstance(atom, core.Literal)), len(jaxpr.eqns)
-    )
-    alive: dict[Any, int] = {}
-    peak = 0
-    for number, equation in enumerate(jaxpr.eqns):
-        inside = max(map(_peak, core.jaxprs_in_params(equation.params)), default=0)
-        alive |= {atom: _size(atom) for atom in equation.outvars}
-        peak = max(peak, sum(alive.values()) + inside)
-        alive = {atom: size for atom, size in alive.items() if last_use.get(atom, 0) > number}
-    return peak
-
-
-def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for inner in core.jaxprs_in_params(equation.params):
-            yield from _primitives(inner)

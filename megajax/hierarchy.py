@@ -33,10 +33,10 @@ from megajax.config import (
 )
 from megajax.errors import ConfigError, ParentsError
 from megajax.evolution import GAInfo, GAState
-from megajax.fitness import footprint
 from megajax.genome import Genome
 from megajax.merging import MergeResult, Setup, merge_many, prepare, statistics_paths
 from megajax.parents import check_parents, leaf_paths
+from megajax.plans import Plan, footprint
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
@@ -99,7 +99,7 @@ class TreeResult(NamedTuple):
         results: what each node found, in the same order.
         evaluations: networks scored in all nodes together.
         genome: what genes mean in each node.
-        population_chunk: networks of a search that were evaluated side by side.
+        plan: how a population was cut for its evaluation.
     """
 
     variables: PyTree
@@ -109,7 +109,7 @@ class TreeResult(NamedTuple):
     results: tuple[NodeResult, ...]
     evaluations: int
     genome: Genome
-    population_chunk: int
+    plan: Plan
 
 
 class Budget(NamedTuple):
@@ -337,7 +337,7 @@ def merge_tree(
         results=tuple(results),
         evaluations=sum(result.evaluations for result in results),
         genome=setup.genome,
-        population_chunk=setup.population_chunk,
+        plan=setup.plan,
     )
 
 
@@ -500,7 +500,7 @@ def _at_once(choice: int | str, setup: Setup, one: PyTree, num_nodes: int) -> in
     if isinstance(choice, int):
         return choice
     population_size = setup.evolution.population_size
-    if setup.population_chunk < population_size:
+    if setup.plan.population_chunk < population_size:
         return 1  # nothing is won by more, and each node is saved as soon as it is done
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:

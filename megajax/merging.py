@@ -39,7 +39,7 @@ from megajax.evolution import (
     rescored,
     run_many,
 )
-from megajax.fitness import METRICS, Evaluate, auto_chunk, batches, evaluator
+from megajax.fitness import METRICS, Evaluate, batches, evaluator
 from megajax.genome import Genome, masks, weights
 from megajax.layers import find_layers
 from megajax.normalization import find_statistics, recalibrated
@@ -52,6 +52,7 @@ from megajax.parents import (
     stack_parents,
     stacked_shapes,
 )
+from megajax.plans import Plan, plan_evaluation
 from megajax.shares import parent_shares, projected_shares
 from megajax.types import ApplyFn, Key, PyTree
 
@@ -100,7 +101,7 @@ class MergeResult(NamedTuple):
         genome: what the genes mean.
         parents: the K parents as they were mixed, hidden units aligned.
         state: the search's last state, from which it can go on.
-        population_chunk: networks that were evaluated side by side.
+        plan: how the population was cut for its evaluation.
     """
 
     variables: PyTree
@@ -112,7 +113,7 @@ class MergeResult(NamedTuple):
     genome: Genome
     parents: list[PyTree]
     state: GAState
-    population_chunk: int
+    plan: Plan
 
 
 def merge(
@@ -226,7 +227,7 @@ class Setup(NamedTuple):
         keep: patterns of leaves that come from one parent, and from which.
         align: how hidden units are brought into correspondence.
         evolution: population, generations and limits.
-        population_chunk: networks of a search that are evaluated side by side.
+        plan: how a population is cut for its evaluation.
     """
 
     apply_fn: ApplyFn
@@ -240,7 +241,7 @@ class Setup(NamedTuple):
     keep: Mapping[str, int]
     align: AlignConfig
     evolution: EvolutionConfig
-    population_chunk: int
+    plan: Plan
 
 
 def prepare(
@@ -275,7 +276,9 @@ def prepare(
     parents = keep_leaves(parents, keep)
     check_parents(parents)
     one = parents[0]
-    data = batches(*validation, fitness.batch_size)
+    inputs = np.asarray(validation[0])
+    plan = plan_evaluation(apply_fn, one, inputs, fitness, evolution.population_size)
+    data = batches(inputs, validation[1], plan.batch_size)
     batch = data.images[0]
     check_labels(validation[1], jax.eval_shape(apply_fn, one, batch).shape[-1])
 
@@ -288,9 +291,7 @@ def prepare(
     if recalibrate.enabled:
         masked = recalibrated(masked, apply_fn)
         examples = jnp.asarray(calibration)[: recalibrate.examples]
-    chunk = fitness.population_chunk
-    if isinstance(chunk, str):
-        chunk = auto_chunk(apply_fn, one, batch, evolution.population_size)
+    chunk = plan.population_chunk
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
     evaluate: Any = evaluator(masked.express, apply_fn, metric, None, data, population_chunk=chunk)
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary)
@@ -310,7 +311,7 @@ def prepare(
         keep=keep,
         align=align,
         evolution=evolution,
-        population_chunk=chunk,
+        plan=plan,
     )
 
 
@@ -326,9 +327,9 @@ def merge_many(
     """Merges n groups of K parents, each group into one network, with one program for all searches.
 
     Each search is the one that `merge` does with its key. Where networks are evaluated in turn
-    (`setup.population_chunk` below the population), so are the searches. Otherwise they run side by
-    side: floating point sums may then differ in the last bits from those of a search alone, and a
-    search may take another course where fitnesses are close.
+    (`setup.plan.population_chunk` below the population), so are the searches. Otherwise they run
+    side by side: floating point sums may then differ in the last bits from those of a search alone,
+    and a search may take another course where fitnesses are close.
 
     Args:
         keys: n PRNG keys.
@@ -382,7 +383,7 @@ def merge_many(
     examples = setup.examples
     contexts = stacked if examples is None else [(parents, examples) for parents in stacked]
     algorithms = [setup.algorithm(context) for context in contexts]
-    side_by_side = setup.population_chunk >= config.population_size
+    side_by_side = setup.plan.population_chunk >= config.population_size
 
     init = jax.jit(genome.init, static_argnums=1)
     genes = [
@@ -436,7 +437,7 @@ def merge_many(
             genome=genome,
             parents=aligned[i],
             state=state,
-            population_chunk=setup.population_chunk,
+            plan=setup.plan,
         )
         for i, state in enumerate(now)
     ]

@@ -107,25 +107,6 @@ def test_data_and_parents_are_arguments_of_the_program_not_constants():
     assert len(program.as_text()) < 50_000
 
 
-def test_auto_maps_convolutions_one_by_one_on_a_cpu_and_the_rest_side_by_side():
-    one = jax.tree.map(lambda leaf: leaf[0], PARENTS)
-    assert fitness.auto_chunk(jax.jit(Net().apply), one, IMAGES, 20) == 1
-    dense = Net(convolve=False)
-    assert fitness.auto_chunk(dense.apply, dense.init(jax.random.key(0), IMAGES), IMAGES, 20) == 20
-
-
-def test_a_footprint_is_the_weights_and_what_is_alive_at_once():
-    def apply_fn(w, x):
-        for _ in range(5):  # two of them are alive at a time, inside a call as outside
-            x = jnp.tanh(x)
-        return jax.jit(lambda x: jnp.exp(jnp.tanh(x)) @ w)(x)
-
-    weights, inputs = jnp.zeros((8, 4)), jnp.zeros((16, 8))
-    # In the call: its argument, and exp(tanh(x)) while the product is made.
-    expected = 4 * (8 * 4 + 2 * 16 * 8) + 4 * max(16 * 8, 16 * 4) + 4 * 16 * 4
-    assert fitness.footprint(apply_fn, weights, inputs) == expected
-
-
 def test_batches_are_even_and_complete():
     data = fitness.batches(IMAGES, LABELS, 10)
     chex.assert_shape(data.images, (4, 10, 6, 6, 2))

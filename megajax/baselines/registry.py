@@ -31,11 +31,12 @@ from megajax.config import (
 )
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.evolution import GeneticAlgorithm, run
-from megajax.fitness import METRICS, Batches, Evaluate, auto_chunk, batches, evaluator
+from megajax.fitness import METRICS, Batches, Evaluate, batches, evaluator
 from megajax.genome import Genome, masks
 from megajax.merging import check_labels, genome_for
 from megajax.normalization import recalibrate, recalibrated
 from megajax.parents import check_parents, stack_parents
+from megajax.plans import Plan, plan_evaluation
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
@@ -217,7 +218,10 @@ def run_baselines(
     check_parents(parents)
     if base is not None:
         _check_base(parents[0], base)
-    data = batches(*validation, fitness.batch_size)
+    plan = plan_evaluation(
+        apply_fn, parents[0], np.asarray(validation[0]), fitness, evolution.population_size
+    )
+    data = batches(*validation, plan.batch_size)
     batch = data.images[0]
     check_labels(validation[1], jax.eval_shape(apply_fn, parents[0], batch).shape[-1])
     if calibration is None and measure_anew.enabled:
@@ -230,7 +234,7 @@ def run_baselines(
     anew = None
     if measure_anew.enabled:
         anew = jnp.asarray(calibration)[: measure_anew.examples]
-    space = partial(_space, apply_fn, metric, data, anew, fitness, evolution)
+    space = partial(_space, apply_fn, metric, data, anew, plan)
     given = Given(
         apply_fn=apply_fn,
         parents=parents,
@@ -539,8 +543,7 @@ def _space(
     metric: Any,
     data: Batches,
     anew: jax.Array | None,
-    fitness: FitnessConfig,
-    evolution: EvolutionConfig,
+    plan: Plan,
     stacked: PyTree,
     genome: Genome,
 ) -> Space:
@@ -548,11 +551,14 @@ def _space(
     context = stacked
     if anew is not None:
         genome, context = recalibrated(genome, apply_fn), (stacked, anew)
-    chunk = fitness.population_chunk
-    if isinstance(chunk, str):
-        one = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), stacked)
-        chunk = auto_chunk(apply_fn, one, data.images[0], evolution.population_size)
-    evaluate = evaluator(genome.express, apply_fn, metric, context, data, population_chunk=chunk)
+    evaluate = evaluator(
+        genome.express,
+        apply_fn,
+        metric,
+        context,
+        data,
+        population_chunk=plan.population_chunk,
+    )
     return Space(genome, evaluate, context)
 
 

@@ -39,7 +39,12 @@ def measure(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
     with task.console.status("measuring all networks"):
         measured = measure_networks(
             stream(config, "robustness"),
-            predictor(task.apply_fn, networks, {"ensemble": names}, config.fitness.batch_size),
+            predictor(
+                task.apply_fn,
+                networks,
+                {"ensemble": names},
+                outcomes["search"].values["plan"]["batch_size"],
+            ),
             task.dataset,
             config.robustness,
             config.data,

@@ -48,7 +48,7 @@ def _results(task: Task, outcomes: Outcomes) -> dict[str, Any]:
         "seed": config.seed,
         **outcomes["measure"].values,
         **{name: found[name] for name in ("evaluations", "generations", "genes")},
-        "population_chunk": found["population_chunk"],
+        "plan": found["plan"],
         "alignment_objective": outcomes["align"].values["objective"],
         "data": {
             "name": dataset.name,

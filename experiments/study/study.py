@@ -1,0 +1,82 @@
+"""Runs the study cell by cell, and puts its figures into `results.json` beside this file.
+
+    python experiments/study/study.py digits [--seeds 0:5] [--workdir runs/study] [--only shared]
+    python experiments/study/study.py cifar10 --set data.data_dir=DIR     # on a GPU
+
+What is finished is not run again, and what was interrupted goes on: several processes with other
+`--seeds` or `--only` can share the work, and a last one without them collects it. The parents of a
+setting are trained once; every other search starts from them. `results.json` holds, for each data
+set and setting of the parents, what `megajax.results.aggregate` makes of the seeds, with the
+network that each search found as `evolved_SEARCH`, so that Holm's correction covers all that is
+compared. `tables.py` makes the README's tables of it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from config import MAIN, PARENTS, SEARCHES
+
+from megajax import workdir
+from megajax.results import aggregate
+from megajax.run import main as run
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+
+
+def run_cell(
+    cell: str, folder: Path, origin: Path | None, seeds: str, fields: Sequence[str]
+) -> None:
+    """One search, all seeds; from the parents of `origin`, if there is one."""
+    where = ["--workdir", str(folder)]
+    if origin is not None:
+        where = ["--workdir", str(origin), "--fork", str(folder)]
+    values = [f"--config.{field}" for field in fields]
+    config = f"{HERE / 'config.py'}:{cell}"
+    code = run(["study", "--config", config, "--seeds", seeds, *where, *values])
+    if code:
+        sys.exit(code)
+
+
+def one_seed(folder: Path, seed: str) -> dict[str, Any]:
+    """The results of the main search, with what the others found among the baselines."""
+    results: dict[str, Any] = workdir.read_json(folder / MAIN / seed / workdir.RESULTS)
+    for search in SEARCHES:
+        other = workdir.read_json(folder / search / seed / workdir.RESULTS)
+        name = search.replace("-", "_")
+        found = {"evaluations": other["evaluations"], **other["merged"]}
+        results["baselines"][f"evolved_{name}"] = found
+        if search != MAIN and "random_search" in other["baselines"]:
+            results["baselines"][f"random_search_{name}"] = other["baselines"]["random_search"]
+    return results
+
+
+def main() -> None:
+    """Runs what is not there yet; collects it if all of it is."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", choices=("digits", "cifar10"))
+    parser.add_argument("--seeds", default="0:5")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/study"))
+    parser.add_argument("--only", nargs="+", choices=PARENTS, default=PARENTS)
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
+    options = parser.parse_args()
+    collected = {}
+    for parents in options.only:
+        folder = options.workdir / options.data / parents
+        for search in (MAIN, *(search for search in SEARCHES if search != MAIN)):
+            origin = None if search == MAIN else folder / MAIN
+            cell = f"{options.data}/{parents}/{search}"
+            run_cell(cell, folder / search, origin, options.seeds, options.set)
+        seeds = [path.name for path in sorted((folder / MAIN).glob("seed*"))]
+        collected[parents] = aggregate([one_seed(folder, seed) for seed in seeds])
+    if tuple(options.only) == PARENTS:
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        workdir.write_json(RESULTS, results | {options.data: collected})
+
+
+if __name__ == "__main__":
+    main()
