@@ -443,6 +443,9 @@ class FitnessConfig(_Section):
             and network.
         population_chunk: individuals evaluated side by side by `vmap` (the rest in turn by
             `lax.map`): a number, or `auto`.
+        trial: `auto` is measured on this machine for some seconds before the search, instead of
+            following from backend and network. The workdir keeps the choice; another start of the
+            same run elsewhere may make another one, and its last bits differ.
         select_on_test: score on the test images instead, as MeGA's reference does for many parents.
             The search then chooses the network that happens to suit the test images, no figure is
             held out any more, and the report says so. For the command line: `merge` scores on the
@@ -453,6 +456,7 @@ class FitnessConfig(_Section):
     metric: str | Callable[..., Any] = "cross_entropy"
     batch_size: int | str = "auto"
     population_chunk: int | str = "auto"
+    trial: bool = False
     select_on_test: bool = False
 
     def _check(self) -> None:

@@ -48,11 +48,12 @@ from megajax.parents import (
     keep_leaves,
     leaf_owners,
     leaf_paths,
+    num_parents,
     one_of,
     stack_parents,
     stacked_shapes,
 )
-from megajax.plans import Plan, plan_evaluation
+from megajax.plans import Plan, check_memory, free_memory, plan_evaluation, predict_memory
 from megajax.shares import parent_shares, projected_shares
 from megajax.types import ApplyFn, Key, PyTree
 
@@ -291,6 +292,7 @@ def prepare(
     if recalibrate.enabled:
         masked = recalibrated(masked, apply_fn)
         examples = jnp.asarray(calibration)[: recalibrate.examples]
+    _check_memory(apply_fn, one, inputs, masked, stacked, plan, evolution, examples)
     chunk = plan.population_chunk
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
     evaluate: Any = evaluator(masked.express, apply_fn, metric, None, data, population_chunk=chunk)
@@ -711,6 +713,32 @@ def shares_of(result: MergeResult) -> dict[str, list[float]]:
 @jax.jit
 def _scores(evaluate: Evaluate, networks: PyTree) -> jax.Array:
     return evaluate(networks)[0]
+
+
+def _check_memory(
+    apply_fn: ApplyFn,
+    one: PyTree,
+    inputs: np.ndarray,
+    genome: Genome,
+    stacked: PyTree,
+    plan: Plan,
+    evolution: EvolutionConfig,
+    examples: jax.Array | None,
+) -> None:
+    size = evolution.population_size
+    first = jax.eval_shape(
+        lambda key, parents: genome.init(key, size, parents), jax.random.key(0), stacked
+    )
+    memory = predict_memory(
+        apply_fn,
+        one,
+        inputs,
+        one_of(first),
+        num_parents=num_parents(stacked),
+        batch_size=plan.batch_size,
+        calibration=examples,
+    )
+    check_memory(memory, size, plan.population_chunk, free_memory())
 
 
 def _itself(variables: PyTree, context: PyTree) -> PyTree:

@@ -6,16 +6,31 @@ population is scored and how much memory that takes, not what comes out of it.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from megajax.config import FitnessConfig
+from megajax.errors import DeviceError
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Plan", "footprint", "has_convolutions", "plan_evaluation"]
+__all__ = [
+    "Memory",
+    "Plan",
+    "check_memory",
+    "footprint",
+    "free_memory",
+    "has_convolutions",
+    "plan_evaluation",
+    "predict_memory",
+    "trial",
+]
 
 # What a CPU keeps in its caches of one network's pass (benchmarks/population.py); elsewhere, the
 # most examples in a pass.
@@ -44,10 +59,11 @@ def plan_evaluation(
 ) -> Plan:
     """The plan that a configuration asks for, `auto` replaced by a choice.
 
-    The choice follows from the backend and the network's program alone, so that it is the same in
-    every run. On a CPU, networks with convolutions go one by one, because `vmap` over kernels makes
-    grouped convolutions, which are several times slower there, and a pass has as many examples as
-    fit in the caches. Otherwise the whole population goes side by side.
+    By default the choice follows from the backend and the network's program alone, so that it is
+    the same in every run. On a CPU, networks with convolutions go one by one, because `vmap` over
+    kernels makes grouped convolutions, which are several times slower there, and a pass has as many
+    examples as fit in the caches. Otherwise as much of the population goes side by side as fits in
+    the memory. With `fitness.trial` the choice is measured instead, see `trial`.
 
     Args:
         apply_fn: the network.
@@ -60,22 +76,266 @@ def plan_evaluation(
         The plan.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> inputs = jax.ShapeDtypeStruct((1000, 3), jnp.float32)
         >>> plan_evaluation(lambda w, x: x @ w, jnp.ones((3, 2)), inputs, FitnessConfig(), 20)
         Plan(population_chunk=20, batch_size=512)
     """
     chunk, batch_size = config.population_chunk, config.batch_size
-    one_by_one = jax.default_backend() == "cpu" and has_convolutions(apply_fn, variables, inputs)
+    if isinstance(chunk, int) and isinstance(batch_size, int):
+        return Plan(chunk, batch_size)
+    if config.trial:
+        chunks = _powers(1, population_size) if isinstance(chunk, str) else [chunk]
+        sizes = _powers(_SMALLEST, _LARGEST) if isinstance(batch_size, str) else [batch_size]
+        sizes = [size for size in sizes if size <= inputs.shape[0]] or [inputs.shape[0]]
+        candidates = [Plan(chunk, size) for chunk in chunks for size in sizes]
+        return trial(apply_fn, variables, inputs, candidates)
+
+    few = jax.ShapeDtypeStruct((_SMALLEST, *inputs.shape[1:]), inputs.dtype)
+    of_example = footprint(apply_fn, variables, few) / _SMALLEST
+    one_by_one = jax.default_backend() == "cpu" and has_convolutions(apply_fn, variables, few)
     if isinstance(batch_size, str):
         batch_size = _LARGEST
         if one_by_one:
-            few = jax.ShapeDtypeStruct((_SMALLEST, *inputs.shape[1:]), inputs.dtype)
-            one = footprint(apply_fn, variables, few) / _SMALLEST
-            batch_size = max(_SMALLEST, min(_LARGEST, int(_CPU_BYTES / one)))
+            batch_size = max(_SMALLEST, min(_LARGEST, int(_CPU_BYTES / of_example)))
     if isinstance(chunk, str):
         chunk = 1 if one_by_one else population_size
+        free = free_memory()
+        if chunk > 1 and free is not None:  # the other half is for what else there is
+            chunk = max(1, min(chunk, int(free / 2 / (of_example * batch_size))))
     return Plan(chunk, batch_size)
+
+
+# A trial -----------------------------------------------------------------------------------------
+
+
+def trial(
+    apply_fn: ApplyFn,
+    variables: PyTree,
+    inputs: Any,
+    candidates: list[Plan],
+    *,
+    seconds: float = 0.2,
+) -> Plan:
+    """Times one chunk of each candidate on this device, and takes the fastest for its work.
+
+    A chunk is `population_chunk` networks on one batch; all networks of a population and all
+    batches are made of such. Candidates that do not fit in the memory are passed over, and so are
+    larger chunks once a chunk took a second. The choice is kept for later calls with the same
+    program, shapes and device in this process.
+
+    Args:
+        apply_fn: the network.
+        variables: of one network, or their shapes and dtypes.
+        inputs: examples, or their shape and dtype.
+        candidates: plans to choose from, at least one.
+        seconds: time for the repetitions of a candidate; at least two are made.
+
+    Returns:
+        The fastest plan. It depends on the machine and its other work: not reproducible by nature.
+
+    Raises:
+        DeviceError: no candidate fits in the memory.
+
+    Example:
+        >>> inputs = jax.ShapeDtypeStruct((64, 3), jnp.float32)
+        >>> trial(lambda w, x: x @ w, jnp.ones((3, 2)), inputs, [Plan(1, 64)])
+        Plan(population_chunk=1, batch_size=64)
+    """
+    device = jax.devices()[0].device_kind
+    few = jax.ShapeDtypeStruct((_SMALLEST, *inputs.shape[1:]), inputs.dtype)
+    shapes = jax.eval_shape(lambda tree: tree, variables)
+    program = str(jax.make_jaxpr(apply_fn)(shapes, few))
+    key = (program, device, tuple(candidates))
+    if key not in _CHOSEN:
+        speeds = _speeds(apply_fn, shapes, few, candidates, seconds)
+        if not speeds:
+            raise DeviceError(
+                f"fitness.trial: none of {len(candidates)} plans fits in the memory of {device}; "
+                "lower fitness.batch_size"
+            )
+        _CHOSEN[key] = max(speeds, key=lambda plan: speeds[plan])
+    return _CHOSEN[key]
+
+
+_CHOSEN: dict[Any, Plan] = {}
+
+
+def _speeds(
+    apply_fn: ApplyFn, shapes: PyTree, few: Any, candidates: list[Plan], seconds: float
+) -> dict[Plan, float]:
+    """Networks x examples a second of each candidate that fits in the memory."""
+    speeds: dict[Plan, float] = {}
+    largest = max(plan.population_chunk for plan in candidates)
+    for plan in sorted(candidates):
+        chunk, batch_size = plan
+        if chunk > largest:
+            continue
+
+        def run(networks: PyTree, inputs: jax.Array, chunk: int = chunk) -> jax.Array:
+            if chunk > 1:
+                return jax.vmap(apply_fn, (0, None))(networks, inputs)
+            return apply_fn(jax.tree.map(lambda leaf: leaf[0], networks), inputs)
+
+        try:
+            networks = jax.tree.map(
+                lambda leaf, chunk=chunk: jnp.ones((chunk, *leaf.shape), leaf.dtype), shapes
+            )
+            inputs = jnp.ones((batch_size, *few.shape[1:]), few.dtype)
+            compiled = jax.jit(run).lower(networks, inputs).compile()
+            jax.block_until_ready(compiled(networks, inputs))
+            times: list[float] = []
+            while len(times) < 2 or sum(times) < seconds:
+                start = time.perf_counter()
+                jax.block_until_ready(compiled(networks, inputs))
+                times.append(time.perf_counter() - start)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            largest = chunk
+            continue
+        speeds[plan] = chunk * batch_size / statistics.median(times)
+        if min(times) > 1:
+            largest = chunk
+    return speeds
+
+
+def _powers(first: int, last: int) -> list[int]:
+    """first, 2 first, 4 first, ... and last."""
+    powers = [first]
+    while 2 * powers[-1] < last:
+        powers.append(2 * powers[-1])
+    return sorted({*powers, last})
+
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+class Memory(NamedTuple):
+    """What an evaluation takes of the memory, in bytes.
+
+    Attributes:
+        fixed: parents and examples.
+        individual: the genes of one individual, in the population, among the children, and while
+            the one becomes the other.
+        network: one network of the chunk that is evaluated side by side, its weights included.
+    """
+
+    fixed: int
+    individual: int
+    network: int
+
+    def total(self, population_size: int, chunk: int) -> int:
+        """Of a population of which a chunk is evaluated at a time."""
+        return (
+            self.fixed
+            + population_size * self.individual
+            + min(chunk, population_size) * self.network
+        )
+
+
+def predict_memory(
+    apply_fn: ApplyFn,
+    variables: PyTree,
+    inputs: Any,
+    genes: PyTree,
+    *,
+    num_parents: int,
+    batch_size: int,
+    calibration: Any | None = None,
+) -> Memory:
+    """Predicts what an evaluation takes, from shapes alone.
+
+    Args:
+        apply_fn: the network.
+        variables: of one network, or their shapes and dtypes.
+        inputs: the validation inputs, or their shape and dtype.
+        genes: of one individual, or their shapes and dtypes.
+        num_parents: K.
+        batch_size: examples in one pass.
+        calibration: examples that every network's statistics are measured on in one pass, or their
+            shape and dtype.
+
+    Returns:
+        The prediction. Compilers fuse equations and need less than is counted, or reserve
+        workspaces and need more: benchmarks/population.py compares it with what XLA reserves.
+
+    Example:
+        >>> shape = jax.ShapeDtypeStruct
+        >>> w, x, genes = shape((3, 2), "float32"), shape((5, 3), "float32"), shape((1, 2), "int8")
+        >>> predict_memory(lambda w, x: x @ w, w, x, genes, num_parents=2, batch_size=5)
+        Memory(fixed=108, individual=6, network=88)
+    """
+    weights = _bytes(variables)
+    passes = [
+        jax.ShapeDtypeStruct((min(batch_size, inputs.shape[0]), *inputs.shape[1:]), inputs.dtype)
+    ]
+    fixed = num_parents * weights + _bytes(inputs)
+    if calibration is not None:
+        passes.append(calibration)
+        fixed += _bytes(calibration)
+    network = weights + max(footprint(apply_fn, variables, one) for one in passes)
+    return Memory(fixed, 3 * _bytes(genes), network)
+
+
+def check_memory(memory: Memory, population_size: int, chunk: int, free: int | None) -> None:
+    """Checks that an evaluation fits before it is compiled.
+
+    Args:
+        memory: from `predict_memory`.
+        population_size: individuals P.
+        chunk: networks side by side.
+        free: bytes that there are, from `free_memory`; None checks nothing.
+
+    Raises:
+        DeviceError: it does not fit; names the largest chunk or population that would.
+
+    Example:
+        >>> check_memory(Memory(0, 0, 2_000_000_000), 64, 64, 10_000_000_000)
+        Traceback (most recent call last):
+        ...
+        megajax.errors.DeviceError: fitness.population_chunk is 64: scoring takes about 128.0 GB and
+        10.0 GB are free; 5 networks fit side by side
+    """
+    if free is None or memory.total(population_size, chunk) <= free:
+        return
+    takes = f"scoring takes about {memory.total(population_size, chunk) / 1e9:.1f} GB"
+    there = f"{free / 1e9:.1f} GB are free"
+    left = free - memory.fixed - memory.network
+    if left < memory.individual:
+        raise DeviceError(f"{takes} for one network and its parents alone, and {there}")
+    if population_size * memory.individual > left:
+        fits = left // memory.individual
+        raise DeviceError(
+            f"evolution.population_size is {population_size}: {takes} and {there}; a population of "
+            f"{fits} fits"
+        )
+    fits = 1 + (left - population_size * memory.individual) // memory.network
+    raise DeviceError(
+        f"fitness.population_chunk is {chunk}: {takes} and {there}; {fits} "
+        f"{'networks fit' if fits > 1 else 'network fits'} side by side"
+    )
+
+
+def free_memory() -> int | None:
+    """Bytes that are free on the first device, or None where that cannot be told.
+
+    Example:
+        >>> free = free_memory()
+        >>> free is None or free > 0
+        True
+    """
+    device = jax.local_devices()[0]
+    told = device.memory_stats() or {}
+    if "bytes_limit" in told:
+        return int(told["bytes_limit"]) - int(told.get("bytes_in_use", 0))
+    if device.platform != "cpu":
+        return None
+    try:  # Linux alone tells how much could be had without swapping
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    return 1024 * free
 
 
 def has_convolutions(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> bool:
@@ -87,7 +347,6 @@ def has_convolutions(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> bool:
         inputs: a batch, or its shape and dtype.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> has_convolutions(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((1, 3)))
         False
     """
@@ -110,7 +369,6 @@ def footprint(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> int:
         Bytes.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> footprint(lambda w, x: jnp.tanh(x @ w), jnp.ones((3, 2)), jnp.ones((5, 3)))
         104
     """
@@ -149,3 +407,7 @@ def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:
         yield equation.primitive.name
         for inner in core.jaxprs_in_params(equation.params):
             yield from _primitives(inner)
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(int(leaf.size) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -33,6 +33,7 @@ from megajax.types import PyTree
 
 __all__ = [
     "METRICS",
+    "PLAN",
     "RESULTS",
     "Outcome",
     "check_config",
@@ -58,6 +59,7 @@ __all__ = [
 
 RESULTS = "results.json"
 METRICS = "metrics.jsonl"
+PLAN = "plan.json"
 _CONFIG = "config.json"
 _LOCK = ".lock"
 _COPYING = ".copying"
@@ -217,7 +219,7 @@ def copy_state(old: Path, new: Path) -> None:
     Raises:
         WorkdirError: a file cannot be read or written.
     """
-    leave = shutil.ignore_patterns(_CONFIG, _LOCK, RESULTS, "report.*", "plots", "*.partial")
+    leave = shutil.ignore_patterns(_CONFIG, _LOCK, PLAN, RESULTS, "report.*", "plots", "*.partial")
     try:
         (new / _COPYING).touch()
         shutil.copytree(old, new, ignore=leave, dirs_exist_ok=True)

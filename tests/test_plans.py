@@ -3,10 +3,26 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from megajax import plans
 from megajax.config import FitnessConfig
-from megajax.plans import footprint, plan_evaluation
+from megajax.errors import DeviceError
+from megajax.fitness import accuracy, batches, evaluator
+from megajax.genome import masks
+from megajax.models import build
+from megajax.normalization import recalibrated
+from megajax.parents import stacked_shapes
+from megajax.plans import (
+    Memory,
+    Plan,
+    check_memory,
+    footprint,
+    plan_evaluation,
+    predict_memory,
+    trial,
+)
 
 IMAGES = jax.ShapeDtypeStruct((1000, 32, 32, 3), jnp.float32)
 
@@ -30,9 +46,9 @@ def test_auto_goes_one_by_one_through_convolutions_on_a_cpu_and_side_by_side_oth
     assert plan(Net(width=0)) == (20, 512)
 
 
-@pytest.mark.parametrize(("width", "fits"), [(1, 512), (16, 162), (64, 40), (1024, 32)])
+@pytest.mark.parametrize(("width", "fits"), [(1, 512), (16, 122), (32, 61), (1024, 32)])
 def test_a_pass_through_convolutions_has_what_fits_in_the_caches(width, fits):
-    # The convolution's result, the biases at its size and their sum: 3 x 4 kB for each channel.
+    # Four arrays of the convolution's size are alive at once, 4 kB for each channel.
     assert plan(Net(width)).batch_size == pytest.approx(fits, rel=0.05)
 
 
@@ -50,3 +66,111 @@ def test_a_footprint_is_the_weights_and_what_is_alive_at_once():
     # In the call: its argument, and exp(tanh(x)) while the product is made.
     expected = 4 * (8 * 4 + 2 * 16 * 8) + 4 * max(16 * 8, 16 * 4) + 4 * 16 * 4
     assert footprint(apply_fn, weights, inputs) == expected
+
+
+def slow_pass(steps):
+    """A network whose pass takes so many steps, whatever the number of examples and networks."""
+
+    def apply_fn(w, x):
+        return x + jax.lax.fori_loop(0, steps, lambda _, w: jnp.sin(w), w)
+
+    return apply_fn
+
+
+def test_a_trial_finds_what_is_faster():
+    inputs, w = jax.ShapeDtypeStruct((512, 1), jnp.float32), jnp.ones(1)
+    candidates = [Plan(chunk, size) for chunk in (1, 16) for size in (32, 256)]
+    assert trial(slow_pass(1000), w, inputs, candidates) == (16, 256)
+
+    @jax.custom_batching.custom_vmap
+    def alone(w, x):
+        return slow_pass(100)(w, x)
+
+    @alone.def_vmap
+    def together(axis_size, in_batched, w, x):
+        return jax.vmap(slow_pass(100_000), (0, None))(w, x), True
+
+    assert trial(alone, w, inputs, candidates) == (1, 256)
+
+
+def test_a_trial_is_not_repeated_and_keeps_to_what_is_given(monkeypatch):
+    tried = []
+    real = plans._speeds
+    monkeypatch.setattr(plans, "_speeds", lambda *a: tried.append(a[3]) or real(*a))
+    dense = Net(width=0)
+    first = plan(dense, trial=True)
+    assert first == plan(dense, trial=True)
+    assert len(tried) == 1
+    assert {size for _, size in tried[0]} == {32, 64, 128, 256, 512}
+    assert {chunk for chunk, _ in tried[0]} == {1, 2, 4, 8, 16, 20}
+    assert plan(dense, trial=True, batch_size=64).batch_size == 64
+    assert plan(dense, trial=True, population_chunk=3).population_chunk == 3
+
+
+def test_what_does_not_fit_is_passed_over(monkeypatch):
+    def apply_fn(w, x):
+        if x.ndim == 2 and len(x) > 32:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return x @ w
+
+    inputs, w = jax.ShapeDtypeStruct((512, 3), jnp.float32), jnp.ones((3, 2))
+    assert trial(apply_fn, w, inputs, [Plan(1, 32), Plan(1, 64)]) == (1, 32)
+    with pytest.raises(DeviceError, match=r"fitness\.trial: none of 1 plans fits"):
+        trial(apply_fn, w, inputs, [Plan(1, 64)])
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape"),
+    [
+        ("mlp", {}, (32, 32, 3)),
+        ("resnet", {"depth": 8}, (32, 32, 3)),
+        ("densenet", {"blocks": (2, 2), "growth": 8, "stem": "cifar"}, (16, 16, 3)),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("anew", [False, True])
+def test_the_memory_that_is_predicted_is_what_the_compiler_reserves(
+    name, options, shape, chunk, anew
+):
+    model = build(name, 10, options)
+    images = np.zeros((256, *shape), np.float32)
+    one = jax.eval_shape(model.init, jax.random.key(0), images[:1])
+    parents = stacked_shapes(one, 2)
+
+    def apply_fn(variables, x):
+        return model.apply(variables, x)
+
+    genome, context, calibration = masks(parents, granularity="leaf"), parents, None
+    if anew and name != "mlp":
+        calibration = jax.ShapeDtypeStruct((128, *shape), jnp.float32)
+        genome, context = recalibrated(genome, apply_fn), (parents, calibration)
+    genes = jax.eval_shape(lambda: genome.init(jax.random.key(0), 8))
+    memory = predict_memory(
+        apply_fn,
+        one,
+        images,
+        jax.eval_shape(lambda genes: genes[0], genes),
+        num_parents=2,
+        batch_size=64,
+        calibration=calibration,
+    )
+    data = batches(images, np.zeros(256, int), 64)
+    evaluate = evaluator(genome.express, apply_fn, accuracy, context, data, population_chunk=chunk)
+    compiled = jax.jit(lambda evaluate, genes: evaluate(genes)).lower(evaluate, genes).compile()
+    told = compiled.memory_analysis()
+    reserved = told.argument_size_in_bytes + told.temp_size_in_bytes
+    assert 0.5 < memory.total(8, chunk) / reserved < 2.5
+
+
+def test_too_little_memory_is_a_line_with_what_fits():
+    memory = Memory(fixed=10, individual=3, network=20)
+    check_memory(memory, 10, 10, 240)
+    check_memory(memory, 10, 10, None)
+    for free, line in {
+        239: "population_chunk is 10: .* 9 networks fit side by side",
+        60: "population_chunk is 10: .* 1 network fits side by side",
+        59: "population_size is 10: .* a population of 9 fits",
+        32: "scoring takes about .* for one network and its parents alone",
+    }.items():
+        with pytest.raises(DeviceError, match=line):
+            check_memory(memory, 10, 10, free)

@@ -1,6 +1,7 @@
 """The command line, end to end on real digits, and each mistake's one clear line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -249,6 +250,22 @@ def test_the_command_runs_with_overrides(tmp_path):
     assert config["genome"]["freeze"] == "head"
     assert config["fitness"]["population_chunk"] == 2
     assert config["parents"]["shards"] == "skewed"
+
+
+def test_a_plan_that_was_measured_is_kept_for_a_later_start(tmp_path):
+    small = {
+        **SMALL,
+        "fitness": {"trial": True},
+        "baselines": {"names": ()},
+        "robustness": {"enabled": False},
+    }
+    done = pipeline.run(from_dict(small), tmp_path)["plan"]
+    assert done == json.loads((tmp_path / "plan.json").read_text())
+    assert set(done) == {"population_chunk", "batch_size"}
+    planted = {"population_chunk": 3, "batch_size": 50}
+    (tmp_path / "plan.json").write_text(json.dumps(planted))
+    shutil.rmtree(tmp_path / "stages")
+    assert pipeline.run(from_dict(small), tmp_path)["plan"] == planted
 
 
 BROKEN = {

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from config import MAIN, PARENTS, SEARCHES
 
 from megajax import workdir
@@ -38,6 +39,7 @@ def run_cell(
     values = [f"--config.{field}" for field in fields]
     config = f"{HERE / 'config.py'}:{cell}"
     code = run(["study", "--config", config, "--seeds", seeds, *where, *values])
+    jax.clear_caches()  # a process can hold the compiled programs of about a hundred runs
     if code:
         sys.exit(code)
 

@@ -6,6 +6,7 @@ from megajax import baselines
 from megajax.baselines import BASELINES
 from megajax.checkpoint import Checkpoints
 from megajax.config import BaselinesConfig, GenomeConfig
+from megajax.stages.searching import planned
 from megajax.stages.task import Outcomes, Task, baseline_names, networks_in, progress_bar, stream
 from megajax.workdir import Outcome
 
@@ -66,7 +67,7 @@ def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> O
                 ),
                 recalibrate=config.recalibrate if prefix else None,
                 genome=genome,
-                fitness=config.fitness,
+                fitness=planned(task, parents[0]),
                 evolution=config.evolution,
                 budget=outcomes["search"].values["evaluations"],
                 callback=done,

@@ -10,13 +10,14 @@ import numpy as np
 
 from megajax import workdir
 from megajax.checkpoint import Checkpoints
-from megajax.config import AlignConfig, to_dict
+from megajax.config import AlignConfig, FitnessConfig, to_dict
 from megajax.errors import ConfigError, SearchError
 from megajax.evolution import GAInfo, GAState
 from megajax.hierarchy import Node, NodeResult, merge_tree
 from megajax.merging import MergeResult, merge, shares_of
 from megajax.operators import Population
 from megajax.parents import stack_parents
+from megajax.plans import plan_evaluation
 from megajax.shares import channel_shares, projected_shares
 from megajax.stages.task import (
     Clock,
@@ -30,7 +31,7 @@ from megajax.stages.task import (
 from megajax.types import PyTree
 from megajax.workdir import Outcome
 
-__all__ = ["search"]
+__all__ = ["planned", "search"]
 
 _TREE = ("align", "recalibrate", "genome", "fitness", "evolution", "hierarchy")
 
@@ -40,6 +41,23 @@ def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     if task.config.hierarchy.enabled:
         return _by_tree(task, outcomes)
     return _at_once(task, outcomes, checkpoints)
+
+
+def planned(task: Task, network: PyTree) -> FitnessConfig:
+    """The fitness, its plan by numbers where it is measured: once for a workdir.
+
+    Args:
+        task: the run.
+        network: one of the parents.
+    """
+    fitness, file = task.config.fitness, task.folder / workdir.PLAN
+    if not fitness.trial:
+        return fitness
+    if not file.exists():
+        size = task.config.evolution.population_size
+        plan = plan_evaluation(task.apply_fn, network, task.selection.images, fitness, size)
+        workdir.write_json(file, plan._asdict())
+    return dataclasses.replace(fitness, trial=False, **workdir.read_json(file))
 
 
 def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
@@ -64,6 +82,8 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
     if evolution.time_budget is not None:
         left = max(evolution.time_budget - clock.seconds(), 0.0)
         evolution = dataclasses.replace(evolution, time_budget=left)
+
+    networks = networks_in(outcomes["align"], "aligned")
 
     def save(when: Callable[[int, PyTree], None]) -> None:
         assert state is not None
@@ -91,13 +111,13 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
             merged = merge(
                 stream(config, "search"),
                 task.apply_fn,
-                networks_in(outcomes["align"], "aligned"),
+                networks,
                 (split.images, split.labels),
                 calibration=task.calibration,
                 align=AlignConfig(method="none"),  # they are
                 recalibrate=config.recalibrate,
                 genome=config.genome,
-                fitness=config.fitness,
+                fitness=planned(task, networks[0]),
                 evolution=evolution,
                 keep=dict(config.parents.keep),
                 state=state,
@@ -130,6 +150,7 @@ def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
     sections = to_dict(config)
     before = [outcomes["parents"].identity, *(sections[name] for name in _TREE)]
     earlier = 0.0
+    networks = networks_in(outcomes["parents"], "parents")
     workdir.write_lines(metrics_file, [])
 
     def key_of(node: Node) -> str:
@@ -173,14 +194,14 @@ def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
         tree = merge_tree(
             stream(config, "search"),
             task.apply_fn,
-            networks_in(outcomes["parents"], "parents"),
+            networks,
             (split.images, split.labels),
             hierarchy=config.hierarchy,
             calibration=task.calibration,
             align=config.align,
             recalibrate=config.recalibrate,
             genome=config.genome,
-            fitness=config.fitness,
+            fitness=planned(task, networks[0]),
             evolution=config.evolution,
             load=load,
             save=save,
