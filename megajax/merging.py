@@ -27,6 +27,7 @@ from megajax.config import (
     GenomeConfig,
     RecalibrateConfig,
 )
+from megajax.convolutions import for_backend
 from megajax.errors import ConfigError, DataError
 from megajax.evolution import (
     GAInfo,
@@ -288,18 +289,18 @@ def prepare(
 
     stacked = stacked_shapes(one, len(parents))
     masked = genome_for(apply_fn, stacked, batch, genome, labels=labels, freeze=tuple(keep))
-    examples = None
+    fast, examples = for_backend(apply_fn), None
     if recalibrate.enabled:
-        masked = recalibrated(masked, apply_fn)
+        masked = recalibrated(masked, fast)
         examples = jnp.asarray(calibration)[: recalibrate.examples]
     _check_memory(apply_fn, one, inputs, masked, stacked, plan, evolution, examples)
     chunk = plan.population_chunk
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
-    evaluate: Any = evaluator(masked.express, apply_fn, metric, None, data, population_chunk=chunk)
+    evaluate: Any = evaluator(masked.express, fast, metric, None, data, population_chunk=chunk)
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary)
     score = None
     if not genome.parents_first:  # for the record only: the search does not know it
-        itself = evaluator(_itself, apply_fn, metric, (), data, population_chunk=chunk)
+        itself = evaluator(_itself, fast, metric, (), data, population_chunk=chunk)
         score = partial(_scores, itself)
     return Setup(
         apply_fn=apply_fn,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from megajax.config import FitnessConfig
+from megajax.convolutions import for_backend
 from megajax.errors import DeviceError
 from megajax.types import ApplyFn, PyTree
 
@@ -165,6 +166,7 @@ def _speeds(
 ) -> dict[Plan, float]:
     """Networks x examples a second of each candidate that fits in the memory."""
     speeds: dict[Plan, float] = {}
+    fast = for_backend(apply_fn)
     largest = max(plan.population_chunk for plan in candidates)
     for plan in sorted(candidates):
         chunk, batch_size = plan
@@ -173,8 +175,8 @@ def _speeds(
 
         def run(networks: PyTree, inputs: jax.Array, chunk: int = chunk) -> jax.Array:
             if chunk > 1:
-                return jax.vmap(apply_fn, (0, None))(networks, inputs)
-            return apply_fn(jax.tree.map(lambda leaf: leaf[0], networks), inputs)
+                return jax.vmap(fast, (0, None))(networks, inputs)
+            return fast(jax.tree.map(lambda leaf: leaf[0], networks), inputs)
 
         try:
             networks = jax.tree.map(

@@ -22,6 +22,7 @@ __all__ = [
     "body_of",
     "delay",
     "moved_axes",
+    "run_equation",
     "shape_of",
     "trace",
     "walk",
@@ -152,19 +153,37 @@ def delay(equation: core.JaxprEqn, operands: Sequence[Delayed]) -> list[Delayed]
         >>> float(delay(equation, [literal, argument])[0]())
         6.0
     """
-    pairs = zip(equation.invars, operands, strict=True)
-    values = {atom: value for atom, value in pairs if not isinstance(atom, core.Literal)}
-    names = core.DebugInfo("equation", equation.primitive.name, None, None)
-    alone = core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects, names)
-    compute = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
     computed: list[Any] = []
 
     def output(index: int) -> Any:
         if not computed:
-            computed.extend(compute(*(value() for value in values.values())))
+            computed.extend(run_equation(equation, [operand() for operand in operands]))
         return computed[index]
 
     return [partial(output, i) for i in range(len(equation.outvars))]
+
+
+def run_equation(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
+    """Does what an equation says.
+
+    Args:
+        equation: any equation.
+        operands: arrays, one for each of its operands.
+
+    Returns:
+        Its outputs.
+
+    Example:
+        >>> equation = jax.make_jaxpr(lambda x: 2 * x)(1.0).eqns[0]
+        >>> float(run_equation(equation, [2.0, jax.numpy.float32(3.0)])[0])
+        6.0
+    """
+    pairs = zip(equation.invars, operands, strict=True)
+    values = {atom: value for atom, value in pairs if not isinstance(atom, core.Literal)}
+    names = core.DebugInfo("equation", equation.primitive.name, None, None)
+    alone = core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects, names)
+    outputs: list[Any] = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*values.values())
+    return outputs
 
 
 def body_of(equation: core.JaxprEqn) -> core.ClosedJaxpr:

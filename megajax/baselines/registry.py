@@ -29,6 +29,7 @@ from megajax.config import (
     GenomeConfig,
     RecalibrateConfig,
 )
+from megajax.convolutions import for_backend
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.evolution import GeneticAlgorithm, run
 from megajax.fitness import METRICS, Batches, Evaluate, batches, evaluator
@@ -234,7 +235,7 @@ def run_baselines(
     anew = None
     if measure_anew.enabled:
         anew = jnp.asarray(calibration)[: measure_anew.examples]
-    space = partial(_space, apply_fn, metric, data, anew, plan)
+    space = partial(_space, for_backend(apply_fn), metric, data, anew, plan)
     given = Given(
         apply_fn=apply_fn,
         parents=parents,
