@@ -19,6 +19,7 @@ Example:
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from optax.projections import projection_simplex
 
 from megajax import operators
 from megajax.config import GRANULARITIES
@@ -43,6 +43,7 @@ __all__ = [
     "Genome",
     "mask_labels",
     "masks",
+    "nearest_on_simplex",
     "weights",
 ]
 
@@ -135,12 +136,20 @@ def masks(
     def repair(genes: jax.Array) -> jax.Array:
         if binary:
             return _one_hot(jnp.argmax(genes, axis=-1), K)
-        nearest = jax.vmap(projection_simplex)(genes.reshape(-1, K)).reshape(genes.shape)
-        corner = _one_hot(jnp.argmax(nearest, axis=-1), K)
-        nearest = jnp.where(nearest.max(-1, keepdims=True) > 1 - 1e-6, corner, nearest)
-        inside = (genes >= 0).all(-1, keepdims=True)
-        inside &= jnp.abs(genes.sum(-1, keepdims=True) - 1) < 1e-6
-        return jnp.where(inside, genes, nearest)
+        shares = [genes[..., k] for k in range(K)]
+        total = sum(shares[1:], shares[0])
+        inside = abs(total - 1) < 1e-6
+        for share in shares:
+            inside &= share >= 0
+        nearest = nearest_on_simplex(shares)
+        most = functools.reduce(jnp.maximum, nearest)
+        winner = jnp.argmax(jnp.stack(nearest), axis=0)
+        nearest = [
+            jnp.where(most > 1 - 1e-6, (winner == k).astype(share.dtype), share)
+            for k, share in enumerate(nearest)
+        ]
+        pairs = zip(shares, nearest, strict=True)
+        return jnp.stack([jnp.where(inside, share, near) for share, near in pairs], axis=-1)
 
     def sample(key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         if binary:
@@ -173,6 +182,36 @@ def masks(
 
     noise = partial(operators.gaussian, gene_ndim=1)
     return Genome(init, express, repair, sample, 1, num_genes, labels, noise)
+
+
+def nearest_on_simplex(shares: Sequence[jax.Array]) -> list[jax.Array]:
+    """The nearest points that are non-negative and sum to one.
+
+    All coordinates but the largest ones become zero; from those a threshold is subtracted, which is
+    the largest of (sum of the n largest - 1) / n over n. For few coordinates the sums are made
+    without sorting, so that all is element by element.
+
+    Args:
+        shares: K arrays of one shape, the coordinates of the points.
+
+    Returns:
+        K arrays alike.
+
+    Example:
+        >>> [float(share) for share in nearest_on_simplex([jnp.array(1.0), jnp.array(0.5)])]
+        [0.75, 0.25]
+
+    Source: Held, Wolfe and Crowder, "Validation of subgradient optimization", Mathematical
+    Programming 6 (1974).
+    """
+    thresholds = []
+    for least in shares:
+        among = [share >= least for share in shares]
+        largest = [jnp.where(n, share, 0) for n, share in zip(among, shares, strict=True)]
+        count = sum(n.astype(least.dtype) for n in among)
+        thresholds.append((sum(largest[1:], largest[0]) - 1) / count)
+    threshold = functools.reduce(jnp.maximum, thresholds)
+    return [jnp.maximum(share - threshold, 0) for share in shares]
 
 
 def mask_labels(variables: PyTree, granularity: str, layers: PyTree | None = None) -> PyTree:

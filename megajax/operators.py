@@ -235,7 +235,9 @@ def uniform(
     """
 
     def cross(key: Key, a: jax.Array, b: jax.Array) -> jax.Array:
-        swap = jax.random.bernoulli(key, rate, _gene_shape(a, gene_ndim))
+        shape = _gene_shape(a, gene_ndim)
+        even = isinstance(rate, float) and rate == 0.5
+        swap = _coins(key, shape) if even else jax.random.bernoulli(key, rate, shape)
         return jnp.where(_expand(swap, a), b, a)
 
     return _per_leaf(cross, key, first, second)
@@ -550,6 +552,14 @@ def _gene_shape(leaf: jax.Array, gene_ndim: int | None) -> tuple[int, ...]:
 
 def _num_genes(genes: Genes, gene_ndim: int | None) -> int:
     return sum(math.prod(_gene_shape(leaf, gene_ndim)[1:]) for leaf in jax.tree.leaves(genes))
+
+
+def _coins(key: Key, shape: tuple[int, ...]) -> jax.Array:
+    """Fair coins, 32 from each random word: a Bernoulli number takes a word of its own."""
+    count = math.prod(shape)
+    words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
+    coins = (words >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return coins.reshape(-1)[:count].reshape(shape).astype(bool)
 
 
 def _expand(values: jax.Array, like: jax.Array) -> jax.Array:

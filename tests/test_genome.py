@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax.projections import projection_simplex
 
 from megajax.config import GRANULARITIES, EvolutionConfig
 from megajax.errors import ConfigError
 from megajax.evolution import run
-from megajax.genome import FROZEN, mask_labels, masks
+from megajax.genome import FROZEN, mask_labels, masks, nearest_on_simplex
 from megajax.layers import find_layers
 from megajax.merging import algorithm_for
 from megajax.parents import leaf_paths, stack_parents
@@ -256,3 +257,17 @@ def test_the_search_finds_a_planted_mask(granularity, binary):
         assert miss.max() == 0
     else:
         assert miss.mean() < 0.05, miss.mean()
+
+
+@pytest.mark.parametrize("K", [2, 3, 8])
+def test_the_nearest_point_of_the_simplex_is_optaxs(K):
+    rng = np.random.default_rng(K)
+    points = rng.normal(scale=2, size=(500, K)).astype(np.float32)
+    points[:50] = np.round(points[:50])  # ties
+    points[50:60] = 1 / K
+    points[60:70] = np.eye(K)[rng.integers(K, size=10)]
+    ours = np.stack(nearest_on_simplex(list(points.T)), axis=-1)
+    expected = np.stack([projection_simplex(jnp.asarray(point)) for point in points])
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+    np.testing.assert_allclose(ours.sum(-1), 1, atol=2e-6)
+    assert ours.min() >= 0

@@ -209,11 +209,19 @@ def test_arithmetic_per_gene_uses_one_for_each():
     assert len(np.unique(child[..., 0])) == 40
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("rate", [0.0, 0.2, 0.5, 1.0])
 def test_uniform_takes_genes_of_the_second_at_the_given_rate(rate):
     first, second = jnp.zeros((200, 100)), jnp.ones((200, 100))
     share = float(ops.uniform(KEY, first, second, rate=rate).mean())
     assert abs(share - rate) < 5 * np.sqrt(max(rate * (1 - rate), 1e-12) / 20_000) + 1e-9
+
+
+def test_fair_coins_are_independent_of_their_neighbours():
+    coins = np.asarray(ops.uniform(KEY, jnp.zeros((101, 331)), jnp.ones((101, 331)))).ravel()
+    bound = 5 / np.sqrt(coins.size)
+    for distance in (1, 31, 32, 64, 331):
+        both = (2 * coins[distance:] - 1) * (2 * coins[:-distance] - 1)
+        assert abs(both.mean()) < bound
 
 
 @pytest.mark.parametrize(("gene_ndim", "inner"), [(0, 0), (1, 1), (None, 3)])
