@@ -1,14 +1,16 @@
 """What racing and the reuse of fitness save, and what that costs, on really trained pairs.
 
-    python benchmarks/racing.py [--seeds 10] [--first 0] [--races 64:0.125] [--calibration 256 0]
+    python benchmarks/racing.py [--seeds 10] [--first 0] [--races 64:0.15625:60 48:0.0625:100]
+                                [--calibration 256 0] [--reuse] [--json FILE]
 
 Pairs of CNNs on class-skewed digits, aligned by activations, merged by channel masks: the default
-search, the same with `reuse_fitness`, and races on `racing_examples:racing_finalists`, all from the
-same parents with the same keys. `--calibration` are the images on which every candidate is
-recalibrated; 0 is without. For each: validation fitness and accuracy, test accuracy (mean and
-standard error over the pairs), the difference of the validation accuracy to the default search
-(paired), examples x networks on the validation images, how many times fewer, and the same with the
-passes over calibration images, which no race makes fewer: they are made before each scoring.
+search, and races on `racing_examples:racing_finalists:generations`, all from the same parents with
+the same keys; `--reuse` adds each of them with `reuse_fitness`. `--calibration` are the images on which
+every candidate is recalibrated; 0 is without. For each: validation fitness and accuracy, test
+accuracy (mean and standard error over the pairs), the difference of the validation accuracy to the
+default search (paired), examples x networks on the validation images, how many times fewer, and the
+same with the passes over calibration images, of which a race makes more: they come before each
+scoring, and finalists are scored twice.
 """
 
 import argparse
@@ -26,27 +28,29 @@ from megajax.config import Config, DataConfig, ParentsConfig
 CONFIG = Config(
     data=DataConfig(validation_fraction=0.3), parents=ParentsConfig(shards="skewed", skew=0.95)
 )
-DEFAULT, REUSE = "all examples", "all examples, reuse"
+DEFAULT = "all examples"
 
 
-def choices(races: list[str]) -> dict[str, dict[str, Any]]:
+def choices(races: list[str], reuse: bool) -> dict[str, dict[str, Any]]:
     """Fields of the configuration for each search, by its name."""
-    found: dict[str, dict[str, Any]] = {DEFAULT: {}, REUSE: {"reuse_fitness": True}}
+    found: dict[str, dict[str, Any]] = {DEFAULT: {}}
     for race in races:
-        examples, share = race.split(":")
-        fields = {"racing_examples": int(examples), "racing_finalists": float(share)}
-        found[f"race on {examples}, {float(share):.3g} in full"] = fields
-        found[f"race on {examples}, {float(share):.3g} in full, reuse"] = fields | {
-            "reuse_fitness": True
+        examples, share, generations = race.split(":")
+        name = f"race on {examples}, {float(share):.3g} in full, {generations} generations"
+        found[name] = {
+            "racing_examples": int(examples),
+            "racing_finalists": float(share),
+            "generations": int(generations),
         }
-    return found
+    again = {f"{name}, reuse": one | {"reuse_fitness": True} for name, one in found.items()}
+    return found | again if reuse else found
 
 
 def search(pair: pairs.Pair, calibration: int, fields: dict[str, Any]) -> dict[str, float]:
     """One search's figures."""
     validation, test = pair.dataset.validation, pair.dataset.test
-    reuse = {name: value for name, value in fields.items() if name == "reuse_fitness"}
-    races = {name: value for name, value in fields.items() if name not in reuse}
+    races = {name: value for name, value in fields.items() if name.startswith("racing")}
+    others = {name: value for name, value in fields.items() if name not in races}
     result = mj.merge(
         pair.key,
         pair.apply_fn,
@@ -56,7 +60,7 @@ def search(pair: pairs.Pair, calibration: int, fields: dict[str, Any]) -> dict[s
         align=mj.AlignConfig(method="activations"),
         recalibrate=mj.RecalibrateConfig(enabled=calibration > 0, examples=max(calibration, 2)),
         fitness=mj.FitnessConfig(**races),
-        evolution=mj.EvolutionConfig(generations_per_chunk=20, **reuse),
+        evolution=mj.EvolutionConfig(generations_per_chunk=20, **others),
     )
 
     def accuracy(split: Any) -> float:
@@ -120,17 +124,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--races", nargs="*", default=["64:0.125"])
+    parser.add_argument("--races", nargs="*", default=["64:0.15625:60", "48:0.0625:100"])
     parser.add_argument("--calibration", nargs="*", type=int, default=[256, 0])
+    parser.add_argument("--reuse", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    searches = choices(options.races, options.reuse)
     found: dict[int, dict[str, list[dict[str, float]]]] = {
-        count: {name: [] for name in choices(options.races)} for count in options.calibration
+        count: {name: [] for name in searches} for count in options.calibration
     }
     for seed in range(options.first, options.first + options.seeds):
         pair = pairs.train(seed, CONFIG)
         for count, rows in found.items():
-            for name, fields in choices(options.races).items():
+            for name, fields in searches.items():
                 rows[name].append(search(pair, count, fields))
                 print(seed, count, name, rows[name][-1], flush=True)
         if options.json:
