@@ -5,8 +5,8 @@
 
 Pairs of CNNs on class-skewed digits, aligned by activations, merged by channel masks: the default
 search, and races on `racing_examples:racing_finalists:generations`, all from the same parents with
-the same keys; `--reuse` adds each of them with `reuse_fitness`. `--calibration` are the images on which
-every candidate is recalibrated; 0 is without. For each: validation fitness and accuracy, test
+the same keys; `--reuse` adds each of them with `reuse_fitness`. `--calibration` are the images on
+which every candidate is recalibrated; 0 is without. For each: validation fitness and accuracy, test
 accuracy (mean and standard error over the pairs), the difference of the validation accuracy to the
 default search (paired), examples x networks on the validation images, how many times fewer, and the
 same with the passes over calibration images, of which a race makes more: they come before each
