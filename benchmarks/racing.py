@@ -4,13 +4,14 @@
                                 [--calibration 256 0] [--reuse] [--json FILE]
 
 Pairs of CNNs on class-skewed digits, aligned by activations, merged by channel masks: the default
-search, and races on `racing_examples:racing_finalists:generations`, all from the same parents with
-the same keys; `--reuse` adds each of them with `reuse_fitness`. `--calibration` are the images on
-which every candidate is recalibrated; 0 is without. For each: validation fitness and accuracy, test
-accuracy (mean and standard error over the pairs), the difference of the validation accuracy to the
-default search (paired), examples x networks on the validation images, how many times fewer, and the
-same with the passes over calibration images, of which a race makes more: they come before each
-scoring, and finalists are scored twice.
+search, the same stopped early at about the cost of the races, and races on
+`racing_examples:racing_finalists:generations`, all from the same parents with the same keys;
+`--reuse` adds each of them with `reuse_fitness`. `--calibration` are the images on which every
+candidate is recalibrated; 0 is without. For each: validation fitness and accuracy, test accuracy
+(mean and standard error over the pairs), the difference of the validation accuracy to the default
+search (paired), examples x networks on the validation images, how many times fewer, and the same
+with the passes over calibration images, of which a race makes more: they come before each scoring,
+and finalists are scored twice.
 """
 
 import argparse
@@ -29,11 +30,12 @@ CONFIG = Config(
     data=DataConfig(validation_fraction=0.3), parents=ParentsConfig(shards="skewed", skew=0.95)
 )
 DEFAULT = "all examples"
+SHORT = "all examples, 18 generations"  # about the cost of the races
 
 
 def choices(races: list[str], reuse: bool) -> dict[str, dict[str, Any]]:
     """Fields of the configuration for each search, by its name."""
-    found: dict[str, dict[str, Any]] = {DEFAULT: {}}
+    found: dict[str, dict[str, Any]] = {DEFAULT: {}, SHORT: {"generations": 18}}
     for race in races:
         examples, share, generations = race.split(":")
         name = f"race on {examples}, {float(share):.3g} in full, {generations} generations"
