@@ -450,6 +450,10 @@ class FitnessConfig(_Section):
             The search then chooses the network that happens to suit the test images, no figure is
             held out any more, and the report says so. For the command line: `merge` scores on the
             images that it is given.
+        racing_examples: score each child on so many validation images first, drawn anew for each
+            generation, and only the best children on all of them; the others are out. None scores
+            every child on all.
+        racing_finalists: with `racing_examples`, the share of the offspring scored on all images.
     """
 
     _name: ClassVar[str] = "fitness"
@@ -458,8 +462,14 @@ class FitnessConfig(_Section):
     population_chunk: int | str = "auto"
     trial: bool = False
     select_on_test: bool = False
+    racing_examples: int | None = None
+    racing_finalists: float = 0.125
 
     def _check(self) -> None:
+        self._at_least(1, "racing_examples")
+        self._require(
+            0 < self.racing_finalists <= 1, "racing_finalists", "it must be above 0 and at most 1"
+        )
         if isinstance(self.metric, str):
             self._one_of("metric", METRICS)
         for name in ("batch_size", "population_chunk"):
@@ -491,7 +501,12 @@ class EvolutionConfig(_Section):
         generations_per_chunk: generations in one compiled call, between two looks of the host.
         patience: stop after so many generations without a better best; None never does.
         time_budget: stop after so many seconds; None never does. Not reproducible by nature.
-        evaluation_budget: stop before more than so many networks are scored; None never does.
+        evaluation_budget: stop before more than so many networks are scored; None never does. With
+            `fitness.racing_examples`, passes over all validation images are counted, so that the
+            limit is one of cost: a network scored on a tenth of them is a tenth of a network.
+        reuse_fitness: a child that is the same, bit for bit, as a member of the population or an
+            earlier child takes over its fitness and is not scored. The search is the same; where
+            the whole population is scored side by side, little is saved.
     """
 
     _name: ClassVar[str] = "evolution"
@@ -509,6 +524,7 @@ class EvolutionConfig(_Section):
     patience: int | None = None
     time_budget: float | None = None
     evaluation_budget: int | None = None
+    reuse_fitness: bool = False
 
     def _check(self) -> None:
         self._at_least(0, "elites", "generations", "mutation_scale")
@@ -800,6 +816,12 @@ def smoke(config: Config) -> Config:
             epochs=epochs,
             batch_size=at_most(64, training.batch_size),
             warmup_epochs=min(training.warmup_epochs, epochs / 2),
+        ),
+        fitness=dataclasses.replace(
+            config.fitness,
+            racing_examples=None
+            if config.fitness.racing_examples is None
+            else at_most(16, config.fitness.racing_examples),
         ),
         finetune=dataclasses.replace(config.finetune, epochs=at_most(1, config.finetune.epochs)),
         baselines=dataclasses.replace(config.baselines, names=("uniform_average", "random_search")),

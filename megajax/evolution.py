@@ -30,6 +30,14 @@ from megajax import operators
 from megajax.errors import SearchError
 from megajax.fitness import Evaluate
 from megajax.operators import Crossover, Mutation, Population, Selection, Survival
+from megajax.scoring import (
+    Racing,
+    Scoring,
+    evaluated,
+    examples_per_generation,
+    examples_scored,
+    score_offspring,
+)
 from megajax.types import Genes, Key, PyTree
 
 __all__ = [
@@ -57,6 +65,8 @@ class GAState(NamedTuple):
         generation: generations done, int32.
         evaluations: networks scored so far, int32.
         stale: generations since the best last improved, int32.
+        completed: of the networks scored, those that were scored on all examples, int32; all of
+            them unless children race.
     """
 
     population: Population
@@ -64,6 +74,7 @@ class GAState(NamedTuple):
     generation: jax.Array
     evaluations: jax.Array
     stale: jax.Array
+    completed: jax.Array
 
 
 class GAInfo(NamedTuple):
@@ -79,7 +90,10 @@ class GAInfo(NamedTuple):
         std: standard deviation of the fitness in the population.
         worst: worst fitness in the population.
         diversity: standard deviation of a gene over the population, mean over the genes.
-        invalid: offspring whose fitness was not a finite number, int32.
+        invalid: offspring whose fitness was not a finite number, int32; of those that lost a race
+            it is not known.
+        completed: networks scored on all examples up to and including it, int32.
+        valid: offspring whose fitness is a finite number, int32.
     """
 
     generation: jax.Array
@@ -92,6 +106,8 @@ class GAInfo(NamedTuple):
     worst: jax.Array
     diversity: jax.Array
     invalid: jax.Array
+    completed: jax.Array
+    valid: jax.Array
 
 
 class GeneticAlgorithm(NamedTuple):
@@ -100,12 +116,14 @@ class GeneticAlgorithm(NamedTuple):
     Attributes:
         init: `init(key, genes) -> state` scores the first population.
         step: `step(key, state) -> (state, info)` makes one generation.
-        num_offspring: networks that a step scores.
+        num_offspring: networks that a step makes, and scores unless it need not.
+        racing: how the offspring race, or None: what a step costs depends on it.
     """
 
     init: Callable[[Key, Genes], GAState]
     step: Callable[[Key, GAState], tuple[GAState, GAInfo]]
     num_offspring: int
+    racing: Racing | None = None
 
 
 def genetic_algorithm(
@@ -117,6 +135,7 @@ def genetic_algorithm(
     mutate: Mutation = operators.gaussian,
     repair: Callable[[Genes], Genes] = lambda genes: genes,
     survive: Survival = operators.plus,
+    scoring: Scoring | None = None,
 ) -> GeneticAlgorithm:
     """Composes a genetic algorithm from its operators.
 
@@ -133,6 +152,8 @@ def genetic_algorithm(
         mutate: mutation.
         repair: puts genes back into the search space.
         survive: survival.
+        scoring: which of the children are scored, and on how many examples (see `megajax.scoring`);
+            None is all of them, on all.
 
     Returns:
         The algorithm.
@@ -145,9 +166,13 @@ def genetic_algorithm(
         16
     """
     scored = evaluate if isinstance(evaluate, Partial) else Partial(evaluate)
+    scoring = scoring or Scoring()
     vary = _Variation(select, cross, mutate, repair, survive)
     return GeneticAlgorithm(
-        Partial(_init, scored), Partial(partial(_step, vary, num_offspring), scored), num_offspring
+        Partial(_init, scored),
+        Partial(partial(_step, vary, scoring, num_offspring), scored),
+        num_offspring,
+        scoring.racing,
     )
 
 
@@ -202,7 +227,9 @@ def run(
         generations_per_chunk: generations between two looks of the host.
         patience: stop at the end of a chunk when so many generations brought no better best.
         time_budget: stop at the end of a chunk when so many seconds have passed in this call.
-        evaluation_budget: do no generation that would score more networks in all than this.
+        evaluation_budget: do no generation that could score more networks in all than this. Where
+            children race, it counts passes over all examples, so that a network that was scored on
+            a tenth of them is a tenth of a network. What `reuse` saves is there to be spent.
         callback: called after each chunk with the state and the chunk's infos (NumPy, leaves
             `[generations]`); a true result stops.
 
@@ -312,13 +339,11 @@ def run_many(
     started = time.monotonic()
     steps = [algorithm.step for algorithm in algorithms]
     common, own = _split(steps)
-    now, goals = list(states), np.asarray(generations)
-    done, stale, evaluations = _counters(now)
-    if evaluation_budget is not None:
-        left = np.maximum(evaluation_budget - evaluations, 0)
-        goals = np.minimum(goals, done + left // [one.num_offspring for one in algorithms])
+    now = list(states)
+    done, stale, left = _counters(algorithms, now, evaluation_budget)
     history: list[list[GAInfo]] = [[] for _ in steps]
     while True:
+        goals = np.minimum(generations, done + left)
         going = done < goals
         if patience is not None:
             going &= stale < patience
@@ -343,7 +368,7 @@ def run_many(
         ]
         for of_one, chunks in zip(infos, history, strict=True):
             chunks.append(of_one)
-        done, stale, _ = _counters(now)
+        done, stale, left = _counters(algorithms, now, evaluation_budget)
         stop = callback is not None and callback(now, infos)
         for of_one, algorithm in zip(infos, algorithms, strict=True):
             check_alive(of_one, algorithm.num_offspring)
@@ -376,7 +401,7 @@ def check_alive(infos: GAInfo, scored: int) -> None:
         megajax.errors.SearchError: generation 0: none of the 2 networks has a finite fitness; check
         fitness.metric and evolution.mutation_scale
     """
-    dead = infos.generation[infos.invalid == scored]
+    dead = infos.generation[infos.valid == 0]
     if len(dead):
         raise SearchError(
             f"generation {dead[0]}: none of the {scored} networks has a finite fitness; check "
@@ -384,13 +409,16 @@ def check_alive(infos: GAInfo, scored: int) -> None:
         )
 
 
-def describe(state: GAState, invalid: jax.Array | int | None = None) -> GAInfo:
+def describe(
+    state: GAState, invalid: jax.Array | int | None = None, valid: jax.Array | int | None = None
+) -> GAInfo:
     """The figures of a state, as `step` reports them.
 
     Args:
         state: any state.
         invalid: how many of the last individuals scored had no finite fitness; None counts the
             population's, as is right for a first one.
+        valid: how many of them have one; likewise.
 
     Returns:
         The infos, scalars.
@@ -404,6 +432,8 @@ def describe(state: GAState, invalid: jax.Array | int | None = None) -> GAInfo:
     finite = jnp.isfinite(fitness)
     if invalid is None:
         invalid = jnp.sum(~finite)
+    if valid is None:
+        valid = jnp.sum(finite)
     known = jnp.where(finite, fitness, jnp.nan)
     spread = [jnp.std(leaf, axis=0).mean() for leaf in jax.tree.leaves(state.population.genes)]
     sizes = [leaf[0].size for leaf in jax.tree.leaves(state.population.genes)]
@@ -418,25 +448,9 @@ def describe(state: GAState, invalid: jax.Array | int | None = None) -> GAInfo:
         worst=jnp.nanmin(known),
         diversity=jnp.average(jnp.stack(spread), weights=jnp.array(sizes, jnp.float32)),
         invalid=jnp.asarray(invalid, jnp.int32),
+        completed=state.completed,
+        valid=jnp.asarray(valid, jnp.int32),
     )
-
-
-def evaluated(evaluate: Evaluate, genes: Genes) -> Population:
-    """Individuals with their fitness; what is not a finite number counts as -inf.
-
-    Args:
-        evaluate: `evaluate(genes [P, ...]) -> (fitness [P], aux)`.
-        genes: leaves `[P, ...]`.
-
-    Returns:
-        The population.
-
-    Example:
-        >>> evaluated(lambda genes: (genes, ()), jnp.array([1.0, jnp.nan])).fitness.tolist()
-        [1.0, -inf]
-    """
-    fitness, aux = evaluate(genes)
-    return Population(genes, jnp.where(jnp.isfinite(fitness), fitness, -jnp.inf), aux)
 
 
 def best_ever(offspring: Population, best: Population) -> tuple[Population, jax.Array]:
@@ -475,18 +489,27 @@ def _init(evaluate: Evaluate, key: Key, genes: Genes) -> GAState:
     population = evaluated(evaluate, genes)
     zero = jnp.zeros((), jnp.int32)
     best: Population = operators.take(population, jnp.argmax(population.fitness))
-    return GAState(population, best, zero, jnp.full_like(zero, population.fitness.size), zero)
+    count = jnp.full_like(zero, population.fitness.size)
+    return GAState(population, best, zero, count, zero, count)
 
 
 def _step(
-    vary: _Variation, num_offspring: int, evaluate: Evaluate, key: Key, state: GAState
+    vary: _Variation,
+    scoring: Scoring,
+    num_offspring: int,
+    evaluate: Evaluate,
+    key: Key,
+    state: GAState,
 ) -> tuple[GAState, GAInfo]:
-    select_key, cross_key, mutate_key, survive_key = jax.random.split(key, 4)
+    select_key, cross_key, mutate_key, survive_key, *sample_key = jax.random.split(
+        key, 4 if scoring.racing is None else 5
+    )
     population = state.population
     pairs = vary.select(select_key, population.fitness, 2 * num_offspring)
     first, second = (operators.take(population.genes, half) for half in jnp.split(pairs, 2))
     genes = vary.repair(vary.mutate(mutate_key, vary.cross(cross_key, first, second)))
-    offspring = evaluated(evaluate, genes)
+    scored = score_offspring(scoring, next(iter(sample_key), None), evaluate, genes, population)
+    offspring = scored.offspring
     population = vary.survive(survive_key, population, offspring)
 
     best, improved = best_ever(offspring, state.best)
@@ -494,10 +517,12 @@ def _step(
         population,
         best,
         state.generation + 1,
-        state.evaluations + num_offspring,
+        state.evaluations + scored.evaluations,
         jnp.where(improved, 0, state.stale + 1),
+        state.completed + scored.completed,
     )
-    return state, describe(state, invalid=jnp.sum(~jnp.isfinite(offspring.fitness)))
+    valid = jnp.sum(jnp.isfinite(offspring.fitness))
+    return state, describe(state, scored.invalid, valid)
 
 
 @partial(jax.jit, static_argnames="side_by_side")
@@ -579,8 +604,18 @@ def _joined(common: PyTree, own: PyTree) -> PyTree:
     return jax.tree.map(either, own, common, is_leaf=lambda leaf: leaf is None)
 
 
-def _counters(states: Sequence[GAState]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Generations done, those without a better best, and networks scored, of each state."""
-    counters = [(state.generation, state.stale, state.evaluations) for state in states]
-    done, stale, evaluations = np.asarray(jax.device_get(counters)).T
-    return done, stale, evaluations
+def _counters(
+    algorithms: Sequence[GeneticAlgorithm], states: Sequence[GAState], budget: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each search: generations done, those without a better best, and those it can afford."""
+    counters = [(s.generation, s.stale, s.evaluations, s.completed) for s in states]
+    done, stale, evaluations, completed = np.asarray(jax.device_get(counters)).T
+    left = np.full(len(states), np.iinfo(np.int32).max, np.int64)
+    if budget is not None:
+        for i, (algorithm, state) in enumerate(zip(algorithms, states, strict=True)):
+            racing, size = algorithm.racing, state.population.fitness.size
+            total = 1 if racing is None else racing.total
+            spent = examples_scored(racing, total, size, evaluations[i], completed[i])
+            most = examples_per_generation(racing, total, algorithm.num_offspring)
+            left[i] = max(budget * total - spent, 0) // most
+    return done, stale, left

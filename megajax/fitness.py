@@ -219,8 +219,8 @@ def map_chunks(function: Callable[[Any], Any], xs: PyTree, chunk: int) -> PyTree
         >>> map_chunks(lambda x: 2 * x, jnp.arange(5), 2).tolist()
         [0, 2, 4, 6, 8]
     """
+    if chunk == 1:  # first of all: one alone has the bits that it has among others
+        return jax.lax.map(function, xs)
     if chunk >= jax.tree.leaves(xs)[0].shape[0]:
         return jax.vmap(function)(xs)
-    if chunk == 1:
-        return jax.lax.map(function, xs)
     return jax.lax.map(function, xs, batch_size=chunk)

@@ -37,6 +37,7 @@ from megajax.genome import Genome
 from megajax.merging import MergeResult, Setup, merge_many, prepare, statistics_paths
 from megajax.parents import check_parents, leaf_paths
 from megajax.plans import Plan, footprint
+from megajax.scoring import examples_per_generation
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
@@ -78,6 +79,7 @@ class NodeResult(NamedTuple):
         parent_fitness: `[2]`, of the two that met.
         history: one entry for the first population and one for each generation, `[1 + G]`.
         evaluations: networks scored.
+        examples_scored: what that cost, as in `megajax.merging.MergeResult`.
     """
 
     variables: PyTree
@@ -85,6 +87,7 @@ class NodeResult(NamedTuple):
     parent_fitness: np.ndarray
     history: GAInfo
     evaluations: int
+    examples_scored: int
 
 
 class TreeResult(NamedTuple):
@@ -98,6 +101,7 @@ class TreeResult(NamedTuple):
         nodes: who met whom, in the order of their numbers.
         results: what each node found, in the same order.
         evaluations: networks scored in all nodes together.
+        examples_scored: what that cost, as in `megajax.merging.MergeResult`.
         genome: what genes mean in each node.
         plan: how a population was cut for its evaluation.
     """
@@ -108,6 +112,7 @@ class TreeResult(NamedTuple):
     nodes: tuple[Node, ...]
     results: tuple[NodeResult, ...]
     evaluations: int
+    examples_scored: int
     genome: Genome
     plan: Plan
 
@@ -336,6 +341,7 @@ def merge_tree(
         nodes=tuple(nodes),
         results=tuple(results),
         evaluations=sum(result.evaluations for result in results),
+        examples_scored=sum(result.examples_scored for result in results),
         genome=setup.genome,
         plan=setup.plan,
     )
@@ -485,13 +491,15 @@ def _meet(
 
 
 def _generations(setup: Setup, num_nodes: int) -> list[int]:
-    """When the search of each node stops."""
-    config = setup.evolution
+    """When the search of each node stops; what `reuse_fitness` saves is not shared out again."""
+    config, total = setup.evolution, setup.num_examples
     if config.evaluation_budget is None:
         return [config.generations] * num_nodes
-    budget = share_budget(
-        config.evaluation_budget, num_nodes, config.population_size, setup.num_offspring
-    )
+    nodes, size = num_nodes, config.population_size
+    budget = share_budget(config.evaluation_budget, nodes, size, setup.num_offspring)
+    if setup.racing is not None:  # then the unit is an example
+        most = examples_per_generation(setup.racing, total, setup.num_offspring)
+        budget = share_budget(config.evaluation_budget * total, nodes, size * total, most)
     return [min(config.generations, share) for share in budget.generations]
 
 
@@ -562,6 +570,7 @@ def _search(
                 parent_fitness=merged.parent_fitness,
                 history=merged.history,
                 evaluations=merged.evaluations,
+                examples_scored=merged.examples_scored,
             )
             if save is not None:
                 save(node, found)

@@ -40,7 +40,7 @@ from megajax.evolution import (
     rescored,
     run_many,
 )
-from megajax.fitness import METRICS, Evaluate, batches, evaluator
+from megajax.fitness import METRICS, Batches, Evaluate, batches, evaluator
 from megajax.genome import Genome, masks, weights
 from megajax.layers import find_layers
 from megajax.normalization import find_statistics, recalibrated
@@ -55,8 +55,9 @@ from megajax.parents import (
     stacked_shapes,
 )
 from megajax.plans import Plan, check_memory, free_memory, plan_evaluation, predict_memory
+from megajax.scoring import Racing, Scoring, examples_scored, on_sample
 from megajax.shares import parent_shares, projected_shares
-from megajax.types import ApplyFn, Key, PyTree
+from megajax.types import ApplyFn, Genes, Key, PyTree
 
 __all__ = [
     "MergeResult",
@@ -99,7 +100,10 @@ class MergeResult(NamedTuple):
         genes: the merged network's genes.
         history: one entry for the first population and one for each generation, NumPy `[1 + G]`;
             for a search that went on from a state, the generations after it.
-        evaluations: networks scored in all.
+        evaluations: networks scored in all, a child once, however many examples it was scored on.
+        examples_scored: what that cost: passes of a validation example through a network. Without
+            racing, `evaluations` times the examples. Passes of calibration examples
+            (`recalibrate.examples` before each scoring of a network) come on top.
         genome: what the genes mean.
         parents: the K parents as they were mixed, hidden units aligned.
         state: the search's last state, from which it can go on.
@@ -112,6 +116,7 @@ class MergeResult(NamedTuple):
     genes: jax.Array
     history: GAInfo
     evaluations: int
+    examples_scored: int
     genome: Genome
     parents: list[PyTree]
     state: GAState
@@ -230,6 +235,8 @@ class Setup(NamedTuple):
         align: how hidden units are brought into correspondence.
         evolution: population, generations and limits.
         plan: how a population is cut for its evaluation.
+        num_examples: validation examples N.
+        racing: how children race, or None.
     """
 
     apply_fn: ApplyFn
@@ -244,6 +251,8 @@ class Setup(NamedTuple):
     align: AlignConfig
     evolution: EvolutionConfig
     plan: Plan
+    num_examples: int
+    racing: Racing | None
 
 
 def prepare(
@@ -297,7 +306,9 @@ def prepare(
     chunk = plan.population_chunk
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
     evaluate: Any = evaluator(masked.express, fast, metric, None, data, population_chunk=chunk)
-    algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary)
+    racing = _racing(fitness, masked.express, fast, metric, data, chunk)
+    scoring = Scoring(evolution.reuse_fitness, chunk, racing)
+    algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary, scoring=scoring)
     score = None
     if not genome.parents_first:  # for the record only: the search does not know it
         itself = evaluator(_itself, fast, metric, (), data, population_chunk=chunk)
@@ -315,7 +326,33 @@ def prepare(
         align=align,
         evolution=evolution,
         plan=plan,
+        num_examples=len(inputs),
+        racing=racing,
     )
+
+
+def _racing(
+    config: FitnessConfig,
+    express: Callable[[Genes, PyTree], PyTree],
+    apply_fn: ApplyFn,
+    metric: Any,
+    data: Batches,
+    population_chunk: int,
+) -> Racing | None:
+    """How children race as a configuration says; a sample's size has an evaluation of its own."""
+    count, total = config.racing_examples, int(data.valid.sum())
+    if count is None:
+        return None
+    if count > total:
+        raise ConfigError(
+            f"fitness.racing_examples is {count}: there are only {total} validation examples"
+        )
+    sample = Batches(*(leaf.reshape(-1, 1, *leaf.shape[2:])[:count] for leaf in data))
+    evaluate: Any = evaluator(
+        express, apply_fn, metric, None, sample, population_chunk=population_chunk
+    )
+    draw = partial(on_sample, evaluate.func, count, total)
+    return Racing(draw, count, total, config.racing_finalists)
 
 
 def merge_many(
@@ -437,6 +474,13 @@ def merge_many(
                 lambda *leaves: np.concatenate(leaves), *(part[i] for part in history)
             ),
             evaluations=int(state.evaluations),
+            examples_scored=examples_scored(
+                setup.racing,
+                setup.num_examples,
+                config.population_size,
+                int(state.evaluations),
+                int(state.completed),
+            ),
             genome=genome,
             parents=aligned[i],
             state=state,
@@ -617,7 +661,12 @@ def genome_for(
 
 
 def algorithm_for(
-    genome: Genome, evaluate: Evaluate, config: EvolutionConfig, *, binary: bool = False
+    genome: Genome,
+    evaluate: Evaluate,
+    config: EvolutionConfig,
+    *,
+    binary: bool = False,
+    scoring: Scoring | None = None,
 ) -> GeneticAlgorithm:
     """The genetic algorithm that a configuration section describes, for a genome.
 
@@ -626,6 +675,7 @@ def algorithm_for(
         evaluate: `evaluate(genes [M, ...]) -> (fitness [M], aux)`.
         config: names of operators, or functions in their place.
         binary: the genes pick parents, so that `mutation=None` means `reset`.
+        scoring: which children are scored, and on how many examples; None is all, on all.
 
     Returns:
         The algorithm.
@@ -684,6 +734,7 @@ def algorithm_for(
         mutate=mutate,
         repair=genome.repair,
         survive=survive,
+        scoring=scoring,
     )
 
 

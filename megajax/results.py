@@ -20,7 +20,8 @@ report; `predictions.npz` beside it holds the arrays, see `megajax.predictions`)
 An entry is one network's figures: `validation_accuracy`, `test_accuracy`, `test_nll` (nats)
 [, `validation_nll`, `fitness`, `calibration_error`, `per_class_accuracy` (one for each class),
 `agreement` (with each parent), `evaluations` (networks that its own search scored),
-`images_scored` (images that each of those was scored on; the validation images if it is missing)].
+`images_scored` (images that each of those was scored on, a mean if they differ; the validation
+images if it is missing)].
 Shares and accuracies lie in [0, 1]. In `predictions.npz` and in `robustness`, a network's name is
 `parent_0`, ..., the name of a baseline, or `merged`.
 """
@@ -83,7 +84,7 @@ class Row(NamedTuple):
             can be made.
         adjusted: the difference's p-value after Holm's correction over the comparison, or None.
         evaluations: networks that its search scored, or None where nothing was searched.
-        images_scored: images that each of them was scored on, or None.
+        images_scored: images that each of them was scored on, a mean if they differ, or None.
         corrupted: mean corruption accuracy, or None.
         corrupted_difference: of that, to the best parent, or None.
     """
@@ -97,7 +98,7 @@ class Row(NamedTuple):
     difference: Difference | None = None
     adjusted: float | None = None
     evaluations: int | None = None
-    images_scored: int | None = None
+    images_scored: float | None = None
     corrupted: float | None = None
     corrupted_difference: Difference | None = None
 
@@ -367,9 +368,14 @@ def _summary(
     for figure in ("per_class_accuracy", "agreement"):
         if all(entry.get(figure) is not None for entry in ours):
             summary[figure] = _mean([entry[figure] for entry in ours])
-    for figure in ("evaluations", "images_scored"):
-        if all(entry.get(figure) is not None for entry in ours):
-            summary[figure] = _equal_or_mean(entry[figure] for entry in ours)
+    if all(entry.get("evaluations") is not None for entry in ours):
+        scored = [entry["evaluations"] for entry in ours]
+        images = [entry["images_scored"] for entry in ours]
+        summary["evaluations"] = _equal_or_mean(scored)
+        summary["images_scored"] = images[0]  # the product is to be right where they differ
+        if len(set(images)) > 1:
+            cost = np.mean([n * each for n, each in zip(scored, images, strict=True)])
+            summary["images_scored"] = float(cost) / summary["evaluations"]
     if key != BEST and not key.startswith("parent_"):
         for name, figure in (
             ("difference", "test_accuracy"),

@@ -279,7 +279,7 @@ def assert_same(first, second):
 
 # Stopping and going on ------------------------------------------------------------------------
 
-LIKE = NodeResult(EXPERTS[0], 0.0, np.zeros(2), GAInfo(*[np.zeros(1)] * len(GAInfo._fields)), 0)
+LIKE = NodeResult(EXPERTS[0], 0.0, np.zeros(2), GAInfo(*[np.zeros(1)] * len(GAInfo._fields)), 0, 0)
 
 
 @pytest.mark.parametrize("nodes_at_once", [1, 2])

@@ -107,6 +107,18 @@ def test_the_full_table_and_the_budgets(run, found):
         "The merged network's search scored 96 x 200 networks x images; another one had "
         "random search 96 x 100."
     )
+    # Paid for by the image and by the network, budgets are the same up to one network.
+    results["baselines"]["random_search"]["images_scored"] = 200
+    for evaluations, images, said in ((400, 47.75, "400 x 47.8"), (96, 197, "96 x 197")):
+        results["merged"] |= {"evaluations": evaluations, "images_scored": images}
+        assert text.budgets(comparison(results)) == (
+            f"The merged network's search scored {said} networks x images; "
+            + (
+                "the same budget had random search."
+                if evaluations == 400
+                else "another one had random search 96 x 200."
+            )
+        )
     del results["baselines"]["random_search"]["evaluations"]
     assert text.budgets(comparison(results)) is None
 

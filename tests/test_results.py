@@ -99,6 +99,16 @@ def test_seeds_are_paired(runs):
     assert "difference" not in combined["networks"]["parent_0"]
 
 
+def test_the_mean_cost_over_seeds_is_right_where_networks_saw_few_images(runs):
+    few = [json.loads(json.dumps(results)) for results, _ in runs[:2]]
+    for results, evaluations, images in zip(few, (100, 61), (47.75, 30), strict=True):
+        results["merged"] |= {"evaluations": evaluations, "images_scored": images}
+    merged = aggregate(few)["networks"]["merged"]
+    assert merged["evaluations"] == 80
+    assert merged["evaluations"] * merged["images_scored"] == pytest.approx((4775 + 1830) / 2)
+    assert aggregate(few)["networks"]["random_search"]["images_scored"] == 200
+
+
 def test_the_best_parent_may_be_another_one_for_each_seed(runs):
     swapped = json.loads(json.dumps(runs[1][0]))
     swapped["parents"].reverse()

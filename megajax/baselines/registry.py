@@ -36,8 +36,10 @@ from megajax.fitness import METRICS, Batches, Evaluate, batches, evaluator
 from megajax.genome import Genome, masks
 from megajax.merging import check_labels, genome_for
 from megajax.normalization import recalibrate, recalibrated
+from megajax.operators import take
 from megajax.parents import check_parents, stack_parents
 from megajax.plans import Plan, plan_evaluation
+from megajax.scoring import num_finalists
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
@@ -248,7 +250,7 @@ def run_baselines(
             lambda: space(stacked(), genome_for(apply_fn, stacked(), batch, genome, labels=labels))
         ),
         line=cache(lambda: space(stacked(), masks(stacked(), granularity="global"))),
-        budget=config.budget or budget or _evaluations(evolution),
+        budget=config.budget or budget or _evaluations(evolution, fitness, len(validation[1])),
         evolution=evolution,
     )
     available = {"validation"}
@@ -398,9 +400,13 @@ def _line(key: Key, given: Given) -> Result:
 
 
 def _searched(
-    make: Callable[..., GeneticAlgorithm],
+    make: Callable[..., GeneticAlgorithm], *, draws: bool = False
 ) -> Callable[[Key, Given], Result]:
-    """A search over the masks, from a first population like the evolution's."""
+    """A search over the masks, from a first population like the evolution's.
+
+    One that `draws` from what that is drawn from also spends what is left for less than a whole
+    generation, so that it scores exactly as many networks as its budget has.
+    """
 
     def search(key: Key, given: Given) -> Result:
         size = given.evolution.population_size
@@ -420,9 +426,16 @@ def _searched(
             generations_per_chunk=given.evolution.generations_per_chunk,
             evaluation_budget=given.budget,
         )
-        variables = jax.jit(space.genome.express)(state.best.genes, space.context)
-        detail = {"fitness": float(state.best.fitness)}
-        return Result(variables, int(state.evaluations), detail=detail)
+        best, count = state.best, int(state.evaluations)
+        if draws and count < given.budget:
+            drawn = space.genome.init(jax.random.fold_in(run_key, given.budget), 2 * size)
+            rest = jnp.arange(size, size + given.budget - count)  # parents and mean come first
+            genes, fitness = best_point(space.evaluate, take(drawn, rest), batch_size=size)
+            count = given.budget
+            if fitness.max() > best.fitness:
+                best = best._replace(genes=genes, fitness=fitness.max())
+        variables = jax.jit(space.genome.express)(best.genes, space.context)
+        return Result(variables, count, detail={"fitness": float(best.fitness)})
 
     return search
 
@@ -504,7 +517,7 @@ BASELINES: dict[str, Baseline] = {
         searches=True,
     ),
     "random_search": Baseline(
-        _searched(random_search),
+        _searched(random_search, draws=True),
         frozenset({"validation"}),
         "the best of as many random masks as the evolution scored",
         "-",
@@ -586,9 +599,13 @@ def _check_base(parent: PyTree, base: PyTree) -> None:
         raise ParentsError(f"the base network (as parent 1) does not fit: {error}") from None
 
 
-def _evaluations(evolution: EvolutionConfig) -> int:
-    """Networks that an evolution scores that nothing stops early."""
+def _evaluations(evolution: EvolutionConfig, fitness: FitnessConfig, total: int) -> int:
+    """Networks that an evolution scores that nothing stops early; passes over all, if they race."""
     size = evolution.population_size
-    elites = evolution.elites if evolution.survival == "generational" else 0
-    most = size + evolution.generations * (size - elites)
+    children = size - (evolution.elites if evolution.survival == "generational" else 0)
+    each: float = children
+    if fitness.racing_examples is not None:
+        finalists = num_finalists(fitness.racing_finalists, children)
+        each = finalists + children * fitness.racing_examples / total
+    most = round(size + evolution.generations * each)
     return most if evolution.evaluation_budget is None else min(most, evolution.evaluation_budget)

@@ -167,6 +167,7 @@ class SearchState(NamedTuple):
         generation: generations done, int32.
         evaluations: networks scored so far, int32.
         stale: generations since the best last improved, int32.
+        completed: networks scored on all examples so far, which all of them are, int32.
         strategy: what the library's algorithm carries.
     """
 
@@ -175,6 +176,7 @@ class SearchState(NamedTuple):
     generation: jax.Array
     evaluations: jax.Array
     stale: jax.Array
+    completed: jax.Array
     strategy: PyTree
 
 
@@ -279,7 +281,7 @@ def _init(
     # Python's own numbers, which would have another type after the first step.
     strategy = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), strategy)
     zero = jnp.zeros((), jnp.int32)
-    return SearchState(population, best, zero, zero + size, zero, strategy)
+    return SearchState(population, best, zero, zero + size, zero, zero + size, strategy)
 
 
 def _step(
@@ -306,9 +308,10 @@ def _step(
         state.generation + 1,
         state.evaluations + search.num_offspring,
         jnp.where(improved, 0, state.stale + 1),
+        state.completed + search.num_offspring,
         strategy,
     )
-    return state, describe(GAState(*state[:5]), invalid=jnp.sum(~finite))
+    return state, describe(GAState(*state[:6]), jnp.sum(~finite), jnp.sum(finite))
 
 
 def _one(genome: Genome, population_size: int) -> Genes:

@@ -141,15 +141,20 @@ def agreement_table(
 
 
 def budgets(found: Comparison) -> str | None:
-    """Who was chosen with the merged network's budget and who not; None if nobody else has one."""
+    """Who was chosen with the merged network's budget and who not; None if nobody else has one.
+
+    Budgets are the same that differ by less than one network on all images: what a search pays for
+    by the image, another one pays for by the network.
+    """
     merged = _row(found, "merged")
     others = [row for row in found.rows if row.evaluations and row.key != "merged"]
     if not merged.evaluations or not others:
         return None
     same: list[str] = []
     different: list[str] = []
+    one = max(row.images_scored or 0 for row in (*others, merged))  # the images of one network
     for row in others:
-        equal = _cost(row) == _cost(merged)
+        equal = abs(_cost(row) - _cost(merged)) < one
         (same if equal else different).append(row.name if equal else f"{row.name} {_budget(row)}")
     parts = [f"The merged network's search scored {_budget(merged)} networks x images"]
     parts += [f"the same budget had {', '.join(same)}"] if same else []
@@ -253,11 +258,14 @@ def _what(found: Comparison) -> str:
 
 
 def _cost(row: Row) -> int:
-    return (row.evaluations or 0) * (row.images_scored or 0)
+    return round((row.evaluations or 0) * (row.images_scored or 0))
 
 
 def _budget(row: Row) -> str:
-    return f"{row.evaluations:,} x {row.images_scored:,}" if row.evaluations else ""
+    if not row.evaluations or row.images_scored is None:
+        return ""
+    images = row.images_scored
+    return f"{row.evaluations:,} x {images:,.{0 if images == round(images) else 1}f}"
 
 
 def _change(row: Row) -> str:

@@ -20,8 +20,8 @@ def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> O
     """Runs the baselines on the parents as they are and, with a prefix, as the search saw them.
 
     The latter are aligned (`aligned_`) and recalibrated where the search recalibrates, or the one
-    alone (`recalibrated_`); searches run only there, under their own names, with as many
-    evaluations as the evolution had.
+    alone (`recalibrated_`); searches run only there, under their own names, at the cost that the
+    evolution had, counted in passes of an image through a network.
     """
     del checkpoints
     config, split = task.config, task.selection
@@ -69,12 +69,15 @@ def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> O
                 genome=genome,
                 fitness=planned(task, parents[0]),
                 evolution=config.evolution,
-                budget=outcomes["search"].values["evaluations"],
+                budget=round(outcomes["search"].values["examples_scored"] / len(split.labels)),
                 callback=done,
             )
             for name, result in results.items():
                 found[name if name in _SEARCHES else prefix + name] = result
     return Outcome(
         networks={f"baselines/{name}": result.variables for name, result in found.items()},
-        values={"evaluations": {name: result.evaluations for name, result in found.items()}},
+        values={
+            "evaluations": {name: result.evaluations for name, result in found.items()},
+            "examples_scored": {name: result.examples for name, result in found.items()},
+        },
     )

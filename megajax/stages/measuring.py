@@ -55,9 +55,12 @@ def measure(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
     for name, fitness in zip(names, found["parent_fitness"], strict=True):
         entries[name]["fitness"] = fitness
     entries["merged"]["fitness"] = found["fitness"]
-    for name, evaluations in outcomes["baselines"].values["evaluations"].items():
+    cost = outcomes["search"].values
+    entries["merged"] |= _cost(cost["evaluations"], cost["examples_scored"])
+    cost = outcomes["baselines"].values
+    for name, evaluations in cost["evaluations"].items():
         if evaluations:
-            entries[name]["evaluations"] = evaluations
+            entries[name] |= _cost(evaluations, cost["examples_scored"][name])
     values = {
         "parents": [entries[name] for name in names],
         "baselines": {name: entries[name] for name in (*compared, "ensemble")},
@@ -67,6 +70,12 @@ def measure(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
     if measured.robustness is not None:
         values["robustness"] = measured.robustness
     return Outcome(values=values, files=(PREDICTIONS,))
+
+
+def _cost(evaluations: int, examples: int) -> dict[str, float]:
+    """Networks that were scored, and on how many images each of them: a mean if they differ."""
+    each, rest = divmod(examples, evaluations)
+    return {"evaluations": evaluations, "images_scored": examples / evaluations if rest else each}
 
 
 def _path(

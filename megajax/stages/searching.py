@@ -133,6 +133,7 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
             "fitness": merged.fitness,
             "parent_fitness": merged.parent_fitness.tolist(),
             "evaluations": merged.evaluations,
+            "examples_scored": merged.examples_scored,
             "generations": int(merged.state.generation),
             "genes": merged.genome.num_genes,
             "plan": merged.plan._asdict(),
@@ -224,6 +225,7 @@ def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
             "fitness": tree.fitness,
             "parent_fitness": tree.parent_fitness.tolist(),
             "evaluations": tree.evaluations,
+            "examples_scored": tree.examples_scored,
             "generations": sum(len(result.history.generation) - 1 for result in tree.results),
             "genes": tree.genome.num_genes,
             "plan": tree.plan._asdict(),
@@ -255,6 +257,7 @@ def _node_outcome(node: Node, result: NodeResult) -> Outcome:
             "fitness": result.fitness,
             "parent_fitness": result.parent_fitness.tolist(),
             "evaluations": result.evaluations,
+            "examples_scored": result.examples_scored,
             "history": history,
         },
     )
@@ -265,7 +268,7 @@ def _node_result(stored: Outcome) -> NodeResult:
     values = stored.values
     columns: dict[str, Any] = {}
     for name, column in values["history"].items():
-        whole = name in ("generation", "evaluations", "invalid")
+        whole = name in ("generation", "evaluations", "invalid", "completed", "valid")
         known = [np.nan if value is None else value for value in column]
         columns[name] = np.array(known, np.int32 if whole else np.float32)
     return NodeResult(
@@ -274,6 +277,7 @@ def _node_result(stored: Outcome) -> NodeResult:
         parent_fitness=np.array(values["parent_fitness"], np.float32),
         history=GAInfo(**columns),
         evaluations=values["evaluations"],
+        examples_scored=values["examples_scored"],
     )
 
 
@@ -283,7 +287,8 @@ def _search_state(saved: Mapping[str, Any]) -> GAState:
         Population(saved[name]["genes"], saved[name]["fitness"], saved[name].get("aux", ()))
         for name in ("population", "best")
     )
-    return GAState(population, best, saved["generation"], saved["evaluations"], saved["stale"])
+    counters = ("generation", "evaluations", "stale", "completed")
+    return GAState(population, best, *(saved[name] for name in counters))
 
 
 def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -94,6 +94,15 @@ def test_equal_budgets_are_used_and_printed(results):
     assert all(result.examples == 90 * result.evaluations for result in results.values())
 
 
+def test_random_search_spends_what_is_left_for_less_than_a_generation():
+    best = every(names="best_parent")["best_parent"].detail["fitness"]
+    for budget in (8, 21, 24):
+        result = every(names="random_search", budget=budget)["random_search"]
+        assert (result.evaluations, result.examples) == (budget, 90 * budget)
+        assert -nll(result.variables) == pytest.approx(result.detail["fitness"], abs=1e-5)
+        assert result.detail["fitness"] >= best - 1e-6
+
+
 @pytest.mark.slow
 def test_evosaxs_searches_use_the_same_budget_and_are_never_below_the_best_parent(results):
     best = results["best_parent"].detail["fitness"]
