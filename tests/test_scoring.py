@@ -374,7 +374,8 @@ def test_the_default_search_has_the_bits_that_it_always_had():
         drawn = jax.random.uniform(new, genes.shape)
         return jnp.where(jax.random.uniform(hit, genes.shape) < 0.25, drawn, genes)
 
-    ga = genetic_algorithm(evaluate, num_offspring=12, mutate=mutate)
+    cross = partial(operators.uniform, rate=np.float32(0.5))  # a number for each gene, as then
+    ga = genetic_algorithm(evaluate, num_offspring=12, cross=cross, mutate=mutate)
     genes = jax.random.uniform(jax.random.key(1), (16, 4))
     state, infos = run(jax.random.key(3), ga, ga.init(jax.random.key(0), genes), 6)
     assert [float(gene).hex() for gene in state.best.genes] == [
