@@ -53,6 +53,7 @@ from megajax.parents import (
     stacked_shapes,
 )
 from megajax.plans import Plan, plan_evaluation
+from megajax.sharding import place
 from megajax.shares import parent_shares, projected_shares
 from megajax.types import ApplyFn, Key, PyTree
 
@@ -293,16 +294,21 @@ def prepare(
         examples = jnp.asarray(calibration)[: recalibrate.examples]
     chunk = plan.population_chunk
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
-    evaluate: Any = evaluator(masked.express, apply_fn, metric, None, data, population_chunk=chunk)
+    mesh = plan.mesh
+    evaluate: Any = evaluator(
+        masked.express, apply_fn, metric, None, data, population_chunk=chunk, mesh=mesh
+    )
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary)
     score = None
     if not genome.parents_first:  # for the record only: the search does not know it
-        itself = evaluator(_itself, apply_fn, metric, (), data, population_chunk=chunk)
+        itself = evaluator(_itself, apply_fn, metric, (), data, population_chunk=chunk, mesh=mesh)
         score = partial(_scores, itself)
     return Setup(
         apply_fn=apply_fn,
         genome=masked,
-        algorithm=lambda context: rescored(algorithm, Partial(evaluate.func, context, data)),
+        algorithm=lambda context: rescored(
+            algorithm, Partial(evaluate.func, place(context, mesh, split=True), evaluate.args[1])
+        ),
         num_offspring=algorithm.num_offspring,
         score=score,
         inputs=batch,

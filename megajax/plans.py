@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
+from jax.sharding import Mesh
 
 from megajax.config import FitnessConfig
+from megajax.sharding import population_mesh
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Plan", "footprint", "has_convolutions", "plan_evaluation"]
@@ -29,10 +31,22 @@ class Plan(NamedTuple):
     Attributes:
         population_chunk: networks side by side (`vmap`), chunk after chunk (`lax.map`).
         batch_size: the most examples in one pass of a network.
+        mesh: devices that share the population; None is one device.
     """
 
     population_chunk: int
     batch_size: int
+    mesh: Mesh | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The plan as plain data: of the mesh, how many devices there are along each axis.
+
+        Example:
+            >>> Plan(1, 512).plain()
+            {'population_chunk': 1, 'batch_size': 512, 'mesh': None}
+        """
+        mesh = None if self.mesh is None else dict(self.mesh.shape)
+        return {**self._asdict(), "mesh": mesh}
 
 
 def plan_evaluation(
@@ -53,17 +67,20 @@ def plan_evaluation(
         apply_fn: the network.
         variables: of one network, or their shapes and dtypes.
         inputs: any number of examples, or their shape and dtype.
-        config: `population_chunk` and `batch_size`, as numbers or `auto`.
+        config: `population_chunk` and `batch_size`, as numbers or `auto`; the devices.
         population_size: individuals P.
 
     Returns:
         The plan.
 
+    Raises:
+        ConfigError: there are not so many devices, or the numbers do not divide.
+
     Example:
         >>> import jax.numpy as jnp
         >>> inputs = jax.ShapeDtypeStruct((1000, 3), jnp.float32)
         >>> plan_evaluation(lambda w, x: x @ w, jnp.ones((3, 2)), inputs, FitnessConfig(), 20)
-        Plan(population_chunk=20, batch_size=512)
+        Plan(population_chunk=20, batch_size=512, mesh=None)
     """
     chunk, batch_size = config.population_chunk, config.batch_size
     one_by_one = jax.default_backend() == "cpu" and has_convolutions(apply_fn, variables, inputs)
@@ -75,7 +92,7 @@ def plan_evaluation(
             batch_size = max(_SMALLEST, min(_LARGEST, int(_CPU_BYTES / one)))
     if isinstance(chunk, str):
         chunk = 1 if one_by_one else population_size
-    return Plan(chunk, batch_size)
+    return Plan(chunk, batch_size, population_mesh(config.devices, config.devices_per_network))
 
 
 def has_convolutions(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> bool:

@@ -27,7 +27,7 @@ def plan(net, **options):
 
 def test_auto_goes_one_by_one_through_convolutions_on_a_cpu_and_side_by_side_otherwise():
     assert plan(Net()).population_chunk == 1
-    assert plan(Net(width=0)) == (20, 512)
+    assert plan(Net(width=0)) == (20, 512, None)
 
 
 @pytest.mark.parametrize(("width", "fits"), [(1, 512), (16, 162), (64, 40), (1024, 32)])
@@ -37,7 +37,7 @@ def test_a_pass_through_convolutions_has_what_fits_in_the_caches(width, fits):
 
 
 def test_what_the_configuration_says_counts():
-    assert plan(Net(), population_chunk=5, batch_size=7) == (5, 7)
+    assert plan(Net(), population_chunk=5, batch_size=7) == (5, 7, None)
 
 
 def test_a_footprint_is_the_weights_and_what_is_alive_at_once():
