@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 
+from megajax import distributed
 from megajax.config import CheckpointConfig
 from megajax.errors import WorkdirError, first_line
 from megajax.files import file_digest, sync, write_bytes
@@ -181,10 +182,14 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._config.keep,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
+                **_alone(),
             )
-            self._manager = self._guarded(
-                lambda: ocp.CheckpointManager(self._folder, options=options)
-            )
+
+            def create() -> ocp.CheckpointManager:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                return ocp.CheckpointManager(self._folder, options=options)
+
+            self._manager = self._guarded(create)
         return self._manager
 
     def _finish(self) -> None:
@@ -242,6 +247,22 @@ def fit(like: PyTree, state: Mapping[str, Any]) -> PyTree:
             raise WorkdirError(f"leaf {name} is {there} in the checkpoint, {here} here")
     by_position = {position: found[name] for name, position in positions.items()}
     return jax.tree.unflatten(treedef, [by_position[i] for i in range(len(leaves))])
+
+
+def _alone() -> dict[str, Any]:
+    """Options by which the processes of a distributed run write checkpoints each for itself.
+
+    Each of them holds the whole state, in a folder of its own, and saves when its clock says so.
+    """
+    if not distributed.several():
+        return {}
+    process = jax.process_index()
+    own = ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"process{process}",
+    )
+    return {"multiprocessing_options": own, "create": False}  # it wants the folder to be there
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:
