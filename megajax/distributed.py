@@ -9,7 +9,9 @@ run of one process every function here returns at once.
 from __future__ import annotations
 
 import contextlib
+import socket
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -49,6 +51,8 @@ def connect(
         ...
         megajax.errors.ProcessError: --distributed: no connection: ...
     """
+    if coordinator is not None and 0 < (process or 0) < (processes or 0):
+        _wait_for(coordinator, timeout)  # JAX would end the process where nobody answers
     try:
         jax.distributed.initialize(coordinator, processes, process, initialization_timeout=timeout)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -177,6 +181,22 @@ def own_folders(folders: Sequence[Path]) -> Iterator[list[Path]]:
                         workdir.copy_whole(old, new)
         locks.close()
         yield own
+
+
+def _wait_for(coordinator: str, timeout: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, ValueError) as error:
+            if time.monotonic() > until or isinstance(error, ValueError):
+                raise ProcessError(
+                    f"--distributed: no connection to process 0 at {coordinator}: "
+                    f"{first_line(error)}"
+                ) from None
+        time.sleep(0.2)
 
 
 def _numbers(number: int) -> list[int]:

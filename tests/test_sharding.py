@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from rich.console import Console
 
 import megajax as mj
-from megajax import evolution, fitness, sharding
+from megajax import evolution, fitness, pipeline, sharding, workdir
 from megajax.config import Config, FitnessConfig, RecalibrateConfig, from_dict, to_dict
 from megajax.genome import masks
 from megajax.normalization import recalibrated
@@ -275,3 +276,43 @@ def test_the_configuration_keeps_the_devices():
     assert from_dict(to_dict(config)) == config
     assert from_dict({"fitness": {"devices": "4"}}).fitness.devices == 4
     assert Config().fitness.devices == 1
+
+
+RUN = {
+    "data": {"validation_fraction": 0.3},
+    "model": {"options": {"width": 4}},
+    "training": {"epochs": 2},
+    "fitness": {"metric": "accuracy"},
+    "evolution": {"population_size": 6, "generations": 5},
+    "baselines": {"names": ()},
+    "robustness": {"enabled": False},
+}
+
+
+def on_devices(devices):
+    return from_dict(RUN | {"fitness": {"metric": "accuracy", "devices": devices}})
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_checkpoint_of_another_number_of_devices(tmp_path, capsys):
+    whole = pipeline.run(on_devices(1), tmp_path / "whole")
+    metrics = tmp_path / "four" / workdir.METRICS
+
+    def stopping():
+        return metrics.exists() and len(workdir.read_lines(metrics)) == 3
+
+    with pytest.raises(mj.errors.Interrupted, match="saved after generation 2"):
+        pipeline.run(on_devices(4), tmp_path / "four", stopping=stopping)
+    with pytest.raises(mj.WorkdirError, match=r"fitness\.devices is 4 there, 8 here"):
+        pipeline.run(on_devices(8), tmp_path / "four")
+    for devices in (1, 8):
+        folder = tmp_path / str(devices)
+        results = pipeline.run(on_devices(devices), folder, Console(), origin=tmp_path / "four")
+        assert "merging goes on after generation 2" in capsys.readouterr().out
+        assert results["merged"] == whole["merged"]
+        chex.assert_trees_all_equal(
+            workdir.load_network(folder / "merged"),
+            workdir.load_network(tmp_path / "whole" / "merged"),
+        )
+    mesh = workdir.read_json(tmp_path / "8" / workdir.RESULTS)["plan"]["mesh"]
+    assert mesh == {"population": 8, "network": 1}
