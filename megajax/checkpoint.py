@@ -27,7 +27,7 @@ from megajax.errors import WorkdirError, first_line
 from megajax.files import file_digest, sync, write_bytes
 from megajax.types import PyTree
 
-__all__ = ["Checkpoint", "Checkpoints", "fit"]
+__all__ = ["Checkpoint", "Checkpoints", "alone", "fit"]
 
 _log = logging.getLogger(__name__)
 _STATE, _ABOUT, _SEAL = "state", "about", "SHA256SUMS"
@@ -179,10 +179,12 @@ class Checkpoints:
         if self._manager is None:
             for unfinished in self._folder.glob("*.*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+            own = alone()
+            own_options = {} if own is None else {"multiprocessing_options": own, "create": False}
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._config.keep,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
-                **_alone(),
+                **own_options,
             )
 
             def create() -> ocp.CheckpointManager:
@@ -249,20 +251,27 @@ def fit(like: PyTree, state: Mapping[str, Any]) -> PyTree:
     return jax.tree.unflatten(treedef, [by_position[i] for i in range(len(leaves))])
 
 
-def _alone() -> dict[str, Any]:
-    """Options by which the processes of a distributed run write checkpoints each for itself.
+def alone() -> ocp.options.MultiprocessingOptions | None:
+    """How Orbax is to write where each process of a distributed run does so for itself.
 
-    Each of them holds the whole state, in a folder of its own, and saves when its clock says so.
+    Each of them holds the whole state, writes it to a folder of its own, and when its clock says
+    so; Orbax would otherwise wait for all of them.
+
+    Returns:
+        Options; None in a run of one process.
+
+    Example:
+        >>> alone() is None
+        True
     """
     if not distributed.several():
-        return {}
+        return None
     process = jax.process_index()
-    own = ocp.options.MultiprocessingOptions(
+    return ocp.options.MultiprocessingOptions(
         primary_host=process,
         active_processes={process},
         barrier_sync_key_prefix=f"process{process}",
     )
-    return {"multiprocessing_options": own, "create": False}  # it wants the folder to be there
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:

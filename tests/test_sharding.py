@@ -278,6 +278,40 @@ def test_the_configuration_keeps_the_devices():
     assert Config().fitness.devices == 1
 
 
+FOUR = [RNG.normal(size=(5, 4)).astype(np.float32) for _ in range(4)]
+POINTS = RNG.normal(size=(30, 5)).astype(np.float32), RNG.integers(0, 4, 30)
+SHORT = mj.EvolutionConfig(population_size=6, generations=3)
+
+
+def linear(weights, inputs):
+    return inputs @ weights
+
+
+@pytest.mark.parametrize("chunk", [1, 6])
+def test_a_tree_of_searches(chunk):
+    def tree(devices):
+        config = FitnessConfig(metric="accuracy", devices=devices, population_chunk=chunk)
+        key = jax.random.key(0)
+        return mj.merge_tree(key, linear, FOUR, POINTS, fitness=config, evolution=SHORT)
+
+    one, four = tree(1), tree(4)
+    chex.assert_trees_all_equal(one.variables, four.variables)
+    assert one.fitness == four.fitness
+
+
+def test_parents_that_are_scored_beside_the_search():
+    def searched(devices):
+        config = FitnessConfig(metric="accuracy", devices=devices)
+        genome = mj.GenomeConfig(kind="weights", parents_first=False)
+        key = jax.random.key(0)
+        return mj.merge(key, linear, FOUR, POINTS, genome=genome, fitness=config, evolution=SHORT)
+
+    found = searched(8)
+    right = [((POINTS[0] @ weights).argmax(-1) == POINTS[1]).mean() for weights in FOUR]
+    np.testing.assert_allclose(found.parent_fitness, right, rtol=1e-6)
+    np.testing.assert_array_equal(found.variables, searched(1).variables)
+
+
 RUN = {
     "data": {"validation_fraction": 0.3},
     "model": {"options": {"width": 4}},

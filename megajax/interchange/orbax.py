@@ -145,14 +145,11 @@ def _checkpointer() -> Any:
     """Orbax's, which in a run of several processes each of them uses for itself."""
     import orbax.checkpoint as ocp
 
-    if not jax.distributed.is_initialized():
+    from megajax.checkpoint import alone
+
+    own = alone()
+    if own is None:
         return ocp.PyTreeCheckpointer()
-    process = jax.process_index()
-    own = ocp.options.MultiprocessingOptions(
-        primary_host=process,
-        active_processes={process},
-        barrier_sync_key_prefix=f"process{process}",
-    )
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=own)
     return ocp.Checkpointer(handler, multiprocessing_options=own)
 
