@@ -129,6 +129,8 @@ class Checkpoints:
     def save(self, step: int, state: PyTree) -> None:
         """Saves in the background; does nothing if this step was saved last.
 
+        Of several processes of one run, only the first one saves.
+
         Args:
             step: above all steps saved before.
             state: pytree of arrays in containers that Flax can serialise.
@@ -136,7 +138,9 @@ class Checkpoints:
         Raises:
             WorkdirError: this checkpoint or the one before cannot be written.
         """
-        if step == self._saved_step:
+        if step == self._saved_step or not distributed.is_first():
+            # Nobody goes on from the checkpoints of others. And Orbax signals such things as that a
+            # folder is made on one board for all processes: two that save would be mixed up.
             return
         leaves = {name: np.asarray(leaf) for name, leaf in _flat(jax.device_get(state)).items()}
         empty = {name: leaf for name, leaf in leaves.items() if not leaf.size}
@@ -254,8 +258,8 @@ def fit(like: PyTree, state: Mapping[str, Any]) -> PyTree:
 def alone() -> ocp.options.MultiprocessingOptions | None:
     """How Orbax is to write where each process of a distributed run does so for itself.
 
-    Each of them holds the whole state, writes it to a folder of its own, and when its clock says
-    so; Orbax would otherwise wait for all of them.
+    The first one saves when its clock says so, and all of them read, each in a folder of its own;
+    Orbax would otherwise wait for all of them.
 
     Returns:
         Options; None in a run of one process.

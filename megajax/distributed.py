@@ -25,6 +25,9 @@ from megajax.types import PyTree
 
 __all__ = ["connect", "is_first", "largest", "of_first", "own_folders", "several", "together"]
 
+# Seconds that a process that ends waits for the others; they may be stuck where it has failed.
+_PATIENCE = 60
+
 
 def connect(
     coordinator: str | None = None,
@@ -54,7 +57,13 @@ def connect(
     if coordinator is not None and 0 < (process or 0) < (processes or 0):
         _wait_for(coordinator, timeout)  # JAX would end the process where nobody answers
     try:
-        jax.distributed.initialize(coordinator, processes, process, initialization_timeout=timeout)
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            initialization_timeout=timeout,
+            shutdown_timeout_seconds=_PATIENCE,
+        )
     except (RuntimeError, ValueError, TypeError) as error:
         raise ProcessError(f"--distributed: no connection: {first_line(error)}") from None
 
