@@ -21,12 +21,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 
+from megajax import distributed
 from megajax.config import CheckpointConfig
 from megajax.errors import WorkdirError, first_line
 from megajax.files import file_digest, sync, write_bytes
 from megajax.types import PyTree
 
-__all__ = ["Checkpoint", "Checkpoints", "fit"]
+__all__ = ["Checkpoint", "Checkpoints", "alone", "fit"]
 
 _log = logging.getLogger(__name__)
 _STATE, _ABOUT, _SEAL = "state", "about", "SHA256SUMS"
@@ -128,6 +129,8 @@ class Checkpoints:
     def save(self, step: int, state: PyTree) -> None:
         """Saves in the background; does nothing if this step was saved last.
 
+        Of several processes of one run, only the first one saves.
+
         Args:
             step: above all steps saved before.
             state: pytree of arrays in containers that Flax can serialise.
@@ -135,7 +138,9 @@ class Checkpoints:
         Raises:
             WorkdirError: this checkpoint or the one before cannot be written.
         """
-        if step == self._saved_step:
+        if step == self._saved_step or not distributed.is_first():
+            # Nobody goes on from the checkpoints of others. And Orbax signals such things as that a
+            # folder is made on one board for all processes: two that save would be mixed up.
             return
         leaves = {name: np.asarray(leaf) for name, leaf in _flat(jax.device_get(state)).items()}
         empty = {name: leaf for name, leaf in leaves.items() if not leaf.size}
@@ -178,13 +183,19 @@ class Checkpoints:
         if self._manager is None:
             for unfinished in self._folder.glob("*.*"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+            own = alone()
+            own_options = {} if own is None else {"multiprocessing_options": own, "create": False}
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._config.keep,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._finish),
+                **own_options,
             )
-            self._manager = self._guarded(
-                lambda: ocp.CheckpointManager(self._folder, options=options)
-            )
+
+            def create() -> ocp.CheckpointManager:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                return ocp.CheckpointManager(self._folder, options=options)
+
+            self._manager = self._guarded(create)
         return self._manager
 
     def _finish(self) -> None:
@@ -242,6 +253,29 @@ def fit(like: PyTree, state: Mapping[str, Any]) -> PyTree:
             raise WorkdirError(f"leaf {name} is {there} in the checkpoint, {here} here")
     by_position = {position: found[name] for name, position in positions.items()}
     return jax.tree.unflatten(treedef, [by_position[i] for i in range(len(leaves))])
+
+
+def alone() -> ocp.options.MultiprocessingOptions | None:
+    """How Orbax is to write where each process of a distributed run does so for itself.
+
+    The first one saves when its clock says so, and all of them read, each in a folder of its own;
+    Orbax would otherwise wait for all of them.
+
+    Returns:
+        Options; None in a run of one process.
+
+    Example:
+        >>> alone() is None
+        True
+    """
+    if not distributed.several():
+        return None
+    process = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=process,
+        active_processes={process},
+        barrier_sync_key_prefix=f"process{process}",
+    )
 
 
 def _flat(tree: PyTree) -> dict[str, Any]:

@@ -446,6 +446,10 @@ class FitnessConfig(_Section):
         trial: `auto` is measured on this machine for some seconds before the search, instead of
             following from backend and network. The workdir keeps the choice; another start of the
             same run elsewhere may make another one, and its last bits differ.
+        devices: devices that share the population: a number, or `all` for those of all processes.
+            How many there are does not change the search, up to float rounding.
+        devices_per_network: how many of them share the weights of one network; it divides
+            `devices`. Needed only where one device has no room for a network, or all the parents.
         select_on_test: score on the test images instead, as MeGA's reference does for many parents.
             The search then chooses the network that happens to suit the test images, no figure is
             held out any more, and the report says so. For the command line: `merge` scores on the
@@ -461,6 +465,8 @@ class FitnessConfig(_Section):
     batch_size: int | str = "auto"
     population_chunk: int | str = "auto"
     trial: bool = False
+    devices: int | str = 1
+    devices_per_network: int = 1
     select_on_test: bool = False
     racing_examples: int | None = None
     racing_finalists: float = 0.125
@@ -472,11 +478,19 @@ class FitnessConfig(_Section):
         )
         if isinstance(self.metric, str):
             self._one_of("metric", METRICS)
-        for name in ("batch_size", "population_chunk"):
+        words = {"batch_size": "auto", "population_chunk": "auto", "devices": "all"}
+        for name, word in words.items():
             if isinstance(getattr(self, name), str):
-                self._one_of(name, ("auto",))
+                self._one_of(name, (word,))
             else:
                 self._at_least(1, name)
+        self._at_least(1, "devices_per_network")
+        if isinstance(self.devices, int):
+            self._require(
+                self.devices % self.devices_per_network == 0,
+                "devices_per_network",
+                f"it must divide the {self.devices} of fitness.devices",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

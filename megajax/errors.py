@@ -55,5 +55,9 @@ class DeviceError(MegajaxError, RuntimeError):
     """The accelerator or the host ran out of memory, or the device was lost."""
 
 
+class ProcessError(MegajaxError, RuntimeError):
+    """Processes of one run do not find each other, or one of them cannot go on."""
+
+
 class Interrupted(MegajaxError):  # noqa: N818 - nothing went wrong
     """A run was asked to stop, and did, after saving its state."""

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from megajax.errors import DataError
+from megajax.sharding import over_population, place
 from megajax.types import ApplyFn, Genes, PyTree
 
 __all__ = [
@@ -151,6 +153,7 @@ def evaluator(
     *,
     population_chunk: int,
     per_example: bool = False,
+    mesh: Mesh | None = None,
 ) -> Evaluate:
     """The fitness of a population: the mean of a metric over the examples, network by network.
 
@@ -166,6 +169,8 @@ def evaluator(
         data: the examples.
         population_chunk: networks evaluated side by side; see `map_chunks`.
         per_example: also return the accuracy of every network on every example.
+        mesh: devices that share the population, each mapping its part of it chunk by chunk; see
+            `megajax.sharding`. The results are whole on each of them. None is one device.
 
     Returns:
         `evaluate(genes) -> (fitness [P] float32, aux)`; aux is `()` or, `per_example`, right or
@@ -195,13 +200,19 @@ def evaluator(
         right = scores[..., 1].reshape(-1)[:count] > 0  # the padding is at the end
         return scores[..., 0].sum() / count, right
 
-    def evaluate(parents: PyTree, data: Batches, genes: Genes) -> tuple[jax.Array, PyTree]:
+    def of_all(shared: tuple[PyTree, Batches], genes: Genes) -> tuple[jax.Array, PyTree]:
         result: tuple[jax.Array, PyTree] = map_chunks(
-            lambda one: of_one(one, parents, data), genes, population_chunk
+            lambda one: of_one(one, *shared), genes, population_chunk
         )
         return result
 
-    return Partial(evaluate, parents, data)
+    def evaluate(parents: PyTree, data: Batches, genes: Genes) -> tuple[jax.Array, PyTree]:
+        if mesh is None:
+            return of_all((parents, data), genes)
+        result: tuple[jax.Array, PyTree] = over_population(of_all, mesh, (parents, data), genes)
+        return result
+
+    return Partial(evaluate, place(parents, mesh, split=True), place(data, mesh))
 
 
 def map_chunks(function: Callable[[Any], Any], xs: PyTree, chunk: int) -> PyTree:

@@ -56,6 +56,7 @@ from megajax.parents import (
 )
 from megajax.plans import Plan, check_memory, free_memory, plan_evaluation, predict_memory
 from megajax.scoring import Racing, Scoring, examples_scored, on_sample
+from megajax.sharding import POPULATION, place
 from megajax.shares import parent_shares, projected_shares
 from megajax.types import ApplyFn, Genes, Key, PyTree
 
@@ -305,18 +306,24 @@ def prepare(
     _check_memory(apply_fn, one, inputs, masked, stacked, plan, evolution, examples)
     chunk = plan.population_chunk
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
-    evaluate: Any = evaluator(masked.express, fast, metric, None, data, population_chunk=chunk)
-    racing = _racing(fitness, masked.express, fast, metric, data, chunk)
-    scoring = Scoring(evolution.reuse_fitness, chunk, racing)
+    mesh = plan.mesh
+    evaluate: Any = evaluator(
+        masked.express, fast, metric, None, data, population_chunk=chunk, mesh=mesh
+    )
+    racing = _racing(fitness, masked.express, fast, metric, data, plan)
+    side_by_side = chunk if mesh is None else chunk * mesh.shape[POPULATION]
+    scoring = Scoring(evolution.reuse_fitness, side_by_side, racing)
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary, scoring=scoring)
     score = None
     if not genome.parents_first:  # for the record only: the search does not know it
-        itself = evaluator(_itself, fast, metric, (), data, population_chunk=chunk)
+        itself = evaluator(_itself, fast, metric, (), data, population_chunk=chunk, mesh=mesh)
         score = partial(_scores, itself)
     return Setup(
         apply_fn=apply_fn,
         genome=masked,
-        algorithm=lambda context: rescored(algorithm, Partial(evaluate.func, context, data)),
+        algorithm=lambda context: rescored(
+            algorithm, Partial(evaluate.func, place(context, mesh, split=True), evaluate.args[1])
+        ),
         num_offspring=algorithm.num_offspring,
         score=score,
         inputs=batch,
@@ -337,7 +344,7 @@ def _racing(
     apply_fn: ApplyFn,
     metric: Any,
     data: Batches,
-    population_chunk: int,
+    plan: Plan,
 ) -> Racing | None:
     """How children race as a configuration says; a sample's size has an evaluation of its own."""
     count, total = config.racing_examples, int(data.valid.sum())
@@ -349,7 +356,13 @@ def _racing(
         )
     sample = Batches(*(leaf.reshape(-1, 1, *leaf.shape[2:])[:count] for leaf in data))
     evaluate: Any = evaluator(
-        express, apply_fn, metric, None, sample, population_chunk=population_chunk
+        express,
+        apply_fn,
+        metric,
+        None,
+        sample,
+        population_chunk=plan.population_chunk,
+        mesh=plan.mesh,
     )
     draw = partial(on_sample, evaluate.func, count, total)
     return Racing(draw, count, total, config.racing_finalists)
@@ -790,7 +803,8 @@ def _check_memory(
         batch_size=plan.batch_size,
         calibration=examples,
     )
-    check_memory(memory, size, plan.population_chunk, free_memory())
+    share = size if plan.mesh is None else -(-size // plan.mesh.shape[POPULATION])
+    check_memory(memory, size, min(plan.population_chunk, share), free_memory())
 
 
 def _itself(variables: PyTree, context: PyTree) -> PyTree:

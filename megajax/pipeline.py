@@ -24,7 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import megajax
-from megajax import report, stages, workdir
+from megajax import distributed, report, stages, workdir
 from megajax.checkpoint import Checkpoints
 from megajax.config import Config, to_dict
 from megajax.errors import ConfigError, DeviceError, Interrupted, WorkdirError
@@ -124,9 +124,11 @@ def run(
         return results
 
     started = time.monotonic()
-    task = stages.prepare(config, folder, console, stopping)
-    with workdir.locked(folder):
-        _open(task, origin)
+    with contextlib.ExitStack() as held:
+        with distributed.together():
+            task = stages.prepare(config, folder, console, stopping)
+            held.enter_context(workdir.locked(folder))
+            _open(task, origin)
         outcomes = {"data": Outcome(seconds=time.monotonic() - started)}
         for name, stage in STAGES.items():
             outcomes[name] = _done(name, stage, task, outcomes)

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import Mesh
 
 from megajax.config import FitnessConfig
 from megajax.convolutions import for_backend
 from megajax.errors import DeviceError
+from megajax.sharding import population_mesh
 from megajax.types import ApplyFn, PyTree
 
 __all__ = [
@@ -45,10 +47,22 @@ class Plan(NamedTuple):
     Attributes:
         population_chunk: networks side by side (`vmap`), chunk after chunk (`lax.map`).
         batch_size: the most examples in one pass of a network.
+        mesh: devices that share the population; None is one device.
     """
 
     population_chunk: int
     batch_size: int
+    mesh: Mesh | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The plan as plain data: of the mesh, how many devices there are along each axis.
+
+        Example:
+            >>> Plan(1, 512).plain()
+            {'population_chunk': 1, 'batch_size': 512, 'mesh': None}
+        """
+        mesh = None if self.mesh is None else dict(self.mesh.shape)
+        return {**self._asdict(), "mesh": mesh}
 
 
 def plan_evaluation(
@@ -70,26 +84,30 @@ def plan_evaluation(
         apply_fn: the network.
         variables: of one network, or their shapes and dtypes.
         inputs: any number of examples, or their shape and dtype.
-        config: `population_chunk` and `batch_size`, as numbers or `auto`.
+        config: `population_chunk` and `batch_size`, as numbers or `auto`; the devices.
         population_size: individuals P.
 
     Returns:
         The plan.
 
+    Raises:
+        ConfigError: there are not so many devices, or the numbers do not divide.
+
     Example:
         >>> inputs = jax.ShapeDtypeStruct((1000, 3), jnp.float32)
         >>> plan_evaluation(lambda w, x: x @ w, jnp.ones((3, 2)), inputs, FitnessConfig(), 20)
-        Plan(population_chunk=20, batch_size=512)
+        Plan(population_chunk=20, batch_size=512, mesh=None)
     """
     chunk, batch_size = config.population_chunk, config.batch_size
+    mesh = population_mesh(config.devices, config.devices_per_network)
     if isinstance(chunk, int) and isinstance(batch_size, int):
-        return Plan(chunk, batch_size)
+        return Plan(chunk, batch_size, mesh)
     if config.trial:
         chunks = _powers(1, population_size) if isinstance(chunk, str) else [chunk]
         sizes = _powers(_SMALLEST, _LARGEST) if isinstance(batch_size, str) else [batch_size]
         sizes = [size for size in sizes if size <= inputs.shape[0]] or [inputs.shape[0]]
         candidates = [Plan(chunk, size) for chunk in chunks for size in sizes]
-        return trial(apply_fn, variables, inputs, candidates)
+        return trial(apply_fn, variables, inputs, candidates)._replace(mesh=mesh)
 
     few = jax.ShapeDtypeStruct((_SMALLEST, *inputs.shape[1:]), inputs.dtype)
     of_example = footprint(apply_fn, variables, few) / _SMALLEST
@@ -103,7 +121,7 @@ def plan_evaluation(
         free = free_memory()
         if chunk > 1 and free is not None:  # the other half is for what else there is
             chunk = max(1, min(chunk, int(free / 2 / (of_example * batch_size))))
-    return Plan(chunk, batch_size)
+    return Plan(chunk, batch_size, mesh)
 
 
 # A trial -----------------------------------------------------------------------------------------
@@ -140,7 +158,7 @@ def trial(
     Example:
         >>> inputs = jax.ShapeDtypeStruct((64, 3), jnp.float32)
         >>> trial(lambda w, x: x @ w, jnp.ones((3, 2)), inputs, [Plan(1, 64)])
-        Plan(population_chunk=1, batch_size=64)
+        Plan(population_chunk=1, batch_size=64, mesh=None)
     """
     device = jax.devices()[0].device_kind
     few = jax.ShapeDtypeStruct((_SMALLEST, *inputs.shape[1:]), inputs.dtype)
@@ -169,7 +187,7 @@ def _speeds(
     fast = for_backend(apply_fn)
     largest = max(plan.population_chunk for plan in candidates)
     for plan in sorted(candidates):
-        chunk, batch_size = plan
+        chunk, batch_size = plan.population_chunk, plan.batch_size
         if chunk > largest:
             continue
 

@@ -4,11 +4,13 @@
     python -m megajax.run --config exp.py --config.evolution.population_size=64 --workdir DIR
     python -m megajax.run --config exp.py --seeds 0:5
     python -m megajax.run --config other.py --workdir OLD --fork NEW
+    python -m megajax.run --config exp.py --distributed
 
 The same command goes on where an interrupted one stopped. `--fork` starts a run with another
-configuration from the state of an old one, which stays as it is. A config file is a Python program:
-run only those you trust. A mistake in it, in a flag or in the data is one line on the standard
-error and exit code 2. What a run does is in `megajax.pipeline`.
+configuration from the state of an old one, which stays as it is. With `--distributed` several
+processes, each started with this command, do one run together (docs/scaling.md). A config file is a
+Python program: run only those you trust. A mistake in it, in a flag or in the data is one line on
+the standard error and exit code 2. What a run does is in `megajax.pipeline`.
 """
 
 from __future__ import annotations
@@ -29,13 +31,14 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
-from megajax import pipeline, report, workdir
+from megajax import distributed, pipeline, report, workdir
 from megajax.config import Config, from_dict
 from megajax.errors import ConfigError, Interrupted, MegajaxError
 from megajax.results import aggregate
 
 __all__ = ["main"]
 
+_FLAGS = ("coordinator", "processes", "process")  # of --distributed
 _RUNS_PER_CACHE = 20  # a process can hold the compiled programs of about a hundred
 
 
@@ -55,6 +58,14 @@ class _Run(NamedTuple):
     label: str = ""
 
 
+class _Cluster(NamedTuple):
+    """The processes that do the runs together; None leaves it to the cluster's environment."""
+
+    coordinator: str | None
+    processes: int | None
+    process: int | None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `python -m megajax.run`.
 
@@ -66,16 +77,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     signals: list[int] = []
+    agreed: list[int] = []  # of whichever process got one
+
+    def stopping() -> bool:
+        agreed.append(distributed.largest(signals[0] if signals else 0))
+        return agreed[-1] > 0
+
     with _one_line_warnings(errors):
         try:
-            runs, summary = _parse(list(sys.argv if argv is None else argv))
+            runs, summary, cluster = _parse(list(sys.argv if argv is None else argv))
+            if cluster is not None:
+                distributed.connect(*cluster)
             with _collected(signals, errors):
-                _do(runs, summary, lambda: bool(signals))
+                _do(runs, summary, stopping)
         except Interrupted as error:
-            errors.print(str(error))
-            return 128 + signals[0]
+            if distributed.is_first():
+                errors.print(str(error))
+            return 128 + agreed[-1]
         except MegajaxError as error:
-            errors.print(f"error: {error}")
+            where = "" if distributed.is_first() else f"process {jax.process_index()}: "
+            errors.print(f"{where}error: {error}")
             return 2
         except KeyboardInterrupt:
             errors.print("interrupted")
@@ -85,16 +106,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _do(runs: Sequence[_Run], summary: Path | None, stopping: Callable[[], bool]) -> None:
     """Does the runs; finished ones are not done again. Several have a summary in the end."""
-    console, results = Console(), []
+    console, results = Console(quiet=not distributed.is_first()), []
     for number, (config, folder, origin, label) in enumerate(runs, start=1):
+        folders = [folder] if origin is None else [folder, origin]
         try:
-            results.append(pipeline.run(config, folder, console, origin=origin, stopping=stopping))
+            with distributed.own_folders(folders) as (own, *old):
+                origin = old[0] if old else None
+                results.append(pipeline.run(config, own, console, origin=origin, stopping=stopping))
         except MegajaxError as error:
             error.args = (f"{label}{error}",)
             raise
         if number % _RUNS_PER_CACHE == 0:
             jax.clear_caches()
-    if summary is not None:
+    if summary is not None and distributed.is_first():
         combined = aggregate(results)
         report.write_report(summary.parent, combined)
         workdir.write_json(summary, combined)
@@ -102,8 +126,8 @@ def _do(runs: Sequence[_Run], summary: Path | None, stopping: Callable[[], bool]
         console.print(f"all seeds: {summary}", soft_wrap=True)
 
 
-def _parse(argv: list[str]) -> tuple[list[_Run], Path | None]:
-    """The runs that the flags and their config file ask for, and where a summary goes."""
+def _parse(argv: list[str]) -> tuple[list[_Run], Path | None, _Cluster | None]:
+    """The runs that the flags and their config file ask for, where a summary goes, and who runs."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -120,6 +144,14 @@ def _parse(argv: list[str]) -> tuple[list[_Run], Path | None]:
         ("seeds", None, "Several runs, in WORKDIR/seedSEED: FIRST:END (without END) or A,B,C."),
     ):
         flags.DEFINE_string(name, default, text, flag_values=values)
+    text = "One of several processes of one run; all are started with the same command."
+    flags.DEFINE_bool("distributed", False, text, flag_values=values)
+    text = "HOST:PORT of process 0, where the cluster's environment does not say it."
+    flags.DEFINE_string("coordinator", None, text, flag_values=values)
+    text = "How many processes there are; likewise."
+    flags.DEFINE_integer("processes", None, text, flag_values=values)
+    text = "The number of this process, from 0; likewise. The only flag that differs among them."
+    flags.DEFINE_integer("process", None, text, flag_values=values)
     flags.DEFINE_bool("help", False, "Shows this help.", short_name="h", flag_values=values)
     try:
         rest = values(argv)
@@ -140,11 +172,38 @@ def _parse(argv: list[str]) -> tuple[list[_Run], Path | None]:
                 "megajax.config.default_config() and return it"
             )
         config = from_dict(chosen.to_dict())
+        cluster = _cluster(values.distributed, config, *(values[name].value for name in _FLAGS))
+        if cluster is not None and config.fitness.devices == 1:
+            fitness = dataclasses.replace(config.fitness, devices="all")
+            config = dataclasses.replace(config, fitness=fitness)
     except (MegajaxError, SystemExit, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a config file or a flag may raise
         raise ConfigError(_describe(error)) from None
-    return _plan(config, file.stem, values.workdir, values.fork, values.seeds)
+    return *_plan(config, file.stem, values.workdir, values.fork, values.seeds), cluster
+
+
+def _cluster(
+    distributed: bool,
+    config: Config,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+) -> _Cluster | None:
+    cluster = _Cluster(coordinator, processes, process)
+    given = [value is not None for value in cluster]
+    if not distributed:
+        if any(given):
+            raise ConfigError(f"--{_FLAGS[given.index(True)]} is given without --distributed")
+        return None
+    if any(given) and not all(given):
+        raise ConfigError(f"--{_FLAGS[given.index(False)]} is missing: it takes all three or none")
+    if config.evolution.time_budget is not None:
+        raise ConfigError(
+            f"evolution.time_budget is {config.evolution.time_budget}: with --distributed, whose "
+            "processes have clocks of their own, it must be None"
+        )
+    return cluster
 
 
 def _plan(
@@ -210,7 +269,8 @@ def _one_line_warnings(errors: Console) -> Iterator[None]:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            errors.print(f"warning: {record.getMessage()}")
+            if distributed.is_first():
+                errors.print(f"warning: {record.getMessage()}")
 
     def unraisablehook(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":  # Orbax's threads, after the error

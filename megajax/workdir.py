@@ -39,6 +39,7 @@ __all__ = [
     "check_config",
     "config_changes",
     "copy_state",
+    "copy_whole",
     "digest",
     "flatten",
     "is_half_copied",
@@ -219,10 +220,37 @@ def copy_state(old: Path, new: Path) -> None:
     Raises:
         WorkdirError: a file cannot be read or written.
     """
-    leave = shutil.ignore_patterns(_CONFIG, _LOCK, PLAN, RESULTS, "report.*", "plots", "*.partial")
+    _copy(old, new, leave=(_CONFIG, PLAN, RESULTS, "report.*", "plots"))
+
+
+def copy_whole(old: Path, new: Path) -> None:
+    """Copies a workdir with all that there is, so that a run goes on in the copy as in the first.
+
+    Args:
+        old: the workdir; nobody may be at work there.
+        new: made if need be.
+
+    Raises:
+        WorkdirError: a file cannot be read or written.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_config(folder / "old", {"seed": 0}, {})
+        >>> copy_whole(folder / "old", folder / "new")
+        >>> read_config(folder / "new")["config"]
+        {'seed': 0}
+    """
+    _copy(old, new)
+    (new / _COPYING).unlink(missing_ok=True)
+
+
+def _copy(old: Path, new: Path, leave: Sequence[str] = ()) -> None:
+    ignore = shutil.ignore_patterns(_LOCK, "*.partial", *leave)
     try:
+        new.mkdir(parents=True, exist_ok=True)
         (new / _COPYING).touch()
-        shutil.copytree(old, new, ignore=leave, dirs_exist_ok=True)
+        shutil.copytree(old, new, ignore=ignore, dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:
         raise WorkdirError(f"{old} cannot be copied to {new}: {error}") from None
 

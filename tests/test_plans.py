@@ -43,7 +43,7 @@ def plan(net, **options):
 
 def test_auto_goes_one_by_one_through_convolutions_on_a_cpu_and_side_by_side_otherwise():
     assert plan(Net()).population_chunk == 1
-    assert plan(Net(width=0)) == (20, 512)
+    assert plan(Net(width=0)) == (20, 512, None)
 
 
 @pytest.mark.parametrize(("width", "fits"), [(1, 512), (16, 122), (32, 61), (1024, 32)])
@@ -53,7 +53,7 @@ def test_a_pass_through_convolutions_has_what_fits_in_the_caches(width, fits):
 
 
 def test_what_the_configuration_says_counts():
-    assert plan(Net(), population_chunk=5, batch_size=7) == (5, 7)
+    assert plan(Net(), population_chunk=5, batch_size=7) == (5, 7, None)
 
 
 def test_a_footprint_is_the_weights_and_what_is_alive_at_once():
@@ -80,7 +80,7 @@ def slow_pass(steps):
 def test_a_trial_finds_what_is_faster():
     inputs, w = jax.ShapeDtypeStruct((512, 1), jnp.float32), jnp.ones(1)
     candidates = [Plan(chunk, size) for chunk in (1, 16) for size in (32, 256)]
-    assert trial(slow_pass(1000), w, inputs, candidates) == (16, 256)
+    assert trial(slow_pass(1000), w, inputs, candidates) == Plan(16, 256)
 
     @jax.custom_batching.custom_vmap
     def alone(w, x):
@@ -90,7 +90,7 @@ def test_a_trial_finds_what_is_faster():
     def together(axis_size, in_batched, w, x):
         return jax.vmap(slow_pass(100_000), (0, None))(w, x), True
 
-    assert trial(alone, w, inputs, candidates) == (1, 256)
+    assert trial(alone, w, inputs, candidates) == Plan(1, 256)
 
 
 def test_a_trial_is_not_repeated_and_keeps_to_what_is_given(monkeypatch):
@@ -101,8 +101,8 @@ def test_a_trial_is_not_repeated_and_keeps_to_what_is_given(monkeypatch):
     first = plan(dense, trial=True)
     assert first == plan(dense, trial=True)
     assert len(tried) == 1
-    assert {size for _, size in tried[0]} == {32, 64, 128, 256, 512}
-    assert {chunk for chunk, _ in tried[0]} == {1, 2, 4, 8, 16, 20}
+    assert {plan.batch_size for plan in tried[0]} == {32, 64, 128, 256, 512}
+    assert {plan.population_chunk for plan in tried[0]} == {1, 2, 4, 8, 16, 20}
     assert plan(dense, trial=True, batch_size=64).batch_size == 64
     assert plan(dense, trial=True, population_chunk=3).population_chunk == 3
 
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_passed_over(monkeypatch):
         return x @ w
 
     inputs, w = jax.ShapeDtypeStruct((512, 3), jnp.float32), jnp.ones((3, 2))
-    assert trial(apply_fn, w, inputs, [Plan(1, 32), Plan(1, 64)]) == (1, 32)
+    assert trial(apply_fn, w, inputs, [Plan(1, 32), Plan(1, 64)]) == Plan(1, 32)
     with pytest.raises(DeviceError, match=r"fitness\.trial: none of 1 plans fits"):
         trial(apply_fn, w, inputs, [Plan(1, 64)])
 

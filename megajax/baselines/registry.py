@@ -572,6 +572,7 @@ def _space(
         context,
         data,
         population_chunk=plan.population_chunk,
+        mesh=plan.mesh,
     )
     return Space(genome, evaluate, context)
 

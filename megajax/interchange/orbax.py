@@ -67,7 +67,7 @@ def open_orbax(path: Path) -> Stored:
 
     folder = (path if (path / _METADATA).is_file() else path / "default").resolve()
     try:
-        with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+        with _quiet(), _checkpointer() as checkpointer:
             tree = checkpointer.metadata(folder).item_metadata.tree
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise InterchangeError(
@@ -90,7 +90,7 @@ def open_orbax(path: Path) -> Stored:
         arguments = [as_numpy if name in chosen else ocp.PLACEHOLDER for name in names]
         asked = [0 if name in chosen else ocp.PLACEHOLDER for name in names]
         try:
-            with _quiet(), ocp.PyTreeCheckpointer() as checkpointer:
+            with _quiet(), _checkpointer() as checkpointer:
                 restored = checkpointer.restore(
                     folder,
                     item=jax.tree.unflatten(treedef, asked),
@@ -124,14 +124,12 @@ def write_orbax(path: Path, arrays: Mapping[tuple[str, ...], np.ndarray]) -> Non
         >>> is_orbax(path)
         True
     """
-    import orbax.checkpoint as ocp
-
     tree: dict[str, Any] = nested({keys: array for keys, array in arrays.items() if array.size})
     temporary = path.with_name(f".{path.name}.partial").absolute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(temporary, tree)
         write_sums(temporary)
         if path.exists():
@@ -141,6 +139,19 @@ def write_orbax(path: Path, arrays: Mapping[tuple[str, ...], np.ndarray]) -> Non
         raise InterchangeError(f"{path} cannot be written: {error.strerror or error}") from None
     except ValueError as error:
         raise InterchangeError(f"{path} cannot be written: {_line(error)}") from None
+
+
+def _checkpointer() -> Any:
+    """Orbax's, which in a run of several processes each of them uses for itself."""
+    import orbax.checkpoint as ocp
+
+    from megajax.checkpoint import alone
+
+    own = alone()
+    if own is None:
+        return ocp.PyTreeCheckpointer()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=own)
+    return ocp.Checkpointer(handler, multiprocessing_options=own)
 
 
 @contextlib.contextmanager

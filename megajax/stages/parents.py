@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from megajax import training
+from megajax import distributed, training
 from megajax.checkpoint import Checkpoints
 from megajax.interchange import NameMap, load_parents
 from megajax.parents import keep_leaves
@@ -17,10 +17,16 @@ __all__ = ["obtain_parents"]
 
 
 def obtain_parents(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
-    """Trains the parents, or loads them; leaves that are kept from one parent are put into all."""
+    """Trains the parents, or loads them; leaves that are kept from one parent are put into all.
+
+    In a run of several processes all of them do so, and then take what the first one has: training
+    is the same to the last bit only on the same hardware.
+    """
     del outcomes
-    parents = task.config.parents
-    return _loaded(task) if parents.paths else _trained(task, checkpoints)
+    paths = task.config.parents.paths
+    outcome = _loaded(task) if paths else _trained(task, checkpoints)
+    agreed = {name: distributed.of_first(found) for name, found in outcome.networks.items()}
+    return outcome._replace(networks=agreed)
 
 
 def _loaded(task: Task) -> Outcome:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megajax import report, workdir
+from megajax import distributed, report, workdir
 from megajax.checkpoint import Checkpoints
 from megajax.config import to_dict
 from megajax.interchange import NameMap, map_names, model_card, save_network
@@ -85,6 +85,8 @@ def _export(task: Task, outcomes: Outcomes, results: dict[str, Any]) -> list[str
         )
     files = []
     for kind in config.export:
+        if kind == "orbax" and not distributed.is_first():
+            continue  # Orbax tells processes apart, and writes NumPy arrays in the first one only
         own = names if kind in ("safetensors", "npz") else None
         merged = outcomes["search"].networks["merged"]
         save_network(folder / FORMATS[kind], merged, format=kind, names=own)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megajax import workdir
+from megajax import distributed, workdir
 from megajax.checkpoint import Checkpoints
 from megajax.config import AlignConfig, FitnessConfig, to_dict
 from megajax.errors import ConfigError, SearchError
@@ -56,7 +56,9 @@ def planned(task: Task, network: PyTree) -> FitnessConfig:
     if not file.exists():
         size = task.config.evolution.population_size
         plan = plan_evaluation(task.apply_fn, network, task.selection.images, fitness, size)
-        workdir.write_json(file, plan._asdict())
+        chosen = {"population_chunk": plan.population_chunk, "batch_size": plan.batch_size}
+        numbers = distributed.of_first({name: np.int32(n) for name, n in chosen.items()})
+        workdir.write_json(file, {name: int(number) for name, number in numbers.items()})
     return dataclasses.replace(fitness, trial=False, **workdir.read_json(file))
 
 
@@ -136,7 +138,7 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
             "examples_scored": merged.examples_scored,
             "generations": int(merged.state.generation),
             "genes": merged.genome.num_genes,
-            "plan": merged.plan._asdict(),
+            "plan": merged.plan.plain(),
             "shares": _shares(merged),
         },
         files=(workdir.METRICS,),
@@ -228,7 +230,7 @@ def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
             "examples_scored": tree.examples_scored,
             "generations": sum(len(result.history.generation) - 1 for result in tree.results),
             "genes": tree.genome.num_genes,
-            "plan": tree.plan._asdict(),
+            "plan": tree.plan.plain(),
             "shares": projected_shares(tree.variables, stack_parents(aligned)),
             "nodes": nodes,
         },

@@ -1,0 +1,167 @@
+"""A population over several devices: the mesh, and what lies where on it.
+
+The mesh has two axes. Along `population` the individuals are split: every device scores its share
+and knows nothing of the others'. Along `network` each network's weights may be split, where they
+do not fit on one device; how the devices work together there is left to the compiler. Devices of
+several processes make one mesh as those of one process do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from megajax.errors import ConfigError
+from megajax.types import PyTree
+
+__all__ = ["NETWORK", "POPULATION", "network_specs", "over_population", "place", "population_mesh"]
+
+POPULATION, NETWORK = "population", "network"
+_WHOLE = PartitionSpec()
+
+
+def population_mesh(devices: int | str = "all", devices_per_network: int = 1) -> Mesh | None:
+    """The mesh that `fitness.devices` and `fitness.devices_per_network` ask for.
+
+    Args:
+        devices: how many; `all` are those of all processes.
+        devices_per_network: how many of them share one network's weights.
+
+    Returns:
+        A mesh with the axes `population` and `network`; None for one device, which needs none.
+
+    Raises:
+        ConfigError: there are not so many devices, or the numbers do not divide.
+
+    Example:
+        >>> population_mesh(1) is None
+        True
+        >>> population_mesh(10**6)
+        Traceback (most recent call last):
+        ...
+        megajax.errors.ConfigError: fitness.devices is 1000000: there are only ...
+    """
+    if devices == 1 == devices_per_network:
+        return None  # and no question to the backend
+    there = jax.devices()
+    count = len(there) if isinstance(devices, str) else devices
+    if count > len(there):
+        raise ConfigError(f"fitness.devices is {count}: there are only {len(there)}")
+    if jax.process_count() > 1 and count < len(there):
+        raise ConfigError(
+            f"fitness.devices is {count}: several processes need all {len(there)} ('all')"
+        )
+    if count % devices_per_network:
+        raise ConfigError(
+            f"fitness.devices_per_network is {devices_per_network}: it must divide the {count} "
+            "of fitness.devices"
+        )
+    if count == 1:
+        return None
+    grid = np.array(there[:count]).reshape(-1, devices_per_network)
+    return Mesh(grid, (POPULATION, NETWORK), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def over_population(
+    function: Callable[[PyTree, PyTree], PyTree], mesh: Mesh, shared: PyTree, xs: PyTree
+) -> PyTree:
+    """Maps over the leading axis of `xs`, each device its share of it.
+
+    A leading axis that does not divide evenly is filled up with repetitions of the last element,
+    whose results are dropped.
+
+    Args:
+        function: `function(shared, xs [M, ...]) -> results [M, ...]`, element by element.
+        mesh: from `population_mesh`.
+        shared: what every device needs, whole or split along `network` (see `place`).
+        xs: leaves `[P, ...]`.
+
+    Returns:
+        Leaves `[P, ...]`, whole on every device.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), (POPULATION, NETWORK))
+        >>> over_population(lambda a, x: a * x, mesh, 2.0, jnp.arange(3.0)).tolist()
+        [0.0, 2.0, 4.0]
+    """
+    size = jax.tree.leaves(xs)[0].shape[0]
+    share = -(-size // mesh.shape[POPULATION])
+    padded = share * mesh.shape[POPULATION]
+    split = PartitionSpec(POPULATION)
+
+    def whole(tree: PyTree) -> PyTree:
+        # Without this the compiler may spread what comes before and after over the devices, and
+        # sums over the population would depend on their number.
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, _WHOLE))
+
+    @jax.jit  # a no-op in a program; by itself, shard_map would run operation by operation
+    def mapped(shared: PyTree, xs: PyTree) -> PyTree:
+        if padded > size:
+            repeated = np.minimum(np.arange(padded), size - 1)
+            xs = jax.tree.map(lambda leaf: leaf[repeated], xs)
+        results = jax.shard_map(
+            function,
+            mesh=mesh,
+            in_specs=(_WHOLE, split),
+            out_specs=split,
+            axis_names={POPULATION},
+            check_vma=False,  # a network may hold loops whose carry starts equal on all devices
+        )(shared, whole(xs))
+        return jax.tree.map(lambda leaf: leaf[:size], whole(results))
+
+    return mapped(shared, xs)
+
+
+def network_specs(tree: PyTree, mesh: Mesh) -> PyTree:
+    """How leaves are split along `network`: at their largest axis that divides, or not at all.
+
+    Args:
+        tree: arrays, or shapes and dtypes.
+        mesh: from `population_mesh`.
+
+    Returns:
+        A `PartitionSpec` for each leaf.
+
+    Example:
+        >>> mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), (POPULATION, NETWORK))
+        >>> network_specs({"w": np.zeros((2, 3, 5))}, mesh)
+        {'w': P()}
+    """
+    parts = mesh.shape[NETWORK]
+
+    def spec(leaf: Any) -> PartitionSpec:
+        axes = [axis for axis, size in enumerate(leaf.shape) if size and size % parts == 0]
+        if parts == 1 or not axes:
+            return _WHOLE
+        largest = max(axes, key=lambda axis: leaf.shape[axis])
+        return PartitionSpec(*[None] * largest, NETWORK)
+
+    return jax.tree.map(spec, tree)
+
+
+def place(tree: PyTree, mesh: Mesh | None, *, split: bool = False) -> PyTree:
+    """Puts arrays where the population is scored, once, and not again in every generation.
+
+    Args:
+        tree: arrays, equal in all processes.
+        mesh: None leaves them where they are.
+        split: along `network` (see `network_specs`); otherwise every device gets all.
+
+    Returns:
+        The arrays.
+
+    Example:
+        >>> place(np.arange(2), None).tolist()
+        [0, 1]
+    """
+    if mesh is None:
+        return tree
+    specs = network_specs(tree, mesh) if split else jax.tree.map(lambda _: _WHOLE, tree)
+    return jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
+    )
