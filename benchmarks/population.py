@@ -13,6 +13,7 @@ number type and population, one evaluation of the population on the examples by 
     chunk n    n networks side by side, chunk after chunk; chunk 1 is `lax.map`
     auto       the plan that follows from backend and network
     trial      the plan that a measured trial chooses
+    all        `auto` on all devices; of a CPU, every core is one
 
 The floor of a case is the time that its multiplications take at the rate of the matrix product, or
 its bytes at the rate of the copy, whichever is longer. Medians of synchronised runs, compilation
@@ -47,6 +48,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "densenet121": ("densenet", {"depth": 121, "stem": "cifar"}),
 }
 LONG = 20.0
+jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 ON_CPU = jax.default_backend() == "cpu"
 
 
@@ -160,6 +162,7 @@ def in_one_program(case: Case, plan: Plan) -> Timing:
         case.parents,
         data,
         population_chunk=plan.population_chunk,
+        mesh=plan.mesh,
     )
     start = time.perf_counter()
     compiled = (
@@ -218,8 +221,8 @@ def methods(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, list
         plans = [Plan(chunk, size) for size in sizes]
         name = "vmap" if chunk == population else f"chunk {chunk}"
         yield name, [lambda plan=plan: in_one_program(case, plan) for plan in plans]
-    for name in ("auto", "trial"):
-        config = FitnessConfig(trial=name == "trial")
+    for name in ("auto", "trial", "all"):
+        config = FitnessConfig(trial=name == "trial", devices="all" if name == "all" else 1)
         plan = plan_evaluation(case.apply_fn, one, case.images, config, population)
         yield name, [lambda plan=plan: in_one_program(case, plan)]
 

@@ -447,7 +447,8 @@ class FitnessConfig(_Section):
             following from backend and network. The workdir keeps the choice; another start of the
             same run elsewhere may make another one, and its last bits differ.
         devices: devices that share the population: a number, or `all` for those of all processes.
-            How many there are does not change the search, up to float rounding.
+            How many there are does not change the search, up to float rounding. `auto` is all for
+            the command line, which makes a device of every core of a CPU, and one for the library.
         devices_per_network: how many of them share the weights of one network; it divides
             `devices`. Needed only where one device has no room for a network, or all the parents.
         select_on_test: score on the test images instead, as MeGA's reference does for many parents.
@@ -465,7 +466,7 @@ class FitnessConfig(_Section):
     batch_size: int | str = "auto"
     population_chunk: int | str = "auto"
     trial: bool = False
-    devices: int | str = 1
+    devices: int | str = "auto"
     devices_per_network: int = 1
     select_on_test: bool = False
     racing_examples: int | None = None
@@ -478,10 +479,10 @@ class FitnessConfig(_Section):
         )
         if isinstance(self.metric, str):
             self._one_of("metric", METRICS)
-        words = {"batch_size": "auto", "population_chunk": "auto", "devices": "all"}
-        for name, word in words.items():
+        words = {"batch_size": (), "population_chunk": (), "devices": ("all",)}
+        for name, others in words.items():
             if isinstance(getattr(self, name), str):
-                self._one_of(name, (word,))
+                self._one_of(name, ("auto", *others))
             else:
                 self._at_least(1, name)
         self._at_least(1, "devices_per_network")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,6 @@ __all__ = [
     "check_memory",
     "footprint",
     "free_memory",
-    "has_convolutions",
     "plan_evaluation",
     "predict_memory",
     "trial",
@@ -75,9 +73,10 @@ def plan_evaluation(
     """The plan that a configuration asks for, `auto` replaced by a choice.
 
     By default the choice follows from the backend and the network's program alone, so that it is
-    the same in every run. On a CPU, networks with convolutions go one by one, because `vmap` over
-    kernels makes grouped convolutions, which are several times slower there, and a pass has as many
-    examples as fit in the caches. Otherwise as much of the population goes side by side as fits in
+    the same in every run. On a CPU networks go one by one, because that is never much slower there
+    than side by side, and many times faster where `vmap` over kernels makes grouped convolutions;
+    and a pass has as many examples as fit in the caches. Elsewhere as much of the population goes
+    side by side as fits in
     the memory. With `fitness.trial` the choice is measured instead, see `trial`.
 
     Args:
@@ -96,7 +95,7 @@ def plan_evaluation(
     Example:
         >>> inputs = jax.ShapeDtypeStruct((1000, 3), jnp.float32)
         >>> plan_evaluation(lambda w, x: x @ w, jnp.ones((3, 2)), inputs, FitnessConfig(), 20)
-        Plan(population_chunk=20, batch_size=512, mesh=None)
+        Plan(population_chunk=1, batch_size=512, mesh=None)
     """
     chunk, batch_size = config.population_chunk, config.batch_size
     mesh = population_mesh(config.devices, config.devices_per_network)
@@ -111,13 +110,13 @@ def plan_evaluation(
 
     few = jax.ShapeDtypeStruct((_SMALLEST, *inputs.shape[1:]), inputs.dtype)
     of_example = footprint(apply_fn, variables, few) / _SMALLEST
-    one_by_one = jax.default_backend() == "cpu" and has_convolutions(apply_fn, variables, few)
+    on_cpu = jax.default_backend() == "cpu"
     if isinstance(batch_size, str):
         batch_size = _LARGEST
-        if one_by_one:
+        if on_cpu:
             batch_size = max(_SMALLEST, min(_LARGEST, int(_CPU_BYTES / of_example)))
     if isinstance(chunk, str):
-        chunk = 1 if one_by_one else population_size
+        chunk = 1 if on_cpu else population_size
         free = free_memory()
         if chunk > 1 and free is not None:  # the other half is for what else there is
             chunk = max(1, min(chunk, int(free / 2 / (of_example * batch_size))))
@@ -358,22 +357,6 @@ def free_memory() -> int | None:
     return 1024 * free
 
 
-def has_convolutions(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> bool:
-    """Whether there are convolutions in a network's program.
-
-    Args:
-        apply_fn: the network.
-        variables: of one network, or their shapes and dtypes.
-        inputs: a batch, or its shape and dtype.
-
-    Example:
-        >>> has_convolutions(lambda w, x: x @ w, jnp.ones((3, 2)), jnp.ones((1, 3)))
-        False
-    """
-    program = jax.make_jaxpr(apply_fn)(variables, inputs)
-    return "conv_general_dilated" in _primitives(program.jaxpr)
-
-
 def footprint(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> int:
     """About how much memory one network takes while it is evaluated on one batch.
 
@@ -420,13 +403,6 @@ def _peak(jaxpr: core.Jaxpr) -> int:
         peak = max(peak, sum(alive.values()) + inside)
         alive = {atom: size for atom, size in alive.items() if last_use.get(atom, 0) > number}
     return peak
-
-
-def _primitives(jaxpr: core.Jaxpr) -> Iterator[str]:
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for inner in core.jaxprs_in_params(equation.params):
-            yield from _primitives(inner)
 
 
 def _bytes(tree: PyTree) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -173,7 +174,7 @@ def _parse(argv: list[str]) -> tuple[list[_Run], Path | None, _Cluster | None]:
             )
         config = from_dict(chosen.to_dict())
         cluster = _cluster(values.distributed, config, *(values[name].value for name in _FLAGS))
-        if cluster is not None and config.fitness.devices == 1:
+        if config.fitness.devices == "auto":
             fitness = dataclasses.replace(config.fitness, devices="all")
             config = dataclasses.replace(config, fitness=fitness)
     except (MegajaxError, SystemExit, KeyboardInterrupt):
@@ -307,5 +308,20 @@ def _describe(error: Exception) -> str:
     return f"{where}{type(error).__name__}: {message}"
 
 
+def _make_cores_devices() -> None:
+    """Makes a device of each core, unless the environment says how many there are to be.
+
+    XLA does not keep several cores busy with one network: two cores score twice as many if each has
+    networks of its own (benchmarks/population.py). Only CPUs are concerned.
+    """
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", cores or 1)
+
+
 if __name__ == "__main__":
+    _make_cores_devices()
     sys.exit(main())

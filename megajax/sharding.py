@@ -24,11 +24,12 @@ POPULATION, NETWORK = "population", "network"
 _WHOLE = PartitionSpec()
 
 
-def population_mesh(devices: int | str = "all", devices_per_network: int = 1) -> Mesh | None:
+def population_mesh(devices: int | str = "auto", devices_per_network: int = 1) -> Mesh | None:
     """The mesh that `fitness.devices` and `fitness.devices_per_network` ask for.
 
     Args:
-        devices: how many; `all` are those of all processes.
+        devices: how many; `all` are those of all processes, and `auto` is one, or all where a
+            network takes several.
         devices_per_network: how many of them share one network's weights.
 
     Returns:
@@ -45,6 +46,8 @@ def population_mesh(devices: int | str = "all", devices_per_network: int = 1) ->
         ...
         megajax.errors.ConfigError: fitness.devices is 1000000: there are only ...
     """
+    if devices == "auto" and devices_per_network == 1:
+        devices = 1
     if devices == 1 == devices_per_network:
         return None  # and no question to the backend
     there = jax.devices()

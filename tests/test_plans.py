@@ -41,9 +41,21 @@ def plan(net, **options):
     return plan_evaluation(jax.jit(net.apply), variables, IMAGES, FitnessConfig(**options), 20)
 
 
-def test_auto_goes_one_by_one_through_convolutions_on_a_cpu_and_side_by_side_otherwise():
-    assert plan(Net()).population_chunk == 1
-    assert plan(Net(width=0)) == (20, 512, None)
+def test_auto_goes_one_by_one_on_a_cpu_and_side_by_side_elsewhere(monkeypatch):
+    assert plan(Net()).population_chunk == plan(Net(width=0)).population_chunk == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert plan(Net()) == (20, 512, None)
+
+
+def test_elsewhere_auto_takes_as_many_as_half_the_memory_holds(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    few = jax.ShapeDtypeStruct((512, *IMAGES.shape[1:]), IMAGES.dtype)
+    net = Net()
+    one = footprint(net.apply, jax.eval_shape(net.init, jax.random.key(0), few), few)
+    monkeypatch.setattr(plans, "free_memory", lambda: 2 * 7 * one + one)
+    assert plan(net).population_chunk == 7
+    monkeypatch.setattr(plans, "free_memory", lambda: one)
+    assert plan(net).population_chunk == 1
 
 
 @pytest.mark.parametrize(("width", "fits"), [(1, 512), (16, 122), (32, 61), (1024, 32)])

@@ -240,7 +240,10 @@ def test_the_plan_has_the_mesh_that_the_configuration_asks_for():
         ({"devices": 0}, "fitness.devices is 0: it must be at least 1"),
         ({"devices": "many"}, "fitness.devices is 'many'"),
         ({"devices": 9}, "fitness.devices is 9: there are only 8"),
-        ({"devices_per_network": 2}, "devices_per_network is 2: it must divide the 1 of"),
+        (
+            {"devices": 1, "devices_per_network": 2},
+            "devices_per_network is 2: it must divide the 1 of",
+        ),
         ({"devices": 8, "devices_per_network": 3}, "is 3: it must divide the 8 of fitness.devices"),
         (
             {"devices": "all", "devices_per_network": 3},
@@ -275,7 +278,7 @@ def test_the_configuration_keeps_the_devices():
     config = from_dict({"fitness": {"devices": "all", "devices_per_network": 2}})
     assert from_dict(to_dict(config)) == config
     assert from_dict({"fitness": {"devices": "4"}}).fitness.devices == 4
-    assert Config().fitness.devices == 1
+    assert Config().fitness.devices == "auto"
 
 
 FOUR = [RNG.normal(size=(5, 4)).astype(np.float32) for _ in range(4)]
