@@ -34,7 +34,7 @@ from rich.console import Console
 
 from megajax import distributed, pipeline, report, workdir
 from megajax.config import Config, from_dict
-from megajax.errors import ConfigError, Interrupted, MegajaxError
+from megajax.errors import ConfigError, Interrupted, MegajaxError, first_line
 from megajax.results import aggregate
 
 __all__ = ["main"]
@@ -298,7 +298,11 @@ def _describe(error: Exception) -> str:
         return f"{error.filename}, line {error.lineno}: {error.msg}"
     message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, flags.Error):
-        return message
+        cause: BaseException = error
+        while (before := cause.__cause__ or cause.__context__) is not None:
+            cause = before
+        # Of a config file the library only says that it failed.
+        return f"{message} {first_line(cause)}" if message.endswith(":") else message
     if isinstance(error, AttributeError) and "'get_config'" in message:
         return "the config file has no function get_config()"
     packages = (str(Path(module.__file__ or "").parent) for module in (flags, config_flags, jax))

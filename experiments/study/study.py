@@ -7,8 +7,8 @@ What is finished is not run again, and what was interrupted goes on: several pro
 `--seeds` or `--only` can share the work, and a last one without them collects it. The parents of a
 setting are trained once; every other search starts from them. `results.json` holds, for each data
 set and setting of the parents, what `megajax.results.aggregate` makes of the seeds, with the
-network that each search found as `evolved_SEARCH`, so that Holm's correction covers all that is
-compared. `tables.py` makes the README's tables of it.
+network that each search found as `evolved_SEARCH` (`merged` is that of `channel-aligned`), so that
+Holm's correction covers all that is compared. `tables.py` makes the README's tables of it.
 """
 
 import argparse
@@ -47,12 +47,12 @@ def run_cell(
 def one_seed(folder: Path, seed: str) -> dict[str, Any]:
     """The results of the main search, with what the others found among the baselines."""
     results: dict[str, Any] = workdir.read_json(folder / MAIN / seed / workdir.RESULTS)
-    for search in SEARCHES:
+    for search in (search for search in SEARCHES if search != MAIN):
         other = workdir.read_json(folder / search / seed / workdir.RESULTS)
         name = search.replace("-", "_")
-        found = {"evaluations": other["evaluations"], **other["merged"]}
-        results["baselines"][f"evolved_{name}"] = found
-        if search != MAIN and "random_search" in other["baselines"]:
+        cost = {"evaluations": other["evaluations"]}
+        results["baselines"][f"evolved_{name}"] = cost | other["merged"]
+        if "random_search" in other["baselines"]:
             results["baselines"][f"random_search_{name}"] = other["baselines"]["random_search"]
     return results
 

@@ -216,7 +216,8 @@ def points(difference: Difference | None) -> str:
     """
     if difference is None:
         return ""
-    return f"{100 * difference.estimate:+.1f}" + _limits(difference.low, difference.high)
+    estimate = round(100 * difference.estimate, 1) + 0.0  # no -0.0
+    return f"{estimate:+.1f}" + _limits(difference.low, difference.high)
 
 
 def p_value(value: float | None, name: str = "p") -> str:

@@ -1,0 +1,154 @@
+"""Makes the README's results of the study's `results.json`: the tables are never written by hand.
+
+    python experiments/study/tables.py            # rewrites the section of README.md, and tables.md
+    python experiments/study/tables.py --check    # fails if they are not what results.json says
+
+The README gets the rows that matter and what the search adds to what needs none; `tables.md` beside
+this file has everybody.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megajax.report.text import p_value, percent, points, sentence
+from megajax.results import Comparison, comparison
+from megajax.statistics import paired_t
+
+HERE = Path(__file__).parent
+README = HERE.parent.parent / "README.md"
+START, END = "<!-- made by experiments/study/tables.py -->", "<!-- end -->"
+NAMES = {"digits": "CNNs on the digits", "cifar10": "ResNet-20 on CIFAR-10"}
+SETTINGS = {
+    "same": "same data",
+    "skewed": "class-skewed data",
+    "shared": "class-skewed data, same initial weights",
+}
+ROWS = {
+    "best_parent": "best parent",
+    "uniform_average": "average",
+    "aligned_uniform_average": "average, aligned",
+    "regmean": "RegMean",
+    "aligned_regmean": "RegMean, aligned",
+    "line": "best point of the line, aligned",
+    "random_search": "random search, channel masks, aligned",
+    "sep_cma_es": "CMA-ES (separable), channel masks, aligned",
+    "evolved_paper": "MeGA as published (with 1,920 networks)",
+    "evolved_paper_aligned": "MeGA's search, aligned",
+    "evolved_global": "evolved, global masks",
+    "evolved_layer": "evolved, layer masks",
+    "evolved_channel": "evolved, channel masks",
+    "evolved_element": "evolved, element masks",
+    "evolved_global_aligned": "evolved, global masks, aligned",
+    "evolved_layer_aligned": "evolved, layer masks, aligned",
+    "merged": "evolved, channel masks, aligned",
+    "evolved_element_aligned": "evolved, element masks, aligned",
+    "ensemble": "ensemble (twice the cost)",
+}
+AGAINST = ("aligned_uniform_average", "aligned_regmean", "random_search", "sep_cma_es", "ensemble")
+
+
+def table(rows: Iterable[Iterable[str]]) -> str:
+    """Markdown, the header first."""
+    header, *body = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return "\n".join([header, re.sub(r"[^|]+", " --- ", header), *body])
+
+
+def accuracies(found: Mapping[str, Comparison], names: Mapping[str, str]) -> str:
+    """Test accuracy and difference to the best parent, a column for each setting."""
+
+    def cell(key: str, comparison: Comparison) -> str:
+        row = comparison.row(key)
+        if row is None:
+            return ""
+        return f"{percent(row.test.estimate)} {points(row.difference)}".strip()
+
+    header = ["network", *(SETTINGS[setting] for setting in found)]
+    body = [[name, *(cell(key, one) for one in found.values())] for key, name in names.items()]
+    return table([header, *body])
+
+
+def gains(results: Mapping[str, Any]) -> str:
+    """The evolved network (channel masks, aligned) minus others, paired by seed."""
+
+    def cell(networks: Mapping[str, Any], key: str) -> str:
+        ours, theirs = (networks[name]["test_accuracy"]["values"] for name in ("merged", key))
+        difference = paired_t(ours, theirs)
+        return f"{points(difference)}, {p_value(difference.p_value)}"
+
+    header = ["evolved, channel masks, aligned, against", *(SETTINGS[name] for name in results)]
+    body = [
+        [ROWS[key], *(cell(one["networks"], key) for one in results.values())] for key in AGAINST
+    ]
+    return table([header, *body])
+
+
+def section(results: Mapping[str, Any]) -> str:
+    """The README's section."""
+    parts = []
+    for data, settings in results.items():
+        found = {name: comparison(one) for name, one in settings.items()}
+        first = next(iter(settings.values()))
+        parts += [
+            f"{NAMES[data]}, {len(first['seeds'])} pairs for each column, "
+            f"{first['data']['validation']} validation and {first['data']['test']} test images. "
+            "Test accuracy and,\nin points with 95 % interval paired by seed, the difference to "
+            "the best parent, which validation chose:",
+            accuracies(found, ROWS),
+            "What the search adds to what needs none, and to other searches at the same cost "
+            "(points; p-values of single\nt-tests, not corrected):",
+            gains(settings),
+        ]
+    return "\n\n".join(parts)
+
+
+def everybody(results: Mapping[str, Any]) -> str:
+    """All rows of all settings, with the p-values that Holm's method adjusts over each table."""
+    parts = ["# The study, everybody"]
+    for data, settings in results.items():
+        for setting, one in settings.items():
+            found = comparison(one)
+            rows = [
+                [
+                    ROWS.get(row.key, row.name),
+                    percent(row.validation.estimate),
+                    percent(row.test.estimate),
+                    points(row.difference),
+                    p_value(row.adjusted, ""),
+                    percent(row.corrupted),
+                    f"{row.evaluations:,} x {row.images_scored:,}" if row.evaluations else "",
+                ]
+                for row in found.rows
+            ]
+            header = ["network", "validation", "test", "to best parent [points]", "p (Holm)"]
+            header += ["corrupted", "networks x images scored"]
+            parts += [f"## {NAMES[data]}, {SETTINGS[setting]}", sentence(found)]
+            parts.append(table([header, *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Writes both, or checks them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    results = json.loads((HERE / "results.json").read_text())
+    readme = README.read_text()
+    before, _, rest = readme.partition(START)
+    _, _, after = rest.partition(END)
+    pages = {
+        README: f"{before}{START}\n\n{section(results)}\n\n{END}{after}",
+        HERE / "tables.md": everybody(results),
+    }
+    for path, text in pages.items():
+        if options.check and path.read_text() != text:
+            sys.exit(f"{path.name} is not what results.json says: run {Path(__file__).name}")
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

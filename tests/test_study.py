@@ -1,0 +1,56 @@
+"""The study: its cells are experiments, its searches cost the same, its tables are its figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megajax.config import from_dict
+from megajax.run import main
+
+STUDY = Path(__file__).parent.parent / "experiments" / "study"
+sys.path.insert(0, str(STUDY))
+config = pytest.importorskip("config")
+sys.path.remove(str(STUDY))
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_all_searches_of_all_cells_score_equally_many_networks(data):
+    costs = set()
+    for parents in config.PARENTS:
+        for search in config.SEARCHES:
+            cell = from_dict(config.get_config(f"{data}/{parents}/{search}").to_dict())
+            evolution = cell.evolution
+            elites = evolution.elites if evolution.survival == "generational" else 0
+            size = evolution.population_size
+            costs.add(size + evolution.generations * (size - elites))
+            assert cell.data.name == data
+            aligned = search.endswith("-aligned")
+            assert (cell.align.method != "none") == aligned
+            assert cell.recalibrate.enabled == (search != "paper")
+    assert costs == {1920}
+
+
+def test_what_is_no_cell_is_one_line(capsys):
+    assert main(["run", "--config", f"{STUDY / 'config.py'}:digits/skewed/chanel"]) == 2
+    assert "digits/skewed/chanel is no cell" in capsys.readouterr().err
+
+
+def test_the_tables_are_what_the_results_say():
+    command = [sys.executable, str(STUDY / "tables.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_searches_in_the_results_cost_the_same():
+    for settings in json.loads((STUDY / "results.json").read_text()).values():
+        for aggregate in settings.values():
+            costs = {
+                name: entry["evaluations"] * entry["images_scored"]
+                for name, entry in aggregate["networks"].items()
+                if name.startswith(("evolved", "random_search", "cma_es", "sep_", "diff", "merged"))
+            }
+            assert len(costs) >= 13
+            assert set(costs.values()) == {1920 * aggregate["data"]["validation"]}
