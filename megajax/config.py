@@ -447,8 +447,8 @@ class FitnessConfig(_Section):
             following from backend and network. The workdir keeps the choice; another start of the
             same run elsewhere may make another one, and its last bits differ.
         devices: devices that share the population: a number, or `all` for those of all processes.
-            How many there are does not change the search, up to float rounding. `auto` is all for
-            the command line, which makes a device of every core of a CPU, and one for the library.
+            How many there are does not change the search, up to float rounding. `auto` is one for
+            `merge`, and all in a run, for which the command line makes every core of a CPU one.
         devices_per_network: how many of them share the weights of one network; it divides
             `devices`. Needed only where one device has no room for a network, or all the parents.
         select_on_test: score on the test images instead, as MeGA's reference does for many parents.

@@ -174,9 +174,6 @@ def _parse(argv: list[str]) -> tuple[list[_Run], Path | None, _Cluster | None]:
             )
         config = from_dict(chosen.to_dict())
         cluster = _cluster(values.distributed, config, *(values[name].value for name in _FLAGS))
-        if config.fitness.devices == "auto":
-            fitness = dataclasses.replace(config.fitness, devices="all")
-            config = dataclasses.replace(config, fitness=fitness)
     except (MegajaxError, SystemExit, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a config file or a flag may raise

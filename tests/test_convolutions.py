@@ -54,8 +54,10 @@ def chosen(apply_fn, w, x):
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (1, 2), (3, 1)])
 @pytest.mark.parametrize("padding", [((0, 0), (0, 0)), ((1, 1), (1, 1)), ((2, 0), (0, 3))])
-@pytest.mark.parametrize(("channels", "width"), [((3, 16), 12), ((1, 4), 17), ((16, 16), 11)])
-@pytest.mark.parametrize("kernel", [(3, 3), (1, 2), (5, 4)])
+@pytest.mark.parametrize(
+    ("channels", "width", "kernel"),
+    [((3, 16), 12, (3, 3)), ((1, 4), 17, (1, 2)), ((16, 16), 11, (5, 4))],
+)
 def test_it_is_the_same_convolution(strides, padding, channels, width, kernel):
     apply_fn, w, x = convolution(
         (2, 9, width, channels[0]), (*kernel, *channels), window_strides=strides, padding=padding

@@ -139,8 +139,7 @@ def test_what_does_not_fit_is_passed_over(monkeypatch):
         ("densenet", {"blocks": (2, 2), "growth": 8, "stem": "cifar"}, (16, 16, 3)),
     ],
 )
-@pytest.mark.parametrize("chunk", [1, 4])
-@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize(("chunk", "anew"), [(1, True), (4, False)])
 def test_the_memory_that_is_predicted_is_what_the_compiler_reserves(
     name, options, shape, chunk, anew
 ):

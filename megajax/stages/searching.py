@@ -44,13 +44,15 @@ def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
 
 
 def planned(task: Task, network: PyTree) -> FitnessConfig:
-    """The fitness, its plan by numbers where it is measured: once for a workdir.
+    """The fitness on all devices, its plan by numbers where it is measured: once for a workdir.
 
     Args:
         task: the run.
         network: one of the parents.
     """
     fitness, file = task.config.fitness, task.folder / workdir.PLAN
+    if fitness.devices == "auto":
+        fitness = dataclasses.replace(fitness, devices="all")
     if not fitness.trial:
         return fitness
     if not file.exists():
