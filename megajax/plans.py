@@ -108,18 +108,21 @@ def plan_evaluation(
         candidates = [Plan(chunk, size) for chunk in chunks for size in sizes]
         return trial(apply_fn, variables, inputs, candidates)._replace(mesh=mesh)
 
-    few = jax.ShapeDtypeStruct((_SMALLEST, *inputs.shape[1:]), inputs.dtype)
-    of_example = footprint(apply_fn, variables, few) / _SMALLEST
+    def taken(size: int) -> int:
+        some = jax.ShapeDtypeStruct((size, *inputs.shape[1:]), inputs.dtype)
+        return footprint(apply_fn, variables, some)
+
     on_cpu = jax.default_backend() == "cpu"
     if isinstance(batch_size, str):
         batch_size = _LARGEST
         if on_cpu:
+            of_example = (taken(2 * _SMALLEST) - taken(_SMALLEST)) / _SMALLEST
             batch_size = max(_SMALLEST, min(_LARGEST, int(_CPU_BYTES / of_example)))
     if isinstance(chunk, str):
         chunk = 1 if on_cpu else population_size
         free = free_memory()
         if chunk > 1 and free is not None:  # the other half is for what else there is
-            chunk = max(1, min(chunk, int(free / 2 / (of_example * batch_size))))
+            chunk = max(1, min(chunk, free // (2 * taken(batch_size))))
     return Plan(chunk, batch_size, mesh)
 
 

@@ -105,6 +105,7 @@ def test_a_trial_finds_what_is_faster():
     assert trial(alone, w, inputs, candidates) == Plan(1, 256)
 
 
+@pytest.mark.slow
 def test_a_trial_is_not_repeated_and_keeps_to_what_is_given(monkeypatch):
     tried = []
     real = plans._speeds

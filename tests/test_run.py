@@ -252,6 +252,7 @@ def test_the_command_runs_with_overrides(tmp_path):
     assert config["parents"]["shards"] == "skewed"
 
 
+@pytest.mark.slow
 def test_a_plan_that_was_measured_is_kept_for_a_later_start(tmp_path):
     small = {
         **SMALL,

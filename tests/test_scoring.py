@@ -348,6 +348,7 @@ def test_a_step_is_traced_once_and_never_touches_the_host():
     assert int(state.generation) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side_by_side", [False, True])
 def test_searches_in_one_program_are_the_searches_alone(side_by_side):
     first = make(BOTH)
@@ -449,6 +450,7 @@ def merged(fitness=None, **evolution):
     )
 
 
+@pytest.mark.slow
 def test_a_merge_says_what_it_cost():
     plain = merged()
     assert plain.examples_scored == N * plain.evaluations == N * 6 * P
@@ -472,6 +474,7 @@ def test_a_race_on_more_examples_than_there_are_is_refused():
             mj.FitnessConfig(**{name: value})
 
 
+@pytest.mark.slow
 def test_a_tree_shares_its_budget_by_cost():
     rng = np.random.default_rng(0)
     data = rng.normal(size=(N, 6)).astype(np.float32), rng.integers(0, 3, N)

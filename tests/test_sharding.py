@@ -149,10 +149,12 @@ def test_a_merge_finds_the_same_network_on_eight_devices_as_on_one():
     assert one.fitness == eight.fitness
 
 
+@pytest.mark.slow
 def test_a_merge_with_networks_over_two_devices():
     assert merged("all", devices_per_network=2).fitness == merged(1).fitness
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_from_the_state_of_another_number_of_devices():
     whole = merged(1)
     reached = jax.device_get(merged(4).state)  # as a checkpoint holds it
@@ -201,6 +203,7 @@ def test_nothing_is_traced_again_between_generations():
     assert len(set(programs)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_several_searches_in_one_program(side_by_side):
     chunk = 10 if side_by_side else 1
@@ -257,6 +260,7 @@ def test_devices_that_cannot_work_are_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_baselines_search_on_the_same_devices():
     def searched(devices):
         results = mj.run_baselines(
@@ -290,6 +294,7 @@ def linear(weights, inputs):
     return inputs @ weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 6])
 def test_a_tree_of_searches(chunk):
     def tree(devices):
@@ -302,6 +307,7 @@ def test_a_tree_of_searches(chunk):
     assert one.fitness == four.fitness
 
 
+@pytest.mark.slow
 def test_parents_that_are_scored_beside_the_search():
     def searched(devices):
         config = FitnessConfig(metric="accuracy", devices=devices)
