@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from searches import assert_it_goes_on_bit_identical
 
 from megajax import operators
 from megajax.errors import SearchError
@@ -61,13 +62,7 @@ def test_scan_is_the_loop_of_steps(survive):
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_continued_from_any_generation_it_ends_bit_identical(stop):
     ga = make()
-    start = ga.init(KEY, first_genes())
-    straight, infos = run(KEY, ga, start, 10, generations_per_chunk=4)
-    half, early = run(KEY, ga, start, stop, generations_per_chunk=4)
-    resumed, late = run(KEY, ga, half, 10, generations_per_chunk=4)
-    chex.assert_trees_all_equal(resumed, straight)
-    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), early, late)
-    chex.assert_trees_all_equal(joined, infos)
+    assert_it_goes_on_bit_identical(KEY, ga, ga.init(KEY, first_genes()), stop)
 
 
 def test_another_key_is_another_search():

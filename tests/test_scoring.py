@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.tree_util import Partial
+from searches import assert_it_goes_on_bit_identical
 
 import megajax as mj
 from megajax import operators, scoring
@@ -326,13 +327,7 @@ BOTH = Scoring(reuse=True, chunk=1, racing=racing())
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_continued_from_any_generation_it_ends_bit_identical(stop):
     ga = make(BOTH)
-    start = start_of(ga)
-    straight, infos = run(KEY, ga, start, 10, generations_per_chunk=4)
-    half, early = run(KEY, ga, start, stop, generations_per_chunk=4)
-    resumed, late = run(KEY, ga, half, 10, generations_per_chunk=4)
-    chex.assert_trees_all_equal(resumed, straight)
-    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), early, late)
-    chex.assert_trees_all_equal(joined, infos)
+    assert_it_goes_on_bit_identical(KEY, ga, start_of(ga), stop)
 
 
 def test_a_step_is_traced_once_and_never_touches_the_host():

@@ -1,6 +1,7 @@
 """The study: its cells are experiments, its searches cost the same, its tables are its figures."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,15 @@ from megajax.config import from_dict
 from megajax.run import main
 
 STUDY = Path(__file__).parent.parent / "experiments" / "study"
-sys.path.insert(0, str(STUDY))
-config = pytest.importorskip("config")
-sys.path.remove(str(STUDY))
+CONFIG = runpy.run_path(str(STUDY / "config.py"))
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
 def test_all_searches_of_all_cells_score_equally_many_networks(data):
     costs = set()
-    for parents in config.PARENTS:
-        for search in config.SEARCHES:
-            cell = from_dict(config.get_config(f"{data}/{parents}/{search}").to_dict())
+    for parents in CONFIG["PARENTS"]:
+        for search in CONFIG["SEARCHES"]:
+            cell = from_dict(CONFIG["get_config"](f"{data}/{parents}/{search}").to_dict())
             evolution = cell.evolution
             elites = evolution.elites if evolution.survival == "generational" else 0
             size = evolution.population_size
