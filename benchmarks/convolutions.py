@@ -10,8 +10,6 @@ over kernels makes of the two networks. Medians of synchronised runs.
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from timing import seconds
 
 from megajax.convolutions import widened
 
@@ -38,17 +37,6 @@ def patches(w: jax.Array, x: jax.Array) -> jax.Array:
     shifted = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     columns = jnp.concatenate(shifted, axis=-1).reshape(-1, 9 * channels)
     return (columns @ w.reshape(9 * channels, -1)).reshape(n, height, width, -1)
-
-
-def seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Median time of synchronised runs, the first one apart."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def rates(side: int, channels_in: int, channels_out: int) -> dict[str, float]:

@@ -10,8 +10,6 @@ children read and the survivors written.
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,24 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from timing import seconds
 
 from megajax import operators
 from megajax.config import EvolutionConfig
 from megajax.evolution import genetic_algorithm
 from megajax.genome import masks
 from megajax.merging import algorithm_for
-
-
-def milliseconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """Median time of synchronised runs, the first one apart."""
-    function = jax.jit(function)
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
 
 
 def free(genes: jax.Array) -> tuple[jax.Array, tuple[()]]:
@@ -55,7 +42,7 @@ def main() -> None:
     key = jax.random.key(0)
 
     large = jnp.ones(2**26, jnp.float32)
-    bandwidth = 2 * large.nbytes / milliseconds(lambda x: x + 1, large) * 1e3
+    bandwidth = 2 * large.nbytes / seconds(jax.jit(lambda x: x + 1), large)
     rate = max(0.01, 1 / G)
     genome = masks({"w": jnp.zeros((2, G))}, granularity="element")
     config = EvolutionConfig(population_size=P)
@@ -89,7 +76,7 @@ def main() -> None:
             parts["repair"] = (genome.repair, (genes,))
         print(f"{name}: floor {least:.0f} ms")
         for part, (function, arguments) in parts.items():
-            found[f"{name}, {part}"] = milliseconds(function, *arguments)
+            found[f"{name}, {part}"] = 1e3 * seconds(jax.jit(function), *arguments, repeats=5)
             print(f"  {part:<12} {found[f'{name}, {part}']:8.1f} ms", flush=True)
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -24,7 +24,6 @@ of more than 20 seconds is not repeated, and no other cut is tried after `--limi
 import argparse
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import seconds
 
 import megajax as mj
 from megajax import models
@@ -47,7 +47,6 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet56": ("resnet", {"depth": 56}),
     "densenet121": ("densenet", {"depth": 121, "stem": "cifar"}),
 }
-LONG = 20.0
 jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 ON_CPU = jax.default_backend() == "cpu"
 
@@ -92,29 +91,14 @@ class Timing(NamedTuple):
     plan: tuple[int, int]
 
 
-def seconds(function: Callable[..., Any], *arguments: Any, repeats: int = 3) -> float:
-    """Median time of synchronised runs, the first one apart unless it takes very long."""
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    first = time.perf_counter() - start
-    if first > LONG:
-        return first
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def ceilings(dtype: Any) -> tuple[float, float]:
     """Operations a second of a large matrix product, bytes a second of a large copy."""
     side = 2048 if ON_CPU else 8192
     matrix = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     large = jnp.ones(2**26, jnp.float32)
-    copying = seconds(jax.jit(lambda x: x + 1), large, repeats=7)
-    return 2 * side**3 / seconds(product, matrix, matrix, repeats=7), 2 * large.nbytes / copying
+    copying = seconds(jax.jit(lambda x: x + 1), large)
+    return 2 * side**3 / seconds(product, matrix, matrix), 2 * large.nbytes / copying
 
 
 def make_case(network: str, dtype: str, population: int, examples: int) -> Case:
@@ -169,7 +153,7 @@ def in_one_program(case: Case, plan: Plan) -> Timing:
         jax.jit(lambda evaluate, genes: evaluate(genes)).lower(evaluate, case.genes).compile()
     )
     compilation = time.perf_counter() - start
-    return Timing(seconds(compiled, evaluate, case.genes), compilation, tuple(plan[:2]))
+    return Timing(seconds(compiled, evaluate, case.genes, repeats=3), compilation, tuple(plan[:2]))
 
 
 def host_loop(case: Case, batch_size: int) -> Timing:
@@ -188,7 +172,7 @@ def host_loop(case: Case, batch_size: int) -> Timing:
     def loop() -> list[float]:
         return [float(score(genes, case.parents, data)) for genes in case.genes]
 
-    return Timing(seconds(loop), compilation, (1, batch_size))
+    return Timing(seconds(loop, repeats=3), compilation, (1, batch_size))
 
 
 def keras_loop(case: Case, batch_size: int) -> Timing:
@@ -206,7 +190,9 @@ def keras_loop(case: Case, batch_size: int) -> Timing:
     start = time.perf_counter()
     evaluate()
     compilation = time.perf_counter() - start
-    return Timing(seconds(lambda: [evaluate() for _ in case.genes]), compilation, (1, batch_size))
+    return Timing(
+        seconds(lambda: [evaluate() for _ in case.genes], repeats=3), compilation, (1, batch_size)
+    )
 
 
 def methods(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
