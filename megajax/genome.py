@@ -19,10 +19,9 @@ Example:
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -137,12 +136,11 @@ def masks(
         if binary:
             return _one_hot(jnp.argmax(genes, axis=-1), K)
         shares = [genes[..., k] for k in range(K)]
-        total = sum(shares[1:], shares[0])
-        inside = abs(total - 1) < 1e-6
+        inside = abs(reduce(jnp.add, shares) - 1) < 1e-6
         for share in shares:
             inside &= share >= 0
         nearest = nearest_on_simplex(shares)
-        most = functools.reduce(jnp.maximum, nearest)
+        most = reduce(jnp.maximum, nearest)
         winner = jnp.argmax(jnp.stack(nearest), axis=0)
         nearest = [
             jnp.where(most > 1 - 1e-6, (winner == k).astype(share.dtype), share)
@@ -209,8 +207,8 @@ def nearest_on_simplex(shares: Sequence[jax.Array]) -> list[jax.Array]:
         among = [share >= least for share in shares]
         largest = [jnp.where(n, share, 0) for n, share in zip(among, shares, strict=True)]
         count = sum(n.astype(least.dtype) for n in among)
-        thresholds.append((sum(largest[1:], largest[0]) - 1) / count)
-    threshold = functools.reduce(jnp.maximum, thresholds)
+        thresholds.append((reduce(jnp.add, largest) - 1) / count)
+    threshold = reduce(jnp.maximum, thresholds)
     return [jnp.maximum(share - threshold, 0) for share in shares]
 
 
@@ -340,9 +338,9 @@ def _mix(genes: jax.Array, label: np.ndarray, leaf: jax.Array) -> jax.Array:
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     coefficients = jnp.moveaxis(_look_up(genes, label), -1, 0).astype(wide)
     # One parent after the other: a reduction over so short an axis is hundreds of times slower
-    # where XLA makes a loop of it for each element (benchmarks/population.py).
+    # where XLA makes a loop of it for each element.
     parts = [share * one.astype(wide) for share, one in zip(coefficients, leaf, strict=True)]
-    mixed = sum(parts[1:], parts[0]).astype(leaf.dtype)
+    mixed = reduce(jnp.add, parts).astype(leaf.dtype)
     # Products with 0 and 1 already give a parent's numbers; this gives its bits (-0.0 too).
     for share, one in zip(coefficients, leaf, strict=True):
         mixed = jnp.where(share == 1, one, mixed)

@@ -76,8 +76,8 @@ def plan_evaluation(
     the same in every run. On a CPU networks go one by one, because that is never much slower there
     than side by side, and many times faster where `vmap` over kernels makes grouped convolutions;
     and a pass has as many examples as fit in the caches. Elsewhere as much of the population goes
-    side by side as fits in
-    the memory. With `fitness.trial` the choice is measured instead, see `trial`.
+    side by side as fits in the memory. With `fitness.trial` the choice is measured instead, see
+    `trial`.
 
     Args:
         apply_fn: the network.
@@ -116,7 +116,7 @@ def plan_evaluation(
     if isinstance(batch_size, str):
         batch_size = _LARGEST
         if on_cpu:
-            of_example = (taken(2 * _SMALLEST) - taken(_SMALLEST)) / _SMALLEST
+            of_example = (taken(_SMALLEST) - _bytes(variables)) / _SMALLEST
             batch_size = max(_SMALLEST, min(_LARGEST, int(_CPU_BYTES / of_example)))
     if isinstance(chunk, str):
         chunk = 1 if on_cpu else population_size

@@ -6,8 +6,15 @@ from megajax import baselines
 from megajax.baselines import BASELINES
 from megajax.checkpoint import Checkpoints
 from megajax.config import BaselinesConfig, GenomeConfig
-from megajax.stages.searching import planned
-from megajax.stages.task import Outcomes, Task, baseline_names, networks_in, progress_bar, stream
+from megajax.stages.task import (
+    Outcomes,
+    Task,
+    baseline_names,
+    networks_in,
+    planned,
+    progress_bar,
+    stream,
+)
 from megajax.workdir import Outcome
 
 __all__ = ["run_baselines"]

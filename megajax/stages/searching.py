@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from megajax import distributed, workdir
+from megajax import workdir
 from megajax.checkpoint import Checkpoints
-from megajax.config import AlignConfig, FitnessConfig, to_dict
+from megajax.config import AlignConfig, to_dict
 from megajax.errors import ConfigError, SearchError
 from megajax.evolution import GAInfo, GAState
 from megajax.hierarchy import Node, NodeResult, merge_tree
 from megajax.merging import MergeResult, merge, shares_of
 from megajax.operators import Population
 from megajax.parents import stack_parents
-from megajax.plans import plan_evaluation
 from megajax.shares import channel_shares, projected_shares
 from megajax.stages.task import (
     Clock,
@@ -25,13 +24,14 @@ from megajax.stages.task import (
     Task,
     interrupted,
     networks_in,
+    planned,
     progress_bar,
     stream,
 )
 from megajax.types import PyTree
 from megajax.workdir import Outcome
 
-__all__ = ["planned", "search"]
+__all__ = ["search"]
 
 _TREE = ("align", "recalibrate", "genome", "fitness", "evolution", "hierarchy")
 
@@ -41,27 +41,6 @@ def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     if task.config.hierarchy.enabled:
         return _by_tree(task, outcomes)
     return _at_once(task, outcomes, checkpoints)
-
-
-def planned(task: Task, network: PyTree) -> FitnessConfig:
-    """The fitness on all devices, its plan by numbers where it is measured: once for a workdir.
-
-    Args:
-        task: the run.
-        network: one of the parents.
-    """
-    fitness, file = task.config.fitness, task.folder / workdir.PLAN
-    if fitness.devices == "auto":
-        fitness = dataclasses.replace(fitness, devices="all")
-    if not fitness.trial:
-        return fitness
-    if not file.exists():
-        size = task.config.evolution.population_size
-        plan = plan_evaluation(task.apply_fn, network, task.selection.images, fitness, size)
-        chosen = {"population_chunk": plan.population_chunk, "batch_size": plan.batch_size}
-        numbers = distributed.of_first({name: np.int32(n) for name, n in chosen.items()})
-        workdir.write_json(file, {name: int(number) for name, number in numbers.items()})
-    return dataclasses.replace(fitness, trial=False, **workdir.read_json(file))
 
 
 def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from flax import linen as nn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megajax import data, models
+from megajax import data, distributed, models, workdir
 from megajax.adapters import from_linen
 from megajax.baselines import applicable
-from megajax.config import PUBLISHED_CORRUPTIONS, Config
+from megajax.config import PUBLISHED_CORRUPTIONS, Config, FitnessConfig
 from megajax.errors import ConfigError, Interrupted
 from megajax.merging import genome_for
 from megajax.normalization import find_statistics
 from megajax.parents import stacked_shapes
+from megajax.plans import plan_evaluation
 from megajax.robustness import published
 from megajax.tensorboard import require_tensorboard
 from megajax.types import ApplyFn, Key, PyTree
@@ -35,6 +37,7 @@ __all__ = [
     "baseline_names",
     "interrupted",
     "networks_in",
+    "planned",
     "prepare",
     "progress_bar",
     "stream",
@@ -157,6 +160,27 @@ def networks_in(outcome: Outcome, folder: str) -> list[PyTree]:
     """
     count = sum(name.startswith(f"{folder}/") for name in outcome.networks)
     return [outcome.networks[f"{folder}/{k}"] for k in range(count)]
+
+
+def planned(task: Task, network: PyTree) -> FitnessConfig:
+    """The fitness on all devices, its plan by numbers where it is measured: once for a workdir.
+
+    Args:
+        task: the run.
+        network: one of the parents.
+    """
+    fitness, file = task.config.fitness, task.folder / workdir.PLAN
+    if fitness.devices == "auto":
+        fitness = dataclasses.replace(fitness, devices="all")
+    if not fitness.trial:
+        return fitness
+    if not file.exists():
+        size = task.config.evolution.population_size
+        plan = plan_evaluation(task.apply_fn, network, task.selection.images, fitness, size)
+        chosen = {"population_chunk": plan.population_chunk, "batch_size": plan.batch_size}
+        numbers = distributed.of_first({name: np.int32(n) for name, n in chosen.items()})
+        workdir.write_json(file, {name: int(number) for name, number in numbers.items()})
+    return dataclasses.replace(fitness, trial=False, **workdir.read_json(file))
 
 
 def progress_bar(console: Console) -> Progress:
