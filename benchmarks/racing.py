@@ -10,8 +10,8 @@ search, the same stopped early at about the cost of the races, and races on
 candidate is recalibrated; 0 is without. For each: validation fitness and accuracy, test accuracy
 (mean and standard error over the pairs), the difference of the validation accuracy to the default
 search (paired), examples x networks on the validation images, how many times fewer, and the same
-with the passes over calibration images, of which a race makes more: they come before each scoring,
-and finalists are scored twice.
+with the passes over calibration images, which come before each scoring: before the first look no
+more than it has validation images.
 """
 
 import argparse
@@ -69,16 +69,18 @@ def search(pair: pairs.Pair, calibration: int, fields: dict[str, Any]) -> dict[s
         logits = mj.predict(pair.apply_fn, result.variables, split.images)
         return float(mj.measure(logits, split.labels).accuracy)
 
-    scorings = result.evaluations  # finalists are made, and recalibrated, a second time
+    completed = int(result.state.completed)
+    recalibrated = completed * calibration
     if races:
-        scorings += int(result.state.completed) - mj.EvolutionConfig().population_size
+        looks = result.evaluations - mj.EvolutionConfig().population_size
+        recalibrated += looks * min(calibration, fields["racing_examples"])
     return {
         "fitness": result.fitness,
         "validation": accuracy(validation),
         "test": accuracy(test),
         "networks": result.evaluations,
         "examples": result.examples_scored,
-        "passes": result.examples_scored + scorings * calibration,
+        "passes": result.examples_scored + recalibrated,
     }
 
 

@@ -456,8 +456,9 @@ class FitnessConfig(_Section):
             held out any more, and the report says so. For the command line: `merge` scores on the
             images that it is given.
         racing_examples: score each child on so many validation images first, drawn anew for each
-            generation, and only the best children on all of them; the others are out. None scores
-            every child on all.
+            generation with every label's share, and only the best children on all of them; the
+            others are out. Where candidates are recalibrated, the first look takes no more
+            calibration images either. None scores every child on all.
         racing_finalists: with `racing_examples`, the share of the offspring scored on all images.
     """
 

@@ -39,9 +39,9 @@ def widened(apply_fn: ApplyFn) -> ApplyFn:
     is narrow, and a CPU reaches a fraction of its speed. Here the kernel is repeated side by side,
     moved on by one stride each time and filled up with zeros; it then gives the channels of that
     many neighbouring pixels, which lie beside each other in memory as they should. The zeros cost
-    more operations and less time: on one core a 3x3 convolution from 3 to 16 channels is 2.7 times
-    faster, from 16 to 16 1.4 times (benchmarks/convolutions.py). Every sum has the same terms, but
-    for zeros; floating point may add them in another order.
+    more operations and less time: a 3x3 convolution from 3 to 16 channels is 2.5 times faster, from
+    8 to 8 2.1 times (benchmarks/convolutions.py). Every sum has the same terms, but for zeros;
+    floating point may add them in another order.
 
     Args:
         apply_fn: the network.
@@ -100,7 +100,8 @@ def pixels_at_once(equation: core.JaxprEqn) -> int:
         return 1
     width = shape_of(equation.outvars[0])[2]
     channels_in, channels_out = shape_of(equation.invars[1])[2:]
-    if channels_in > 16 or shape_of(equation.invars[1])[1] == 1:
+    thin = channels_in <= 4 or (channels_in <= 16 and channels_out < 16)
+    if not thin or shape_of(equation.invars[1])[1] == 1:
         return 1
     enough = 64 if 1 < channels_in <= 4 else 32
     pixels = 1

@@ -310,7 +310,7 @@ def prepare(
     evaluate: Any = evaluator(
         masked.express, fast, metric, None, data, population_chunk=chunk, mesh=mesh
     )
-    racing = _racing(fitness, masked.express, fast, metric, data, plan)
+    racing = _racing(fitness, masked.express, fast, metric, data, plan, examples is not None)
     side_by_side = chunk if mesh is None else chunk * mesh.shape[POPULATION]
     scoring = Scoring(evolution.reuse_fitness, side_by_side, racing)
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary, scoring=scoring)
@@ -345,9 +345,15 @@ def _racing(
     metric: Any,
     data: Batches,
     plan: Plan,
+    recalibrated: bool,
 ) -> Racing | None:
     """How children race as a configuration says; a sample's size has an evaluation of its own."""
     count, total = config.racing_examples, int(data.valid.sum())
+
+    def at_a_glance(genes: Genes, context: tuple[PyTree, jax.Array]) -> PyTree:
+        parents, examples = context
+        return express(genes, (parents, examples[:count]))
+
     if count is None:
         return None
     if count > total:
@@ -356,7 +362,7 @@ def _racing(
         )
     sample = Batches(*(leaf.reshape(-1, 1, *leaf.shape[2:])[:count] for leaf in data))
     evaluate: Any = evaluator(
-        express,
+        at_a_glance if recalibrated else express,
         apply_fn,
         metric,
         None,

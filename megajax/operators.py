@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -400,16 +401,14 @@ def gaussian(
         [[1.0, 1.0]]
     """
 
-    def mutate(key: Key, leaf: jax.Array) -> jax.Array:
-        hit_key, noise_key = jax.random.split(key)
-        hit = jax.random.bernoulli(hit_key, rate, _gene_shape(leaf, gene_ndim))
-        noise = scale * jax.random.normal(noise_key, leaf.shape, leaf.dtype)
+    def renew(key: Key, hit: jax.Array) -> jax.Array:
+        noise = scale * jax.random.normal(key, hit.shape, hit.dtype)
         if relative:
-            inside = tuple(range(len(_gene_shape(leaf, gene_ndim)), leaf.ndim))
-            noise *= jnp.std(leaf, axis=inside, keepdims=True)
-        return jnp.where(_expand(hit, leaf), leaf + noise, leaf)
+            inside = tuple(range(len(_gene_shape(hit, gene_ndim)), hit.ndim))
+            noise *= jnp.std(hit, axis=inside, keepdims=True)
+        return hit + noise
 
-    return _per_leaf(mutate, key, genes)
+    return _per_leaf(partial(_renewed, renew, rate, gene_ndim), key, genes)
 
 
 def reset(
@@ -426,7 +425,8 @@ def reset(
         key: PRNG key.
         genes: leaves `[N, ...]`.
         rate: probability in [0, 1].
-        sample: `sample(key, shape, dtype)`; the default draws every number from U(0, 1).
+        sample: `sample(key, shape, dtype)`, for any number of genes; the default draws every number
+            from U(0, 1).
         gene_ndim: trailing axes of one gene; see the module.
 
     Returns:
@@ -437,12 +437,10 @@ def reset(
         Array(True, dtype=bool)
     """
 
-    def mutate(key: Key, leaf: jax.Array) -> jax.Array:
-        hit_key, sample_key = jax.random.split(key)
-        hit = jax.random.bernoulli(hit_key, rate, _gene_shape(leaf, gene_ndim))
-        return jnp.where(_expand(hit, leaf), sample(sample_key, leaf.shape, leaf.dtype), leaf)
+    def renew(key: Key, hit: jax.Array) -> jax.Array:
+        return sample(key, hit.shape, hit.dtype)
 
-    return _per_leaf(mutate, key, genes)
+    return _per_leaf(partial(_renewed, renew, rate, gene_ndim), key, genes)
 
 
 def apply_all(key: Key, genes: Genes, *, mutations: Sequence[Mutation]) -> Genes:
@@ -463,6 +461,46 @@ def apply_all(key: Key, genes: Genes, *, mutations: Sequence[Mutation]) -> Genes
     for i, mutate in enumerate(mutations):
         genes = mutate(jax.random.fold_in(key, i), genes)
     return genes
+
+
+def _renewed(
+    renew: Callable[[Key, jax.Array], jax.Array],
+    rate: float,
+    gene_ndim: int | None,
+    key: Key,
+    leaf: jax.Array,
+) -> jax.Array:
+    """A leaf with `renew(key, genes)` in place of its genes, with probability `rate` for each.
+
+    Where few are hit, random numbers are drawn for those alone: which they are follows from the
+    gaps between them, which are geometric.
+    """
+    size, *shape = _gene_shape(leaf, gene_ndim)
+    num_genes = math.prod(shape)
+    hit_key, renew_key = jax.random.split(key)
+    most = most_hits(rate, num_genes)
+    if 4 * most > num_genes:
+        hit = jax.random.bernoulli(hit_key, rate, (size, *shape))
+        return jnp.where(_expand(hit, leaf), renew(renew_key, leaf), leaf)
+    gaps = jax.random.geometric(hit_key, rate, (size, most), jnp.int32)
+    gene = jnp.cumsum(jnp.minimum(gaps, num_genes + 1), axis=1) - 1
+    rows = leaf.reshape(size, num_genes, *leaf.shape[1 + len(shape) :])
+    place = (jnp.arange(size)[:, None], gene)
+    new = renew(renew_key, rows.at[place].get(mode="clip"))
+    rows = rows.at[place].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
+    return rows.reshape(leaf.shape)
+
+
+def most_hits(rate: float, num_genes: int) -> int:
+    """A number that the genes hit, each with probability `rate`, exceed once in 10^15 times.
+
+    >>> most_hits(0.01, 10_000), most_hits(0.05, 20), most_hits(0.0, 10_000)
+    (196, 20, 10000)
+    """
+    if not 0 < rate < 1 or num_genes > 2**24:  # positions are added up in 32 bits
+        return num_genes
+    mean = rate * num_genes
+    return min(num_genes, math.ceil(mean + 8 * math.sqrt(mean) + 16))
 
 
 # Survival ----------------------------------------------------------------------------------------

@@ -316,7 +316,12 @@ def on_sample(
 
 
 def draw(key: Key, data: Batches, count: int, total: int) -> Batches:
-    """Examples drawn without replacement, in batches no larger than those that there are.
+    """Examples drawn without replacement, of every label its share, and cut into batches.
+
+    All examples are equally likely, and a label has as many as its share in all of them, give or
+    take one: every (total / count)-th of the examples in order of their labels, from a random
+    first, and in random order within a label. Networks that differ in the classes they are good at
+    are told apart by fewer examples so.
 
     Args:
         key: PRNG key.
@@ -325,18 +330,26 @@ def draw(key: Key, data: Batches, count: int, total: int) -> Batches:
         total: N that there are, at least n.
 
     Returns:
-        n examples, evenly cut.
+        n examples, evenly cut into batches no larger than those that there are.
 
     Example:
         >>> from megajax.fitness import batches
-        >>> few = draw(jax.random.key(0), batches(jnp.arange(9), jnp.arange(9), 4), 5, 9)
-        >>> few.images.shape, int(few.valid.sum()), len(set(few.labels[few.valid].tolist()))
-        ((2, 3), 5, 5)
+        >>> few = draw(jax.random.key(0), batches(jnp.arange(9), jnp.arange(9) // 3, 4), 6, 9)
+        >>> few.images.shape, sorted(few.labels[few.valid].tolist())
+        ((2, 3), [0, 0, 1, 1, 2, 2])
+
+    Source: stratified sampling with proportional allocation, Cochran, Sampling Techniques (1977),
+    chapter 5.
     """
     number = -(-count // data.valid.shape[1])
     size = -(-count // number)
     valid = jnp.arange(number * size) < count
-    chosen = jnp.pad(jax.random.permutation(key, total)[:count], (0, number * size - count))
+    order_key, first_key = jax.random.split(key)
+    labels = data.labels.reshape(-1)[:total]
+    by_label = jnp.lexsort((jax.random.uniform(order_key, (total,)), labels))
+    place = (jnp.arange(count) + jax.random.uniform(first_key)) * (total / count)
+    chosen = by_label[jnp.minimum(place.astype(jnp.int32), total - 1)]
+    chosen = jnp.pad(chosen, (0, number * size - count))
 
     def cut(leaf: jax.Array) -> jax.Array:
         rows = leaf.reshape(-1, *leaf.shape[2:])[chosen]

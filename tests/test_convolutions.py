@@ -56,7 +56,7 @@ def chosen(apply_fn, w, x):
 @pytest.mark.parametrize("padding", [((0, 0), (0, 0)), ((1, 1), (1, 1)), ((2, 0), (0, 3))])
 @pytest.mark.parametrize(
     ("channels", "width", "kernel"),
-    [((3, 16), 12, (3, 3)), ((1, 4), 17, (1, 2)), ((16, 16), 11, (5, 4))],
+    [((3, 16), 12, (3, 3)), ((1, 4), 17, (1, 2)), ((16, 8), 11, (5, 4))],
 )
 def test_it_is_the_same_convolution(strides, padding, channels, width, kernel):
     apply_fn, w, x = convolution(
@@ -71,9 +71,10 @@ def test_it_is_the_same_convolution(strides, padding, channels, width, kernel):
     [
         ((2, 8, 8, 3), (3, 3, 3, 16), {}, 4),
         ((2, 8, 8, 1), (3, 3, 1, 16), {}, 2),
-        ((2, 8, 8, 16), (3, 3, 16, 16), {}, 2),
+        ((2, 8, 8, 8), (3, 3, 8, 8), {}, 4),
         ((2, 8, 6, 16), (3, 3, 16, 8), {}, 2),  # six pixels are no multiple of four
-        ((2, 8, 7, 16), (3, 3, 16, 16), {}, 1),
+        ((2, 8, 7, 16), (3, 3, 16, 8), {}, 1),
+        ((2, 8, 8, 16), (3, 3, 16, 16), {}, 1),  # a gain alone, a loss in a network
         ((2, 8, 8, 32), (3, 3, 32, 16), {}, 1),  # wide enough
         ((2, 8, 8, 16), (3, 3, 16, 32), {}, 1),
         ((2, 8, 8, 16), (1, 1, 16, 16), {}, 1),  # nothing to share

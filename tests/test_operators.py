@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from megajax import operators as ops
 
@@ -293,6 +294,45 @@ def test_gaussian_hits_genes_at_the_rate_with_the_right_noise():
     noise = result[hit].ravel()
     assert abs(noise.std() / 0.3 - 1) < 5 / np.sqrt(2 * noise.size)
     assert abs(noise.mean()) < 5 * 0.3 / np.sqrt(noise.size)
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.02])
+def test_few_hits_among_many_genes_are_independent_coins(rate):
+    """The gaps between hits make the same distribution as a coin for each gene."""
+    num, count = 2000, 1500
+    assert 4 * ops.most_hits(rate, count) <= count
+    result = np.asarray(ops.gaussian(KEY, jnp.ones((num, count, 2)), rate=rate, gene_ndim=1))
+    hit = (result != 1).any(-1)
+    assert (result[hit] != 1).all()
+    binomial = stats.binom(count, rate)
+    hits = hit.sum(1)
+    assert abs(hits.mean() - binomial.mean()) < 5 * binomial.std() / np.sqrt(num)
+    assert abs(hits.var() / binomial.var() - 1) < 5 * np.sqrt(3 / num)
+    for places in np.split(hit.mean(0), 5):  # the first genes as often as the last
+        assert abs(places.mean() - rate) < 5 * np.sqrt(rate / places.size / num)
+    together = (hit[:, 1:] & hit[:, :-1]).sum()  # neighbours are independent
+    expected = num * (count - 1) * rate**2
+    assert abs(together - expected) < 5 * np.sqrt(expected)
+    noise = (result[hit] - 1).ravel()
+    assert abs(noise.std() / 0.1 - 1) < 5 / np.sqrt(2 * noise.size)
+    assert abs(np.corrcoef(result[hit].T)[0, 1]) < 5 / np.sqrt(hit.sum())
+
+
+def test_reset_of_few_genes_among_many_draws_whole_genes():
+    def sample(key, shape, dtype):
+        return jnp.broadcast_to(jnp.arange(1.0, shape[-1] + 1), shape)
+
+    genes = jnp.zeros((50, 20, 40, 3))
+    result = np.asarray(ops.reset(KEY, genes, rate=0.01, sample=sample, gene_ndim=1))
+    hit = result.any(-1)
+    assert abs(hit.mean() - 0.01) < 5 * np.sqrt(0.01 / hit.size)
+    assert (result[hit] == [1, 2, 3]).all()
+
+
+@pytest.mark.parametrize("count", [60, 1000, 10**5, 2**24])
+@pytest.mark.parametrize("rate", [1e-7, 1e-4, 0.01, 0.1])
+def test_there_is_room_for_all_hits(count, rate):
+    assert stats.binom(count, rate).sf(ops.most_hits(rate, count)) < 1e-15
 
 
 def test_whole_leaf_as_one_gene():

@@ -221,19 +221,35 @@ def test_a_collision_of_fingerprints_costs_a_scoring_and_nothing_else(monkeypatc
 
 
 def test_a_sample_is_drawn_without_replacement_and_anew():
-    data = batches(np.arange(N)[:, None], np.arange(N), 10)
+    data = batches(np.arange(N)[:, None], np.arange(N) % 3, 10)
     chosen = []
     for seed in range(3):
         few = scoring.draw(jax.random.key(seed), data, 12, N)
         assert few.valid.shape == (2, 6)
-        labels = few.labels[few.valid]
-        np.testing.assert_array_equal(few.images[few.valid][:, 0], labels)
-        assert len(set(labels.tolist())) == 12
-        chosen.append(frozenset(labels.tolist()))
+        images = few.images[few.valid][:, 0]
+        np.testing.assert_array_equal(few.labels[few.valid], images % 3)
+        assert len(set(images.tolist())) == 12
+        chosen.append(frozenset(images.tolist()))
     assert len(set(chosen)) == 3
     few = scoring.draw(KEY, data, 7, N)
     assert (few.valid.shape, int(few.valid.sum())) == ((1, 7), 7)
-    assert set(scoring.draw(KEY, data, N, N).labels.reshape(-1).tolist()) == set(range(N))
+    assert set(scoring.draw(KEY, data, N, N).images.reshape(-1).tolist()) == set(range(N))
+
+
+def test_a_sample_has_of_every_label_its_share_and_all_examples_alike():
+    labels = np.repeat([0, 1, 2, 3], [11, 6, 4, 2])  # in a random order
+    labels = np.random.default_rng(0).permutation(labels)
+    data = batches(np.arange(N)[:, None], labels, 16)
+    keys = jax.random.split(KEY, 4000)
+    few = jax.vmap(lambda key: scoring.draw(key, data, 13, N))(keys)
+    images = np.asarray(few.images.reshape(4000, -1)[:, :13])
+    counts = (np.asarray(labels)[images][..., None] == np.arange(4)).sum(1)
+    share = np.bincount(labels) * 13 / N
+    assert (abs(counts - share) < 1).all()
+    np.testing.assert_allclose(counts.mean(0), share, atol=5 * 0.5 / np.sqrt(4000))
+    often = np.bincount(images.ravel(), minlength=N) / 4000
+    chance = 13 / N
+    np.testing.assert_allclose(often, chance, atol=5 * np.sqrt(chance * (1 - chance) / 4000))
 
 
 @pytest.mark.parametrize("reuse", [False, True])
