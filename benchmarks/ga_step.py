@@ -2,10 +2,11 @@
 
     python benchmarks/ga_step.py [--population 4096] [--genes 10000] [--json FILE]
 
-A step of the default search over masks of two parents with a fitness that costs nothing, the same
-over plain vectors of genes, and each operator alone. The floor is what has to be moved at the
-least, at the rate of a large copy: two parents of each child and the child, then population and
-children read and the survivors written.
+A step of the search with a fitness that costs nothing, over masks of two parents and over plain
+vectors of genes, and its parts alone; each in a loop on the device, as a search runs. `figures` are
+those that every generation reports. The floor is what has to be moved at the least, at the rate of
+a large copy: two parents of each child and the child, then population and children read and the
+survivors written.
 """
 
 import argparse
@@ -16,19 +17,62 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from timing import seconds
+from timing import copy_rate, seconds_in_a_loop
 
 from megajax import operators
 from megajax.config import EvolutionConfig
-from megajax.evolution import genetic_algorithm
+from megajax.evolution import describe, genetic_algorithm
 from megajax.genome import masks
 from megajax.merging import algorithm_for
+from megajax.operators import Population
+
+KEY = jax.random.key(0)
 
 
 def free(genes: jax.Array) -> tuple[jax.Array, tuple[()]]:
     """A fitness that costs nothing."""
     return genes.reshape(len(genes), -1)[:, 0], ()
+
+
+def parts(algorithm: Any, genes: jax.Array, mutate: Any, repair: Any) -> dict[str, float]:
+    """Milliseconds of a step and of what it consists of."""
+    P, gene_ndim = len(genes), genes.ndim - 2
+    start = jax.jit(algorithm.init)(KEY, genes)
+    survivors = start.population
+
+    def key(i: jax.Array) -> jax.Array:
+        return jax.random.fold_in(KEY, i)
+
+    def two(i: jax.Array, genes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pairs = operators.tournament(key(i), survivors.fitness, 2 * P)
+        return operators.take(genes, pairs[:P]), operators.take(genes, pairs[P:])
+
+    def next_to(i: jax.Array, state: Any) -> Population:
+        fitness = jax.random.uniform(key(i), (P,))
+        return operators.plus(key(i), state, Population(genes, fitness))
+
+    uniform = partial(operators.uniform, gene_ndim=gene_ndim)
+    calls: dict[str, tuple[Callable[[jax.Array, Any], Any], Any]] = {
+        "step": (
+            lambda i, carry: algorithm.step(key(i), carry[0]),
+            (start, jax.jit(describe)(start)),
+        ),
+        "two parents": (lambda i, carry: two(i, carry[0]), (genes, genes)),
+        "crossover": (lambda i, genes: uniform(key(i), *two(i, genes)), genes),
+        "mutation": (lambda i, genes: mutate(key(i), genes), genes),
+        "survival": (next_to, survivors),
+        "figures": (
+            lambda i, carry: (carry[0], describe(carry[0]._replace(generation=i))),
+            (start, jax.jit(describe)(start)),
+        ),
+    }
+    if repair is not None:
+        calls["repair"] = (lambda i, genes: repair(genes), genes)
+    found = {}
+    for name, (function, carry) in calls.items():
+        found[name] = 1e3 * seconds_in_a_loop(function, carry)
+        print(f"  {name:<12} {found[name]:8.1f} ms", flush=True)
+    return found
 
 
 def main() -> None:
@@ -39,45 +83,24 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     P, G = options.population, options.genes
-    key = jax.random.key(0)
-
-    large = jnp.ones(2**26, jnp.float32)
-    bandwidth = 2 * large.nbytes / seconds(jax.jit(lambda x: x + 1), large)
-    rate = max(0.01, 1 / G)
-    genome = masks({"w": jnp.zeros((2, G))}, granularity="element")
-    config = EvolutionConfig(population_size=P)
-    plain = genetic_algorithm(
-        free, num_offspring=P, mutate=partial(operators.gaussian, rate=rate, scale=0.3)
-    )
-    searches = {"masks": (algorithm_for(genome, free, config), (P, G, 2)), "plain": (plain, (P, G))}
+    bandwidth = copy_rate()
     print(f"{jax.devices()[0].device_kind}, P = {P}, G = {G}, copy {bandwidth / 1e9:.1f} GB/s")
-    found = {"copy": bandwidth}
-    for name, (algorithm, shape) in searches.items():
-        genes = jax.random.uniform(key, shape)
-        genes = genome.repair(genes) if name == "masks" else genes
-        state = algorithm.init(key, genes)
-        fitness = state.population.fitness
-        least = 6 * genes.nbytes / bandwidth * 1e3
-        parts: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-            "step": (algorithm.step, (key, state)),
-            "tournament": (
-                lambda key, fitness: operators.tournament(key, fitness, 2 * P),
-                (key, fitness),
-            ),
-            "uniform": (operators.uniform, (key, genes, genes)),
-            "arithmetic": (operators.arithmetic, (key, genes, genes)),
-            "gaussian": (partial(operators.gaussian, rate=rate, scale=0.3), (key, genes)),
-            "plus": (operators.plus, (key, state.population, state.population)),
-        }
-        if name == "masks":
-            ndim = {"gene_ndim": 1}
-            parts["uniform"] = (partial(operators.uniform, **ndim), (key, genes, genes))
-            parts["gaussian"] = (partial(genome.noise, rate=rate, scale=0.3), (key, genes))
-            parts["repair"] = (genome.repair, (genes,))
+    noise = {"rate": max(0.01, 1 / G), "scale": 0.3}
+    mutate = partial(operators.gaussian, **noise)
+    plain = genetic_algorithm(free, num_offspring=P, mutate=mutate)
+    genome = masks({"w": jax.numpy.zeros((2, G))}, granularity="element")
+    mixing = algorithm_for(genome, free, EvolutionConfig(population_size=P))
+    genes = jax.random.uniform(KEY, (P, G))
+    found: dict[str, Any] = {"copy": bandwidth}
+    for name in ("plain vectors", "masks"):
+        least = 6 * P * G * 4 * (2 if name == "masks" else 1) / bandwidth * 1e3
         print(f"{name}: floor {least:.0f} ms")
-        for part, (function, arguments) in parts.items():
-            found[f"{name}, {part}"] = 1e3 * seconds(jax.jit(function), *arguments, repeats=5)
-            print(f"  {part:<12} {found[f'{name}, {part}']:8.1f} ms", flush=True)
+        if name == "masks":
+            mixed = jax.jit(genome.repair)(jax.random.uniform(KEY, (P, G, 2)))
+            row = parts(mixing, mixed, partial(genome.noise, **noise), genome.repair)
+        else:
+            row = parts(plain, genes, mutate, None)
+        found[name] = {"floor": least, **row}
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import seconds
+from timing import copy_rate, seconds
 
 import megajax as mj
 from megajax import models
@@ -96,9 +96,7 @@ def ceilings(dtype: Any) -> tuple[float, float]:
     side = 2048 if ON_CPU else 8192
     matrix = jnp.ones((side, side), dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
-    large = jnp.ones(2**26, jnp.float32)
-    copying = seconds(jax.jit(lambda x: x + 1), large)
-    return 2 * side**3 / seconds(product, matrix, matrix), 2 * large.nbytes / copying
+    return 2 * side**3 / seconds(product, matrix, matrix), copy_rate()
 
 
 def make_case(network: str, dtype: str, population: int, examples: int) -> Case:

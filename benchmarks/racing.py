@@ -1,6 +1,6 @@
 """What racing and the reuse of fitness save, and what that costs, on really trained pairs.
 
-    python benchmarks/racing.py [--seeds 10] [--first 0] [--races 64:0.15625:60 48:0.0625:100]
+    python benchmarks/racing.py [--seeds 10] [--first 0] [--races 64:0.15625:60 32:0.125:90]
                                 [--calibration 256 0] [--reuse] [--json FILE]
 
 Pairs of CNNs on class-skewed digits, aligned by activations, merged by channel masks: the default
@@ -30,6 +30,7 @@ CONFIG = Config(
     data=DataConfig(validation_fraction=0.3), parents=ParentsConfig(shards="skewed", skew=0.95)
 )
 DEFAULT = "all examples"
+RACES = ["64:0.15625:60", "64:0.09375:75", "48:0.125:70", "32:0.125:90", "32:0.0625:130"]
 SHORT = "all examples, 18 generations"  # about the cost of the races
 
 
@@ -128,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--races", nargs="*", default=["64:0.15625:60", "48:0.0625:100"])
+    parser.add_argument("--races", nargs="*", default=RACES)
     parser.add_argument("--calibration", nargs="*", type=int, default=[256, 0])
     parser.add_argument("--reuse", action="store_true")
     parser.add_argument("--json", type=Path)
@@ -138,6 +139,7 @@ def main() -> None:
         count: {name: [] for name in searches} for count in options.calibration
     }
     for seed in range(options.first, options.first + options.seeds):
+        jax.clear_caches()  # a process can hold the compiled programs of about a hundred runs
         pair = pairs.train(seed, CONFIG)
         for count, rows in found.items():
             for name, fields in searches.items():

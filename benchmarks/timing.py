@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 LONG = 20.0
 
@@ -23,3 +24,31 @@ def seconds(function: Callable[..., Any], *arguments: Any, repeats: int = 7) -> 
         jax.block_until_ready(function(*arguments))
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def seconds_in_a_loop(
+    function: Callable[[jax.Array, Any], Any], start: Any, *, times: int = 5
+) -> float:
+    """Time of `carry = function(i, carry)` in a program that repeats it, as a search does.
+
+    By itself, each call would have new memory for its result, which takes longer to be got from
+    the system than to be written. The loop's memory is there already.
+    """
+
+    def again(i: jax.Array, carry: Any) -> Any:
+        return jax.lax.optimization_barrier(function(i, carry))
+
+    loop = jax.jit(lambda carry: jax.lax.fori_loop(0, times, again, carry), donate_argnums=0)
+    carry = [jax.tree.map(jnp.copy, start)]
+
+    def run() -> Any:
+        carry[0] = loop(carry[0])
+        return carry[0]
+
+    return seconds(run, repeats=3) / times
+
+
+def copy_rate() -> float:
+    """Bytes a second that a large copy reads and writes."""
+    large = jnp.ones(2**26, jnp.float32)
+    return 2 * large.nbytes / seconds_in_a_loop(lambda _, x: x + 1, large)

@@ -435,7 +435,7 @@ def describe(
     if valid is None:
         valid = jnp.sum(finite)
     known = jnp.where(finite, fitness, jnp.nan)
-    spread = [jnp.std(leaf, axis=0).mean() for leaf in jax.tree.leaves(state.population.genes)]
+    spread = [_std(leaf).mean() for leaf in jax.tree.leaves(state.population.genes)]
     sizes = [leaf[0].size for leaf in jax.tree.leaves(state.population.genes)]
     return GAInfo(
         generation=state.generation,
@@ -451,6 +451,27 @@ def describe(
         completed=state.completed,
         valid=jnp.asarray(valid, jnp.int32),
     )
+
+
+def _std(genes: jax.Array) -> jax.Array:
+    """Standard deviation over the population.
+
+    XLA on a CPU reduces a leading axis number by number, far apart in memory; here whole
+    individuals are added, two by two. Moments are about the first, lest digits cancel.
+    """
+
+    def mean(x: jax.Array) -> jax.Array:
+        size, odd = len(x), jnp.zeros_like(x[0])
+        while len(x) > 1:
+            half = len(x) // 2
+            if len(x) % 2:
+                odd += x[-1]
+            x = x[:half] + x[half : 2 * half]
+        return (x[0] + odd) / size
+
+    wide = genes.astype(jnp.promote_types(genes.dtype, jnp.float32))
+    from_first = wide - wide[:1]
+    return jnp.sqrt(jnp.maximum(mean(from_first**2) - mean(from_first) ** 2, 0))
 
 
 def best_ever(offspring: Population, best: Population) -> tuple[Population, jax.Array]:

@@ -7,6 +7,7 @@ examples, and how the population axis is mapped, which is what decides the speed
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -16,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 from jax.tree_util import Partial
 
+from megajax.common import own_leaves, split
 from megajax.errors import DataError
 from megajax.sharding import over_population, place
 from megajax.types import ApplyFn, Genes, PyTree
@@ -154,6 +156,7 @@ def evaluator(
     population_chunk: int,
     per_example: bool = False,
     mesh: Mesh | None = None,
+    common: bool = False,
 ) -> Evaluate:
     """The fitness of a population: the mean of a metric over the examples, network by network.
 
@@ -171,6 +174,8 @@ def evaluator(
         per_example: also return the accuracy of every network on every example.
         mesh: devices that share the population, each mapping its part of it chunk by chunk; see
             `megajax.sharding`. The results are whole on each of them. None is one device.
+        common: layers that all individuals have in common, being frozen, are computed once for the
+            population; see `megajax.common`. What comes out of them is kept for all examples.
 
     Returns:
         `evaluate(genes) -> (fitness [P] float32, aux)`; aux is `()` or, `per_example`, right or
@@ -191,18 +196,31 @@ def evaluator(
     def both(logits: jax.Array, labels: jax.Array) -> jax.Array:
         return jnp.stack([metric(logits, labels), accuracy(logits, labels)], axis=-1)
 
-    def of_one(genes: Genes, parents: PyTree, data: Batches) -> tuple[jax.Array, PyTree]:
+    def of_one(
+        network: ApplyFn, genes: Genes, parents: PyTree, data: Batches
+    ) -> tuple[jax.Array, PyTree]:
         variables = express(genes, parents)
         if not per_example:
-            return example_scores(apply_fn, metric, variables, data).sum() / count, ()
+            return example_scores(network, metric, variables, data).sum() / count, ()
         valid = data.valid[..., None]
-        scores = example_scores(apply_fn, both, variables, data._replace(valid=valid))
+        scores = example_scores(network, both, variables, data._replace(valid=valid))
         right = scores[..., 1].reshape(-1)[:count] > 0  # the padding is at the end
         return scores[..., 0].sum() / count, right
 
     def of_all(shared: tuple[PyTree, Batches], genes: Genes) -> tuple[jax.Array, PyTree]:
+        parents, data = shared
+        network = apply_fn
+        if common:
+            anyone = jax.tree.map(lambda leaf: leaf[0], genes)
+            variables = express(anyone, parents)
+            own = own_leaves(express, anyone, parents)
+            parts = split(apply_fn, variables, data.images[0], own)
+            if parts is not None:
+                features = jax.lax.map(partial(parts.first, variables), data.images)
+                images: Any = (data.images, features)
+                network, data = parts.rest, data._replace(images=images)
         result: tuple[jax.Array, PyTree] = map_chunks(
-            lambda one: of_one(one, *shared), genes, population_chunk
+            lambda one: of_one(network, one, parents, data), genes, population_chunk
         )
         return result
 

@@ -140,12 +140,12 @@ def masks(
         for share in shares:
             inside &= share >= 0
         nearest = nearest_on_simplex(shares)
-        most = reduce(jnp.maximum, nearest)
-        winner = jnp.argmax(jnp.stack(nearest), axis=0)
-        nearest = [
-            jnp.where(most > 1 - 1e-6, (winner == k).astype(share.dtype), share)
-            for k, share in enumerate(nearest)
-        ]
+        one_hot = (most := reduce(jnp.maximum, nearest)) > 1 - 1e-6
+        taken = jnp.zeros(one_hot.shape, bool)
+        for k, share in enumerate(nearest):
+            winner = (share == most) & ~taken
+            taken |= winner
+            nearest[k] = jnp.where(one_hot, winner.astype(share.dtype), share)
         pairs = zip(shares, nearest, strict=True)
         return jnp.stack([jnp.where(inside, share, near) for share, near in pairs], axis=-1)
 

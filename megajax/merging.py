@@ -20,6 +20,7 @@ from jax.tree_util import Partial
 from megajax import operators
 from megajax.alignment import Alignment, find_symmetries, unit_labels, verify
 from megajax.alignment import align as match
+from megajax.common import features_size, own_leaves
 from megajax.config import (
     AlignConfig,
     EvolutionConfig,
@@ -303,20 +304,20 @@ def prepare(
     if recalibrate.enabled:
         masked = recalibrated(masked, fast)
         examples = jnp.asarray(calibration)[: recalibrate.examples]
-    _check_memory(apply_fn, one, inputs, masked, stacked, plan, evolution, examples)
+    common = _check_memory(fast, one, data, masked, stacked, plan, evolution, examples)
     chunk = plan.population_chunk
     metric = METRICS[fitness.metric] if isinstance(fitness.metric, str) else fitness.metric
     mesh = plan.mesh
-    evaluate: Any = evaluator(
-        masked.express, fast, metric, None, data, population_chunk=chunk, mesh=mesh
-    )
-    racing = _racing(fitness, masked.express, fast, metric, data, plan, examples is not None)
+    score_all = partial(evaluator, population_chunk=chunk, mesh=mesh)
+    evaluate: Any = score_all(masked.express, fast, metric, None, data, common=common)
+    express = masked.express if examples is None else _at_a_glance(masked, fitness)
+    racing = _racing(fitness, data, partial(score_all, express, fast, metric, None, common=common))
     side_by_side = chunk if mesh is None else chunk * mesh.shape[POPULATION]
     scoring = Scoring(evolution.reuse_fitness, side_by_side, racing)
     algorithm = algorithm_for(masked, evaluate, evolution, binary=genome.binary, scoring=scoring)
     score = None
     if not genome.parents_first:  # for the record only: the search does not know it
-        itself = evaluator(_itself, fast, metric, (), data, population_chunk=chunk, mesh=mesh)
+        itself = score_all(_itself, fast, metric, (), data)
         score = partial(_scores, itself)
     return Setup(
         apply_fn=apply_fn,
@@ -339,21 +340,10 @@ def prepare(
 
 
 def _racing(
-    config: FitnessConfig,
-    express: Callable[[Genes, PyTree], PyTree],
-    apply_fn: ApplyFn,
-    metric: Any,
-    data: Batches,
-    plan: Plan,
-    recalibrated: bool,
+    config: FitnessConfig, data: Batches, score: Callable[[Batches], Evaluate]
 ) -> Racing | None:
     """How children race as a configuration says; a sample's size has an evaluation of its own."""
     count, total = config.racing_examples, int(data.valid.sum())
-
-    def at_a_glance(genes: Genes, context: tuple[PyTree, jax.Array]) -> PyTree:
-        parents, examples = context
-        return express(genes, (parents, examples[:count]))
-
     if count is None:
         return None
     if count > total:
@@ -361,17 +351,20 @@ def _racing(
             f"fitness.racing_examples is {count}: there are only {total} validation examples"
         )
     sample = Batches(*(leaf.reshape(-1, 1, *leaf.shape[2:])[:count] for leaf in data))
-    evaluate: Any = evaluator(
-        at_a_glance if recalibrated else express,
-        apply_fn,
-        metric,
-        None,
-        sample,
-        population_chunk=plan.population_chunk,
-        mesh=plan.mesh,
+    evaluate: Any = score(sample)
+    return Racing(
+        partial(on_sample, evaluate.func, count, total), count, total, config.racing_finalists
     )
-    draw = partial(on_sample, evaluate.func, count, total)
-    return Racing(draw, count, total, config.racing_finalists)
+
+
+def _at_a_glance(genome: Genome, config: FitnessConfig) -> Callable[[Genes, Any], PyTree]:
+    """A recalibrated genome's networks, on no more calibration examples than the race takes."""
+
+    def express(genes: Genes, context: tuple[PyTree, jax.Array]) -> PyTree:
+        parents, examples = context
+        return genome.express(genes, (parents, examples[: config.racing_examples]))
+
+    return express
 
 
 def merge_many(
@@ -789,28 +782,37 @@ def _scores(evaluate: Evaluate, networks: PyTree) -> jax.Array:
 def _check_memory(
     apply_fn: ApplyFn,
     one: PyTree,
-    inputs: np.ndarray,
+    data: Batches,
     genome: Genome,
     stacked: PyTree,
     plan: Plan,
     evolution: EvolutionConfig,
     examples: jax.Array | None,
-) -> None:
-    size = evolution.population_size
-    first = jax.eval_shape(
-        lambda key, parents: genome.init(key, size, parents), jax.random.key(0), stacked
+) -> bool:
+    """Checks that the search fits, and says whether what frozen layers give is to be kept too."""
+    size, free = evolution.population_size, free_memory()
+    first = one_of(
+        jax.eval_shape(
+            lambda key, parents: genome.init(key, size, parents), jax.random.key(0), stacked
+        )
     )
     memory = predict_memory(
         apply_fn,
         one,
-        inputs,
-        one_of(first),
+        data.images.reshape(-1, *data.images.shape[2:]),
+        first,
         num_parents=num_parents(stacked),
         batch_size=plan.batch_size,
         calibration=examples,
     )
+    own = own_leaves(genome.express, first, stacked if examples is None else (stacked, examples))
+    kept = features_size(apply_fn, one, data.images, own)
+    common = kept > 0 and (free is None or kept <= free // 4)
+    if common:
+        memory = memory._replace(fixed=memory.fixed + kept)
     share = size if plan.mesh is None else -(-size // plan.mesh.shape[POPULATION])
-    check_memory(memory, size, min(plan.population_chunk, share), free_memory())
+    check_memory(memory, size, min(plan.population_chunk, share), free)
+    return common
 
 
 def _itself(variables: PyTree, context: PyTree) -> PyTree:
