@@ -35,7 +35,7 @@ __all__ = [
 
 # What a CPU keeps in its caches of one network's pass (benchmarks/population.py); elsewhere, the
 # most examples in a pass.
-_CPU_BYTES = 32e6
+_CPU_BYTES = 16e6
 _SMALLEST, _LARGEST = 32, 512
 
 

@@ -58,7 +58,7 @@ def test_elsewhere_auto_takes_as_many_as_half_the_memory_holds(monkeypatch):
     assert plan(net).population_chunk == 1
 
 
-@pytest.mark.parametrize(("width", "fits"), [(1, 512), (16, 122), (32, 61), (1024, 32)])
+@pytest.mark.parametrize(("width", "fits"), [(1, 512), (8, 122), (16, 61), (1024, 32)])
 def test_a_pass_through_convolutions_has_what_fits_in_the_caches(width, fits):
     # Four arrays of the convolution's size are alive at once, 4 kB for each channel.
     assert plan(Net(width)).batch_size == pytest.approx(fits, rel=0.05)
