@@ -9,7 +9,7 @@ import megajax as mj
 from megajax import models
 from megajax.common import own_leaves, split
 from megajax.convolutions import widened
-from megajax.fitness import accuracy, batches, evaluator, negative_cross_entropy
+from megajax.fitness import batches, evaluator, negative_cross_entropy
 from megajax.parents import leaf_paths
 from megajax.programs import walk
 
@@ -43,14 +43,13 @@ def contractions(closed, times=1):
 
 
 CASES = [
-    ("mlp", {"hidden": (16, 16)}, "dense1", 1),
-    ("cnn", {"width": 4}, "conv1|norm1|conv2|norm2", 2),
-    ("resnet", {"depth": 8, "width": 4}, "stem|stage1|stage2_block1_conv", 4),
+    ("mlp", {"hidden": (16, 16)}, "dense1", 1, 6),
+    ("cnn", {"width": 4}, "conv1|norm1|conv2|norm2", 2, 3),
+    ("resnet", {"depth": 8, "width": 4}, "stem|stage1|stage2_block1_conv", 4, 1),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "freeze", "layers"), CASES)
-@pytest.mark.parametrize("chunk", [1, 3, 6])
+@pytest.mark.parametrize(("name", "options", "freeze", "layers", "chunk"), CASES)
 def test_scores_are_the_same_and_frozen_layers_run_once(name, options, freeze, layers, chunk):
     apply_fn, parents = parents_of(name, options)
     genome = mj.masks(parents, granularity="leaf", freeze=freeze)
@@ -58,23 +57,22 @@ def test_scores_are_the_same_and_frozen_layers_run_once(name, options, freeze, l
     data = batches(IMAGES, LABELS, 8)
     results, counts = [], []
     for common in (False, True):
-        for metric in (accuracy, negative_cross_entropy):
-            evaluate = evaluator(
-                genome.express,
-                widened(apply_fn),
-                metric,
-                parents,
-                data,
-                population_chunk=chunk,
-                per_example=True,
-                common=common,
-            )
-            results.append(jax.jit(lambda evaluate, genes: evaluate(genes))(evaluate, genes))
+        evaluate = evaluator(
+            genome.express,
+            widened(apply_fn),
+            negative_cross_entropy,
+            parents,
+            data,
+            population_chunk=chunk,
+            per_example=True,
+            common=common,
+        )
+        results.append(jax.jit(lambda evaluate, genes: evaluate(genes))(evaluate, genes))
         program = jax.make_jaxpr(lambda genes, evaluate=evaluate: evaluate(genes))(genes)
         counts.append(contractions(program))
-    for (plain, plain_right), (once, once_right) in zip(results[:2], results[2:], strict=True):
-        np.testing.assert_allclose(once, plain, rtol=1e-5)
-        np.testing.assert_array_equal(once_right, plain_right)
+    (plain, plain_right), (once, once_right) = results
+    np.testing.assert_allclose(once, plain, rtol=1e-5)
+    np.testing.assert_array_equal(once_right, plain_right)
     runs, passes = len(data.images), 6 // chunk * len(data.images)
     assert counts[0] - counts[1] == layers * (passes - runs)
 
@@ -101,8 +99,7 @@ def test_what_depends_on_genes_is_told_from_the_program():
         assert own_leaves(genome.express, genes, parents) == expected
 
 
-@pytest.mark.parametrize("recalibrate", [False, True])
-@pytest.mark.parametrize("racing", [None, 12])
+@pytest.mark.parametrize(("recalibrate", "racing"), [(False, 12), (True, None)])
 def test_a_merge_with_frozen_layers_finds_what_it_finds_without_sharing(
     monkeypatch, recalibrate, racing
 ):
