@@ -38,6 +38,7 @@ def parts(algorithm: Any, genes: jax.Array, mutate: Any, repair: Any) -> dict[st
     """Milliseconds of a step and of what it consists of."""
     P, gene_ndim = len(genes), genes.ndim - 2
     start = jax.jit(algorithm.init)(KEY, genes)
+    told = (start, jax.jit(describe)(start))
     survivors = start.population
 
     def key(i: jax.Array) -> jax.Array:
@@ -53,17 +54,14 @@ def parts(algorithm: Any, genes: jax.Array, mutate: Any, repair: Any) -> dict[st
 
     uniform = partial(operators.uniform, gene_ndim=gene_ndim)
     calls: dict[str, tuple[Callable[[jax.Array, Any], Any], Any]] = {
-        "step": (
-            lambda i, carry: algorithm.step(key(i), carry[0]),
-            (start, jax.jit(describe)(start)),
-        ),
+        "step": (lambda i, carry: algorithm.step(key(i), carry[0]), told),
         "two parents": (lambda i, carry: two(i, carry[0]), (genes, genes)),
         "crossover": (lambda i, genes: uniform(key(i), *two(i, genes)), genes),
         "mutation": (lambda i, genes: mutate(key(i), genes), genes),
         "survival": (next_to, survivors),
         "figures": (
             lambda i, carry: (carry[0], describe(carry[0]._replace(generation=i))),
-            (start, jax.jit(describe)(start)),
+            told,
         ),
     }
     if repair is not None:
@@ -90,17 +88,16 @@ def main() -> None:
     plain = genetic_algorithm(free, num_offspring=P, mutate=mutate)
     genome = masks({"w": jax.numpy.zeros((2, G))}, granularity="element")
     mixing = algorithm_for(genome, free, EvolutionConfig(population_size=P))
-    genes = jax.random.uniform(KEY, (P, G))
+    mixed = jax.jit(genome.repair)(jax.random.uniform(KEY, (P, G, 2)))
+    searches = {
+        "plain vectors": (plain, jax.random.uniform(KEY, (P, G)), mutate, None),
+        "masks": (mixing, mixed, partial(genome.noise, **noise), genome.repair),
+    }
     found: dict[str, Any] = {"copy": bandwidth}
-    for name in ("plain vectors", "masks"):
-        least = 6 * P * G * 4 * (2 if name == "masks" else 1) / bandwidth * 1e3
+    for name, (algorithm, genes, *operations) in searches.items():
+        least = 6 * genes.nbytes / bandwidth * 1e3
         print(f"{name}: floor {least:.0f} ms")
-        if name == "masks":
-            mixed = jax.jit(genome.repair)(jax.random.uniform(KEY, (P, G, 2)))
-            row = parts(mixing, mixed, partial(genome.noise, **noise), genome.repair)
-        else:
-            row = parts(plain, genes, mutate, None)
-        found[name] = {"floor": least, **row}
+        found[name] = {"floor": least, **parts(algorithm, genes, *operations)}
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from megajax.programs import Delayed, delay, trace, walk
+from megajax.programs import Delayed, delay, known, trace, walk
 from megajax.types import ApplyFn, Genes, PyTree
 
 __all__ = ["Split", "features_size", "own_leaves", "split"]
@@ -91,13 +91,11 @@ def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]
     program = trace(apply_fn, variables, inputs)
     arguments = [_Trait(own=one) for one in own]
     arguments += [_Trait(of_inputs=True) for _ in jax.tree.leaves(inputs)]
-    border: set[tuple[int, int]] = set()
-    contracted: set[int] = set()
+    border: dict[tuple[int, int], bool] = {}  # of each feature, whether a contraction is in it
 
     def use(trait: _Trait) -> None:
         if trait.place is not None and trait.of_inputs and not trait.own:
-            border.add(trait.place)
-            contracted.update([trait.place[0]] if trait.contracted else [])
+            border[trait.place] = trait.contracted
 
     def visit(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) -> list[_Trait]:
         own = any(operand.own for operand in operands)
@@ -113,7 +111,7 @@ def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]
 
     for result in walk(program.closed, arguments, visit, lambda constant: _Trait()):
         use(result)
-    if not contracted:
+    if not any(border.values()):
         return None
     places = sorted(border)
 
@@ -126,19 +124,19 @@ def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]
             return outputs
 
         values = [*jax.tree.leaves(variables), *jax.tree.leaves(inputs)]
-        walk(program.closed, [_known(value) for value in values], keep, _known)
+        walk(program.closed, [known(value) for value in values], keep, known)
         return [found[place]() for place in places]
 
     def rest(variables: PyTree, inputs: Any) -> jax.Array:
         images, features = inputs
-        there = {place: _known(value) for place, value in zip(places, features, strict=True)}
+        there = {place: known(value) for place, value in zip(places, features, strict=True)}
 
         def replace(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:
             outputs = delay(equation, operands)
             return [there.get((number, index), output) for index, output in enumerate(outputs)]
 
         values = [*jax.tree.leaves(variables), *jax.tree.leaves(images)]
-        (logits,) = walk(program.closed, [_known(value) for value in values], replace, _known)
+        (logits,) = walk(program.closed, [known(value) for value in values], replace, known)
         result: jax.Array = logits()
         return result
 
@@ -185,7 +183,3 @@ class _Trait(NamedTuple):
     of_inputs: bool = False
     contracted: bool = False
     place: tuple[int, int] | None = None
-
-
-def _known(value: Any) -> Delayed:
-    return lambda: value

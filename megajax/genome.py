@@ -140,7 +140,8 @@ def masks(
         for share in shares:
             inside &= share >= 0
         nearest = nearest_on_simplex(shares)
-        one_hot = (most := reduce(jnp.maximum, nearest)) > 1 - 1e-6
+        most = reduce(jnp.maximum, nearest)
+        one_hot = most > 1 - 1e-6
         taken = jnp.zeros(one_hot.shape, bool)
         for k, share in enumerate(nearest):
             winner = (share == most) & ~taken

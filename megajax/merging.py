@@ -799,14 +799,16 @@ def _check_memory(
     memory = predict_memory(
         apply_fn,
         one,
-        data.images.reshape(-1, *data.images.shape[2:]),
+        jax.eval_shape(lambda images: images.reshape(-1, *images.shape[2:]), data.images),
         first,
         num_parents=num_parents(stacked),
         batch_size=plan.batch_size,
         calibration=examples,
     )
-    own = own_leaves(genome.express, first, stacked if examples is None else (stacked, examples))
-    kept = features_size(apply_fn, one, data.images, own)
+    kept = 0
+    if examples is None:  # recalibrated networks differ in every leaf
+        own = own_leaves(genome.express, first, stacked)
+        kept = features_size(apply_fn, one, data.images, own)
     common = kept > 0 and (free is None or kept <= free // 4)
     if common:
         memory = memory._replace(fixed=memory.fixed + kept)

@@ -18,7 +18,7 @@ from jax.extend import core
 
 from megajax.errors import ConfigError
 from megajax.genome import Genome
-from megajax.programs import Delayed, Program, delay, moved_axes, shape_of, trace, walk
+from megajax.programs import Delayed, Program, delay, known, moved_axes, shape_of, trace, walk
 from megajax.types import ApplyFn, Genes, PyTree
 
 __all__ = [
@@ -316,7 +316,7 @@ def repair(
         _set(leaves, layer.kernel, kernel * _along(scale, layer.kernel_axis, kernel.ndim))
         _set(leaves, layer.bias, bias * scale.reshape(bias.shape) + shift.reshape(bias.shape))
         repaired = z * _along(scale, layer.axis, z.ndim) + _along(shift, layer.axis, z.ndim)
-        return [_known(repaired)]
+        return [known(repaired)]
 
     _run(program, leaves, inputs, step_in)
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
@@ -352,13 +352,9 @@ def _run(
 ) -> None:
     """Runs a program on leaves that may change on the way: each is read when its value is used."""
     arguments: list[Delayed] = [partial(leaves.__getitem__, i) for i in range(len(leaves))]
-    arguments += [_known(leaf) for leaf in jax.tree.leaves(inputs)]
-    for output in walk(program.closed, arguments, step_in, _known):
+    arguments += [known(leaf) for leaf in jax.tree.leaves(inputs)]
+    for output in walk(program.closed, arguments, step_in, known):
         output()
-
-
-def _known(value: Any) -> Delayed:
-    return lambda: value
 
 
 def _set(leaves: list[Any], index: int, value: jax.Array) -> None:

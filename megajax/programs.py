@@ -21,6 +21,7 @@ __all__ = [
     "Program",
     "body_of",
     "delay",
+    "known",
     "moved_axes",
     "run_equation",
     "shape_of",
@@ -161,6 +162,16 @@ def delay(equation: core.JaxprEqn, operands: Sequence[Delayed]) -> list[Delayed]
         return computed[index]
 
     return [partial(output, i) for i in range(len(equation.outvars))]
+
+
+def known(value: Any) -> Delayed:
+    """A value that is there already.
+
+    Example:
+        >>> known(1)()
+        1
+    """
+    return lambda: value
 
 
 def run_equation(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
