@@ -22,8 +22,8 @@ from pairs import midpoint
 
 import megajax as mj
 from megajax.config import Config, DataConfig, ModelConfig, ParentsConfig
-from megajax.merging import align_parents
-from megajax.statistics import mean_interval
+from megajax.evaluation.statistics import mean_interval
+from megajax.merging.merge import align_parents
 
 METHODS = ("weights", "activations", "both")
 GRANULARITIES = ("global", "layer", "channel", "element")

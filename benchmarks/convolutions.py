@@ -4,7 +4,7 @@
 
 3x3 convolutions with 1 to 32 channels in and 4 to 64 out, each with a kernel of its own for each of
 two networks, one network after the other, on as many images as have half a million pixels. GFLOP/s
-of the useful operations; `chosen` is what `megajax.convolutions` does. `grouped` is what `vmap`
+of the useful operations; `chosen` is what `megajax.program.convolutions` does. `grouped` is what `vmap`
 over kernels makes of the two networks. Medians of synchronised runs.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from timing import seconds
 
-from megajax.convolutions import widened
+from megajax.program.convolutions import widened
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

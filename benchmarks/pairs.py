@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 import megajax as mj
-from megajax import data, models, training
 from megajax.config import Config
+from megajax.zoo import data, training
+from megajax.zoo import networks as models
 
 
 class Pair(NamedTuple):

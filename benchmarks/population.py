@@ -35,11 +35,11 @@ import numpy as np
 from timing import copy_rate, seconds
 
 import megajax as mj
-from megajax import models
 from megajax.config import FitnessConfig
-from megajax.convolutions import for_backend
-from megajax.fitness import accuracy, batches, evaluator, example_scores
-from megajax.plans import Plan, plan_evaluation
+from megajax.merging.fitness import accuracy, batches, evaluator, example_scores
+from megajax.merging.plans import Plan, plan_evaluation
+from megajax.program.convolutions import for_backend
+from megajax.zoo import networks as models
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("mlp", {"hidden": (512, 512, 512)}),

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 import megajax as mj
-from megajax import models
 from megajax.alignment import align, find_symmetries, permute, random_permutations
-from megajax.normalization import find_statistics
-from megajax.parents import leaf_paths
+from megajax.program.batchnorm import find_statistics
+from megajax.trees import leaf_paths
+from megajax.zoo import networks as models
 
 NETWORKS = [
     ("resnet", {"depth": 20}, True),

@@ -3,7 +3,7 @@
     python -m megajax.run --config experiments/cifar10_resnet56_paper.py --config.data.data_dir=DIR
 
 DIR is a TFDS directory that holds cifar10: `python -m megajax.data prepare cifar10` makes it, once.
-What is set is in `megajax.presets.mega_paper`: Adam at a constant 0.01 on raw pixels without
+What is set is in `megajax.run.presets.mega_paper`: Adam at a constant 0.01 on raw pixels without
 augmentation, and a search over the weights themselves on the line between the two networks, neither
 aligned nor recalibrated. `cifar10_resnet56.py` has the sound choices. `--config.seed=1` is another
 pair of parents, `--config.model.options.depth=110` (or 152) the paper's next network.
@@ -16,7 +16,7 @@ the better parent. Accuracies and time: not measured (no GPU yet).
 from ml_collections import ConfigDict
 
 from megajax.config import default_config
-from megajax.presets import mega_paper
+from megajax.run.presets import mega_paper
 
 
 def get_config() -> ConfigDict:

@@ -13,7 +13,7 @@ Accuracies and time: not measured (no GPU yet).
 from ml_collections import ConfigDict
 
 from megajax.config import default_config
-from megajax.presets import sound_cifar10
+from megajax.run.presets import sound_cifar10
 
 
 def get_config() -> ConfigDict:

@@ -14,10 +14,6 @@
     errors      what can be caught
 """
 
-from megajax.adapters import Network as Network
-from megajax.adapters import from_linen as from_linen
-from megajax.adapters import from_nnx as from_nnx
-from megajax.adapters import to_nnx as to_nnx
 from megajax.alignment import align as align
 from megajax.alignment import find_symmetries as find_symmetries
 from megajax.baselines import run_baselines as run_baselines
@@ -42,32 +38,36 @@ from megajax.errors import ParentsError as ParentsError
 from megajax.errors import SearchError as SearchError
 from megajax.errors import SymmetryError as SymmetryError
 from megajax.errors import WorkdirError as WorkdirError
-from megajax.evaluation import ensemble as ensemble
-from megajax.evaluation import measure as measure
-from megajax.evaluation import predict as predict
-from megajax.evolution import genetic_algorithm as genetic_algorithm
-from megajax.genome import Genome as Genome
-from megajax.genome import masks as masks
-from megajax.genome import weights as weights
-from megajax.hierarchy import TreeResult as TreeResult
-from megajax.hierarchy import merge_tree as merge_tree
-from megajax.interchange import NameMap as NameMap
-from megajax.interchange import check_logits as check_logits
-from megajax.interchange import export as export
-from megajax.interchange import load_network as load_network
-from megajax.interchange import load_parents as load_parents
-from megajax.interchange import map_names as map_names
-from megajax.interchange import save_network as save_network
-from megajax.layers import find_layers as find_layers
-from megajax.merging import MergeResult as MergeResult
-from megajax.merging import merge as merge
-from megajax.normalization import recalibrate as recalibrate
-from megajax.normalization import repair as repair
-from megajax.parents import check_parents as check_parents
-from megajax.parents import keep_leaves as keep_leaves
-from megajax.parents import stack_parents as stack_parents
-from megajax.parents import unstack_parents as unstack_parents
+from megajax.evaluation.measures import ensemble as ensemble
+from megajax.evaluation.measures import measure as measure
+from megajax.evaluation.measures import predict as predict
+from megajax.formats import NameMap as NameMap
+from megajax.formats import check_logits as check_logits
+from megajax.formats import export as export
+from megajax.formats import load_network as load_network
+from megajax.formats import load_parents as load_parents
+from megajax.formats import map_names as map_names
+from megajax.formats import save_network as save_network
+from megajax.formats.adapters import Network as Network
+from megajax.formats.adapters import from_linen as from_linen
+from megajax.formats.adapters import from_nnx as from_nnx
+from megajax.formats.adapters import to_nnx as to_nnx
+from megajax.merging.genome import Genome as Genome
+from megajax.merging.genome import masks as masks
+from megajax.merging.genome import weights as weights
+from megajax.merging.merge import MergeResult as MergeResult
+from megajax.merging.merge import merge as merge
+from megajax.merging.tree import TreeResult as TreeResult
+from megajax.merging.tree import merge_tree as merge_tree
+from megajax.program.batchnorm import recalibrate as recalibrate
+from megajax.program.batchnorm import repair as repair
+from megajax.program.layers import find_layers as find_layers
+from megajax.search.genetic import genetic_algorithm as genetic_algorithm
+from megajax.trees import check_parents as check_parents
+from megajax.trees import keep_leaves as keep_leaves
+from megajax.trees import stack_parents as stack_parents
+from megajax.trees import unstack_parents as unstack_parents
 
 __version__ = "0.1.0"
-from megajax.presets import mega_paper as mega_paper
-from megajax.presets import sound_cifar10 as sound_cifar10
+from megajax.run.presets import mega_paper as mega_paper
+from megajax.run.presets import sound_cifar10 as sound_cifar10

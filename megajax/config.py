@@ -244,7 +244,7 @@ class ModelConfig(_Section):
     """Which network of the zoo, and its options.
 
     Attributes:
-        name: a name in `megajax.models.MODELS`.
+        name: a name in `megajax.zoo.networks.MODELS`.
         options: keyword arguments of that network, for example `{"width": 32}`.
     """
 
@@ -499,7 +499,7 @@ class FitnessConfig(_Section):
 class EvolutionConfig(_Section):
     """The genetic algorithm.
 
-    The operators are names, or functions of the same signature (see `megajax.operators`).
+    The operators are names, or functions of the same signature (see `megajax.search.operators`).
 
     Attributes:
         population_size: individuals P.

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from megajax.predictions import from_logits
-from megajax.robustness import agreement
+from megajax.evaluation.predictions import from_logits
+from megajax.evaluation.robustness import agreement
 
 ACCURACY = {
     "parent_0": 0.70,

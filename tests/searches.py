@@ -4,7 +4,7 @@ import chex
 import jax
 import numpy as np
 
-from megajax.evolution import run
+from megajax.search.genetic import run
 
 
 def assert_it_goes_on_bit_identical(key, algorithm, start, stop):

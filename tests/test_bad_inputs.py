@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import megajax as mj
 from megajax.config import Config, default_config, from_dict
-from megajax.parents import check_parents, leaf_paths, stack_parents
+from megajax.trees import check_parents, leaf_paths, stack_parents
 
 KINDS = ("msgpack", "npz", "safetensors")
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from megajax import models
 from megajax.config import from_dict, to_dict
-from megajax.presets import mega_paper
+from megajax.run.presets import mega_paper
+from megajax.zoo import networks as models
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").glob("*.py"))

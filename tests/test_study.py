@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megajax.config import from_dict
-from megajax.run import main
+from megajax.run.cli import main
 
 STUDY = Path(__file__).parent.parent / "experiments" / "study"
 CONFIG = runpy.run_path(str(STUDY / "config.py"))

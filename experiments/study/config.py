@@ -17,7 +17,7 @@ robustness.
 from ml_collections import ConfigDict
 
 from megajax.config import default_config
-from megajax.presets import mega_paper, sound_cifar10
+from megajax.run.presets import mega_paper, sound_cifar10
 
 PARENTS = ("same", "skewed", "shared")
 GRANULARITIES = ("global", "layer", "channel", "element")

@@ -6,7 +6,7 @@
 What is finished is not run again, and what was interrupted goes on: several processes with other
 `--seeds` or `--only` can share the work, and a last one without them collects it. The parents of a
 setting are trained once; every other search starts from them. `results.json` holds, for each data
-set and setting of the parents, what `megajax.results.aggregate` makes of the seeds, with the
+set and setting of the parents, what `megajax.evaluation.results.aggregate` makes of the seeds, with the
 network that each search found as `evolved_SEARCH` (`merged` is that of `channel-aligned`), so that
 Holm's correction covers all that is compared. `tables.py` makes the README's tables of it.
 """
@@ -21,9 +21,9 @@ from typing import Any
 import jax
 from config import MAIN, PARENTS, SEARCHES
 
-from megajax import workdir
-from megajax.results import aggregate
-from megajax.run import main as run
+from megajax.evaluation.results import aggregate
+from megajax.run import store as workdir
+from megajax.run.cli import main as run
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"

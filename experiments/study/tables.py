@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megajax.evaluation.results import Comparison, comparison
+from megajax.evaluation.statistics import paired_t
 from megajax.report.text import p_value, percent, points, sentence
-from megajax.results import Comparison, comparison
-from megajax.statistics import paired_t
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"

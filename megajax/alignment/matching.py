@@ -43,8 +43,8 @@ from megajax.alignment.symmetries import (
     validate,
 )
 from megajax.errors import ParentsError
-from megajax.parents import leaves_by_path
-from megajax.programs import delay, walk
+from megajax.program.jaxprs import delay, walk
+from megajax.trees import leaves_by_path
 
 __all__ = ["Alignment", "activation_matching", "align", "weight_matching"]
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend import core
 
 from megajax.alignment.axes import Axis, atom, concat, pin, product, split, unify
-from megajax.programs import walk
+from megajax.program.jaxprs import walk
 
 __all__ = ["RULES", "Axes", "Record", "first_uses", "fresh", "pin_all", "propagate"]
 
@@ -33,7 +33,7 @@ class Record:
     Attributes:
       values: the axes of every value that was met.
       contracted: for every dot product and convolution outside control flow, its number in a walk
-        (see `megajax.programs.walk`) and the axes of its operands.
+        (see `megajax.program.jaxprs.walk`) and the axes of its operands.
       unknown: the names of the primitives that had no rule and touched an axis.
     """
 

@@ -31,11 +31,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from megajax import programs
 from megajax.alignment.axes import Axis, Box, boxes
 from megajax.alignment.propagation import Axes, Record, first_uses, fresh, pin_all, propagate
 from megajax.errors import SymmetryError
-from megajax.parents import leaves_by_path
+from megajax.program import jaxprs as programs
+from megajax.trees import leaves_by_path
 
 __all__ = [
     "Copies",

@@ -16,9 +16,9 @@ from jax.extend import core
 
 from megajax.alignment.propagation import ELEMENTWISE
 from megajax.alignment.symmetries import Group, Site, Symmetries, find_symmetries, unit_layout
-from megajax.layers import find_layers
-from megajax.parents import leaf_paths
-from megajax.programs import moved_axes, shape_of, trace, walk
+from megajax.program.jaxprs import moved_axes, shape_of, trace, walk
+from megajax.program.layers import find_layers
+from megajax.trees import leaf_paths
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["find_outputs", "unit_labels"]
@@ -27,7 +27,7 @@ __all__ = ["find_outputs", "unit_labels"]
 def unit_labels(
     apply_fn: ApplyFn, variables: PyTree, inputs: Any, symmetries: Symmetries | None = None
 ) -> PyTree:
-    """Labels with one gene for each hidden unit, for `megajax.genome.masks`.
+    """Labels with one gene for each hidden unit, for `megajax.merging.genome.masks`.
 
     The elements that write one unit of a group of the symmetries share a gene, in all leaves: in a
     residual stream, those of every layer that adds to it. Outputs, and other units in no group, get

@@ -8,7 +8,7 @@ One file per family, each of pure functions that can be called by themselves:
     leaves        statistics and integers kept apart    registry    all of them by name
 
 `run_baselines` runs all that apply. The parents' ensemble, the ceiling at K times the cost, is no
-network of their architecture: see `megajax.evaluation.ensemble`.
+network of their architecture: see `megajax.evaluation.measures.ensemble`.
 """
 
 from megajax.baselines.averages import slerp as slerp

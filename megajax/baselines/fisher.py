@@ -17,8 +17,8 @@ import numpy as np
 
 from megajax.baselines.leaves import combine, is_floating
 from megajax.errors import ConfigError, ParentsError
-from megajax.fitness import Batches, batches
-from megajax.merging import check_labels
+from megajax.merging.fitness import Batches, batches
+from megajax.merging.merge import check_labels
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["fisher_average", "fisher_information"]

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from megajax.errors import ParentsError
-from megajax.normalization import find_statistics
-from megajax.parents import leaf_paths
+from megajax.program.batchnorm import find_statistics
+from megajax.trees import leaf_paths
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["combine", "is_floating", "on_weights", "statistic_paths"]
@@ -81,7 +81,7 @@ def statistic_paths(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> frozen
         inputs: one batch, or its shape and dtype.
 
     Returns:
-        Paths as `megajax.parents.leaf_paths` gives them; none for a network without BatchNorm.
+        Paths as `megajax.trees.leaf_paths` gives them; none for a network without BatchNorm.
 
     Example:
         >>> def apply_fn(w, x):

@@ -29,17 +29,17 @@ from megajax.config import (
     GenomeConfig,
     RecalibrateConfig,
 )
-from megajax.convolutions import for_backend
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.evolution import GeneticAlgorithm, run
-from megajax.fitness import METRICS, Batches, Evaluate, batches, evaluator
-from megajax.genome import Genome, masks
-from megajax.merging import check_labels, genome_for
-from megajax.normalization import recalibrate, recalibrated
-from megajax.operators import take
-from megajax.parents import check_parents, stack_parents
-from megajax.plans import Plan, plan_evaluation
-from megajax.scoring import num_finalists
+from megajax.merging.fitness import METRICS, Batches, Evaluate, batches, evaluator
+from megajax.merging.genome import Genome, masks
+from megajax.merging.merge import check_labels, genome_for
+from megajax.merging.plans import Plan, plan_evaluation
+from megajax.program.batchnorm import recalibrate, recalibrated
+from megajax.program.convolutions import for_backend
+from megajax.search.genetic import GeneticAlgorithm, run
+from megajax.search.operators import take
+from megajax.search.racing import num_finalists
+from megajax.trees import check_parents, stack_parents
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
@@ -189,7 +189,7 @@ def run_baselines(
         genome: what a gene is.
         fitness: how a network is scored.
         evolution: whose population size the searches have, and whose evaluations by default.
-        labels: the user's own genes; see `megajax.genome.masks`.
+        labels: the user's own genes; see `megajax.merging.genome.masks`.
         budget: networks that the evolution scored; None computes what it would at most, 0 leaves
             the searches out. Where the configuration has a budget of its own, that one counts.
         callback: called with the name of each baseline before it runs.

@@ -21,7 +21,7 @@ from jax.extend import core
 from megajax.baselines.averages import uniform_average
 from megajax.baselines.leaves import is_floating
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.programs import Delayed, delay, moved_axes, shape_of, trace, walk
+from megajax.program.jaxprs import Delayed, delay, moved_axes, shape_of, trace, walk
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Kernel", "find_kernels", "gram_matrices", "regmean"]

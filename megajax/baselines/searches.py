@@ -1,6 +1,6 @@
 """Other searches over the same genes, with the same `init` and `step` as the genetic algorithm.
 
-`megajax.evolution.run` drives them unchanged, so that budgets, histories and callbacks are those of
+`megajax.search.genetic.run` drives them unchanged, so that budgets, histories and callbacks are those of
 the genetic algorithm, and so is the promise: the first population holds the parents and the best
 individual is kept, so the result is never worse than the best parent. evosax is imported only when
 one of its algorithms is asked for (`pip install "megajax[searchers]"`).
@@ -23,9 +23,11 @@ import optax
 from jax.tree_util import Partial
 from scipy.linalg import helmert
 
-from megajax import operators
 from megajax.errors import ConfigError
-from megajax.evolution import (
+from megajax.merging.fitness import Evaluate
+from megajax.merging.genome import Genome
+from megajax.search import operators
+from megajax.search.genetic import (
     GAInfo,
     GAState,
     GeneticAlgorithm,
@@ -34,9 +36,7 @@ from megajax.evolution import (
     evaluated,
     genetic_algorithm,
 )
-from megajax.fitness import Evaluate
-from megajax.genome import Genome
-from megajax.operators import Population
+from megajax.search.operators import Population
 from megajax.types import Genes, Key, PyTree
 
 __all__ = ["SearchState", "best_point", "from_evosax", "random_search", "simplex_lattice"]
@@ -133,7 +133,7 @@ def random_search(evaluate: Evaluate, genome: Genome, *, num_offspring: int) -> 
         ConfigError: there are too few offspring.
 
     Example:
-        >>> from megajax.genome import masks
+        >>> from megajax.merging.genome import masks
         >>> genome = masks({"w": jnp.zeros((2, 3))}, granularity="element")
         >>> evaluate = lambda genes: (genes[:, :, 0].min(axis=1), ())
         >>> search = random_search(evaluate, genome, num_offspring=8)
@@ -159,7 +159,7 @@ def random_search(evaluate: Evaluate, genome: Genome, *, num_offspring: int) -> 
 
 
 class SearchState(NamedTuple):
-    """The state of a library's search, with the fields of `megajax.evolution.GAState`.
+    """The state of a library's search, with the fields of `megajax.search.genetic.GAState`.
 
     Attributes:
         population: the individuals that were scored last.
@@ -221,8 +221,8 @@ def from_evosax(
             first population has another size.
 
     Example:
-        >>> from megajax.evolution import run
-        >>> from megajax.genome import masks
+        >>> from megajax.search.genetic import run
+        >>> from megajax.merging.genome import masks
         >>> genome = masks({"w": jnp.zeros((2, 3))}, granularity="element")
         >>> evaluate = lambda genes: (-jnp.sum((genes[:, :, 0] - 0.3) ** 2, axis=1), ())
         >>> search = from_evosax("Sep_CMA_ES", evaluate, genome, num_offspring=8)

@@ -14,7 +14,7 @@ import jax
 
 from megajax.baselines.averages import uniform_average
 from megajax.errors import ParentsError
-from megajax.fitness import Batches, Metric, example_scores
+from megajax.merging.fitness import Batches, Metric, example_scores
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Choice", "Score", "Soup", "best_of", "best_parent", "greedy_soup", "scorer"]
@@ -66,7 +66,7 @@ def scorer(apply_fn: ApplyFn, metric: Metric, data: Batches) -> Score:
 
     Example:
         >>> import numpy as np
-        >>> from megajax.fitness import accuracy, batches
+        >>> from megajax.merging.fitness import accuracy, batches
         >>> score = scorer(lambda w, x: x @ w, accuracy, batches(np.eye(3), np.arange(3), 2))
         >>> score(np.eye(3)), score(-np.eye(3))
         (1.0, 0.0)

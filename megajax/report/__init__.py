@@ -1,8 +1,8 @@
 """What a run shows people: one sentence, tables, a page in Markdown and in HTML, and plots.
 
-All of it is made from plain data: `results.json` (`megajax.results` says what it holds), the lines
+All of it is made from plain data: `results.json` (`megajax.evaluation.results` says what it holds), the lines
 of `metrics.jsonl`, `predictions.npz` and the shares of the parents in each layer. What a run did
-not measure is left out. The same functions serve many seeds that `megajax.results.aggregate` has
+not measure is left out. The same functions serve many seeds that `megajax.evaluation.results.aggregate` has
 put together.
 
     text    sentence and tables             plots   figures
@@ -18,12 +18,12 @@ from typing import Any
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
-from megajax.files import write_bytes
-from megajax.predictions import Predictions
+from megajax.evaluation.predictions import Predictions
+from megajax.evaluation.results import Comparison, comparison, entries, is_aggregate
+from megajax.io import write_bytes
 from megajax.report import plots, text
 from megajax.report.page import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
-from megajax.results import Comparison, comparison, entries, is_aggregate
-from megajax.workdir import write_text
+from megajax.run.store import write_text
 
 __all__ = ["NOT_HELD_OUT", "answer", "rows", "write_report"]
 
@@ -50,7 +50,7 @@ def answer(results: Mapping[str, Any], predictions: Predictions | None = None) -
     """The result in one sentence: merged against the best parent, which validation chose.
 
     Args:
-        results: the content of `results.json`, or of many seeds (`megajax.results.aggregate`).
+        results: the content of `results.json`, or of many seeds (`megajax.evaluation.results.aggregate`).
         predictions: of a run, for the interval of the difference and its test.
 
     Returns:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from megajax.results import BEST, Comparison
+from megajax.evaluation.results import BEST, Comparison
 
 __all__ = [
     "FORMATS",
@@ -158,7 +158,7 @@ def plot_accuracy(found: Comparison) -> Figure:
     """Accuracy of all methods on validation and test, and the differences to the best parent.
 
     Args:
-        found: from `megajax.results.comparison`.
+        found: from `megajax.evaluation.results.comparison`.
 
     Returns:
         The figure; bars are 95 % intervals.

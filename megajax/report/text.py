@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from megajax.results import Comparison, Row
-from megajax.statistics import Difference, Interval
+from megajax.evaluation.results import Comparison, Row
+from megajax.evaluation.statistics import Difference, Interval
 
 __all__ = [
     "agreement_table",

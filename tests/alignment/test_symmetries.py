@@ -23,12 +23,12 @@ from megajax.alignment import (
     verify,
 )
 from megajax.errors import SymmetryError
-from megajax.models.cnn import CNN
-from megajax.models.densenet import DenseNet
-from megajax.models.mlp import MLP
-from megajax.models.resnet import ResNet
-from megajax.models.vgg import VGG
-from megajax.models.xception import Xception
+from megajax.zoo.networks.cnn import CNN
+from megajax.zoo.networks.densenet import DenseNet
+from megajax.zoo.networks.mlp import MLP
+from megajax.zoo.networks.resnet import ResNet
+from megajax.zoo.networks.vgg import VGG
+from megajax.zoo.networks.xception import Xception
 
 IMAGES, SEQUENCES = (2, 8, 8, 3), (2, 5, 3)
 

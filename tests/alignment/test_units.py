@@ -10,7 +10,7 @@ from test_symmetries import NETWORKS
 import megajax as mj
 from megajax.alignment import find_symmetries, permute, random_permutations, unit_labels
 from megajax.alignment.units import find_outputs
-from megajax.models.resnet import ResNet
+from megajax.zoo.networks.resnet import ResNet
 
 
 def full(labels, variables):

@@ -15,7 +15,7 @@ from megajax.baselines import BASELINES, applicable, run_baselines, table, unifo
 from megajax.config import BASELINES as NAMES
 from megajax.config import BaselinesConfig
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.evaluation import measure
+from megajax.evaluation.measures import measure
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)

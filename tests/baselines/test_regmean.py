@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megajax import models
-from megajax.adapters import from_linen
 from megajax.baselines import find_kernels, gram_matrices, regmean, uniform_average
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.parents import leaf_paths
+from megajax.formats.adapters import from_linen
+from megajax.trees import leaf_paths
+from megajax.zoo import networks as models
 
 RNG = np.random.default_rng(0)
 

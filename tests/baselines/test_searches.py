@@ -12,8 +12,8 @@ from jax.tree_util import Partial
 
 from megajax.baselines import best_point, from_evosax, random_search, simplex_lattice
 from megajax.errors import ConfigError
-from megajax.evolution import run
-from megajax.genome import masks
+from megajax.merging.genome import masks
+from megajax.search.genetic import run
 
 KEY = jax.random.key(0)
 P = 12

@@ -5,7 +5,7 @@ import pytest
 
 from megajax.baselines import best_of, best_parent, greedy_soup, scorer
 from megajax.errors import ParentsError
-from megajax.fitness import accuracy, batches
+from megajax.merging.fitness import accuracy, batches
 
 
 def recipe(parents, score):

@@ -1,0 +1,183 @@
+"""Held-out metrics of single networks: predictions on the device, figures in NumPy float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from scipy.special import log_softmax
+
+from megajax.merging.fitness import Batches, batches
+from megajax.types import ApplyFn, PyTree
+
+__all__ = ["Metrics", "ensemble", "measure", "predict", "predictor", "straight_path"]
+
+
+TENTHS = tuple(i / 10 for i in range(11))
+
+
+class Metrics(NamedTuple):
+    """How well predictions fit the labels.
+
+    Attributes:
+        accuracy: share of examples whose largest logit is the label's.
+        nll: mean negative log-likelihood, in nats.
+    """
+
+    accuracy: float
+    nll: float
+
+
+def predict(apply_fn: ApplyFn, variables: PyTree, images: Any, batch_size: int = 512) -> np.ndarray:
+    """The logits of one network for any number of images.
+
+    Args:
+        apply_fn: the network.
+        variables: its variables.
+        images: `[N, ...]`, N >= 1.
+        batch_size: the largest batch to run.
+
+    Returns:
+        Logits `[N, C]` float32.
+
+    Raises:
+        DataError: there are no images.
+
+    Example:
+        >>> predict(lambda w, x: x * w, 2.0, np.ones((3, 2)), batch_size=2).shape
+        (3, 2)
+    """
+    data = batches(images, np.zeros(len(images), np.int32), batch_size)
+    logits = np.asarray(_logits(apply_fn, variables, data), np.float32)
+    return logits.reshape(-1, logits.shape[-1])[: len(images)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(apply_fn: ApplyFn, variables: PyTree, data: Batches) -> jax.Array:
+    logits: jax.Array = jax.lax.map(partial(apply_fn, variables), data.images)
+    return logits
+
+
+def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
+    """Accuracy and negative log-likelihood.
+
+    Args:
+        logits: `[N, C]`; log-probabilities (an ensemble's) serve as well.
+        labels: `[N]` integers.
+
+    Returns:
+        The metrics, computed in float64. An example whose logits are not finite is wrong.
+
+    Example:
+        >>> measure(np.array([[5.0, 0.0], [5.0, 0.0]]), np.array([0, 1])).accuracy
+        0.5
+    """
+    labels = np.asarray(labels)
+    right = (logits.argmax(axis=-1) == labels) & np.isfinite(logits).all(axis=-1)
+    with np.errstate(invalid="ignore"):  # infinite logits give an NLL that is no number
+        log_probability = log_softmax(np.asarray(logits, np.float64), axis=-1)
+    nll = -log_probability[np.arange(len(labels)), labels].mean()
+    return Metrics(float(right.mean()), float(nll))
+
+
+def straight_path(
+    apply_fn: ApplyFn,
+    first: PyTree,
+    second: PyTree,
+    images: Any,
+    labels: Any,
+    *,
+    shares: Sequence[float] = TENTHS,
+    prepare: Callable[[PyTree], PyTree] = lambda variables: variables,
+    batch_size: int = 512,
+) -> list[Metrics]:
+    """The metrics of the networks on the straight line between two.
+
+    Args:
+        apply_fn: the network.
+        first: variables at share 0.
+        second: variables at share 1.
+        images: `[N, ...]`.
+        labels: `[N]`.
+        shares: of the second network, from 0 to 1.
+        prepare: done to every network that is neither end, such as recalibration.
+        batch_size: the largest batch to run.
+
+    Returns:
+        The metrics at each share.
+
+    Example:
+        >>> data = np.eye(2, dtype=np.float32), np.arange(2)
+        >>> path = straight_path(lambda w, x: x @ w, np.eye(2), -np.eye(2), *data)
+        >>> path[0].accuracy, path[10].accuracy
+        (1.0, 0.0)
+    """
+
+    @jax.jit
+    def between(share: float) -> PyTree:
+        mixed = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)
+        return prepare(mixed)
+
+    path = []
+    for share in shares:
+        network = first if share == 0 else second if share == 1 else between(share)
+        path.append(measure(predict(apply_fn, network, images, batch_size), labels))
+    return path
+
+
+def ensemble(logits: np.ndarray) -> np.ndarray:
+    """Log of the networks' mean class probabilities: the ceiling, at K times the cost.
+
+    Args:
+        logits: `[K, N, C]` of K networks.
+
+    Returns:
+        Log-probabilities `[N, C]` float64.
+
+    Example:
+        >>> np.exp(ensemble(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))).round(3).tolist()
+        [[0.7, 0.3]]
+    """
+    log_probabilities = log_softmax(np.asarray(logits, np.float64), axis=-1)
+    mean: np.ndarray = np.logaddexp.reduce(log_probabilities, axis=0) - np.log(len(logits))
+    return mean
+
+
+def predictor(
+    apply_fn: ApplyFn,
+    networks: Mapping[str, PyTree],
+    ensembles: Mapping[str, Sequence[str]] | None = None,
+    batch_size: int = 512,
+) -> Callable[[Any], dict[str, np.ndarray]]:
+    """All networks of a comparison as one function of the images, by name.
+
+    Args:
+        apply_fn: the architecture of them all.
+        networks: name -> variables.
+        ensembles: name of an ensemble -> names of the networks whose probabilities it averages.
+        batch_size: the largest batch to run.
+
+    Returns:
+        `logits_of(images [N, ...])` gives name -> logits `[N, C]`, networks before ensembles.
+
+    Example:
+        >>> logits_of = predictor(lambda w, x: x * w, {"a": 1.0, "b": -1.0}, {"both": ["a", "b"]})
+        >>> {name: logits.shape for name, logits in logits_of(np.ones((3, 2))).items()}
+        {'a': (3, 2), 'b': (3, 2), 'both': (3, 2)}
+    """
+
+    def logits_of(images: Any) -> dict[str, np.ndarray]:
+        logits = {
+            name: predict(apply_fn, variables, images, batch_size)
+            for name, variables in networks.items()
+        }
+        of_ensembles = {
+            name: ensemble(np.stack([logits[member] for member in members]))
+            for name, members in (ensembles or {}).items()
+        }
+        return logits | of_ensembles
+
+    return logits_of

@@ -1,0 +1,453 @@
+"""How networks fare on corrupted images, and how well they know what they do not know.
+
+A corruption is a pure function `(key, images, severity) -> images`, on images in [0, 1] and for
+severities 1 to 5. It runs on the host (NumPy, SciPy, Pillow), so that a corrupted image has the
+same bits whatever the device. The constants are those of CIFAR-10-C; lengths are in pixels, so on
+images smaller than 32 pixels a side blur and pixelation are harder, on larger ones milder. The
+published set, which has 15 corruptions and is rounded to 8 bits, can be taken instead; figures on
+the one are not figures on the other.
+
+Source: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
+Perturbations, ICLR 2019.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from scipy.special import softmax
+
+from megajax.config import CORRUPTIONS as NAMES
+from megajax.config import PUBLISHED_CORRUPTIONS, DataConfig, RobustnessConfig
+from megajax.errors import DataError
+from megajax.types import Key
+from megajax.zoo.data import load_part
+
+__all__ = [
+    "CORRUPTIONS",
+    "Corruption",
+    "Robustness",
+    "Source",
+    "agreement",
+    "brightness",
+    "calibration_error",
+    "contrast",
+    "corrupt",
+    "gaussian_blur",
+    "gaussian_noise",
+    "impulse_noise",
+    "jpeg_compression",
+    "measure_robustness",
+    "on_the_fly",
+    "pixelate",
+    "published",
+    "shot_noise",
+]
+
+Images: TypeAlias = npt.NDArray[np.float32]
+
+Corruption: TypeAlias = Callable[[Key, npt.ArrayLike, int], Images]
+"""`corruption(key, images [N, H, W, C] in [0, 1], severity 1..5) -> images`, alike, float32."""
+
+Source: TypeAlias = Callable[[str, int], tuple[Images, npt.NDArray[Any]]]
+"""`source(name, severity) -> (images [N, H, W, C] in [0, 1], labels [N])`."""
+
+
+class Robustness(NamedTuple):
+    """Accuracies on corrupted images.
+
+    Attributes:
+        networks: for each network `mean_corruption_accuracy`, and `accuracy`: name of the
+            corruption -> accuracy at each severity.
+        severities: S of them.
+        examples: images N under each corruption and severity.
+        scores: float32 `[M, N]`, for each network and image the share of corruptions and severities
+            under which it was right: what paired tests need.
+    """
+
+    networks: dict[str, dict[str, Any]]
+    severities: tuple[int, ...]
+    examples: int
+    scores: npt.NDArray[np.float32]
+
+
+# Corruptions -------------------------------------------------------------------------------------
+
+
+def gaussian_noise(key: Key, images: npt.ArrayLike, severity: int) -> Images:
+    """Adds normal noise to every number, as a sensor does in low light.
+
+    Args:
+        key: PRNG key.
+        images: `[N, H, W, C]` in [0, 1].
+        severity: 1 to 5, here and below.
+
+    Returns:
+        The corrupted images, float32, in [0, 1].
+
+    Example:
+        >>> noisy = gaussian_noise(jax.random.key(0), np.full((1, 64, 64, 1), 0.5), 5)
+        >>> round(float(noisy.std()), 2)
+        0.1
+    """
+    x, scale = _unit(images), _constant((0.04, 0.06, 0.08, 0.09, 0.10), severity)
+    return _clipped(x + scale * _generator(key).standard_normal(x.shape, np.float32))
+
+
+def shot_noise(key: Key, images: npt.ArrayLike, severity: int) -> Images:
+    """Poisson noise of counting few photons.
+
+    Example:
+        >>> float(shot_noise(jax.random.key(0), np.zeros((1, 2, 2, 1)), 5).max())
+        0.0
+    """
+    x, photons = _unit(images), _constant((500, 250, 100, 75, 50), severity)
+    return _clipped(_generator(key).poisson(x * photons) / photons)
+
+
+def impulse_noise(key: Key, images: npt.ArrayLike, severity: int) -> Images:
+    """Salt and pepper: some numbers become 0 or 1.
+
+    Example:
+        >>> noisy = impulse_noise(jax.random.key(0), np.full((1, 99, 99, 1), 0.5), 5)
+        >>> round(float((noisy != 0.5).mean()), 2)
+        0.07
+    """
+    x, share = _unit(images), _constant((0.01, 0.02, 0.03, 0.05, 0.07), severity)
+    draw = _generator(key).random(x.shape, np.float32)
+    return np.where(draw < share / 2, np.float32(0), np.where(draw < share, np.float32(1), x))
+
+
+def gaussian_blur(key: Key, images: npt.ArrayLike, severity: int) -> Images:
+    """Blurs by a normal kernel of up to one pixel; the border is repeated outwards.
+
+    Example:
+        >>> dot = np.zeros((1, 7, 7, 1)); dot[0, 3, 3] = 1
+        >>> round(float(gaussian_blur(jax.random.key(0), dot, 5)[0, 3, 3, 0]), 3)
+        0.159
+    """
+    del key
+    sigma = _constant((0.4, 0.6, 0.7, 0.8, 1.0), severity)
+    return _clipped(gaussian_filter(_unit(images), (0, sigma, sigma, 0), mode="nearest"))
+
+
+def brightness(key: Key, images: npt.ArrayLike, severity: int) -> Images:
+    """Raises the value in the HSV cone: hue and saturation stay, the largest channel grows.
+
+    Example:
+        >>> brightness(jax.random.key(0), np.array([0.4, 0.2]).reshape(1, 1, 1, 2), 2).round(3)
+        array([[[[0.5 , 0.25]]]], dtype=float32)
+    """
+    del key
+    x, more = _unit(images), _constant((0.05, 0.1, 0.15, 0.2, 0.3), severity)
+    value = x.max(axis=-1, keepdims=True)
+    brighter = np.minimum(value + more, 1)
+    # Black has no hue: it becomes grey.
+    return _clipped(np.where(value > 0, x * (brighter / np.maximum(value, 1e-12)), brighter))
+
+
+def contrast(key: Key, images: npt.ArrayLike, severity: int) -> Images:
+    """Draws every number towards the mean of its image and channel.
+
+    Example:
+        >>> contrast(jax.random.key(0), np.array([0.0, 1.0]).reshape(1, 2, 1, 1), 5).ravel()
+        array([0.425, 0.575], dtype=float32)
+    """
+    del key
+    x, kept = _unit(images), _constant((0.75, 0.5, 0.4, 0.3, 0.15), severity)
+    mean = x.mean(axis=(1, 2), keepdims=True)
+    return _clipped(mean + kept * (x - mean))
+
+
+def pixelate(key: Key, images: npt.ArrayLike, severity: int) -> Images:
+    """Shrinks the image and enlarges it again, both by boxes.
+
+    Example:
+        >>> stripes = np.arange(64).reshape(1, 1, 64, 1) % 2
+        >>> np.unique(pixelate(jax.random.key(0), stripes, 5)).tolist()
+        [0.0, 0.5, 1.0]
+    """
+    del key
+    x, share = _unit(images), _constant((0.95, 0.9, 0.85, 0.75, 0.65), severity)
+    rows, columns = (_shrunk_and_enlarged(size, share) for size in x.shape[1:3])
+    return _clipped(np.einsum("ih,nhwc,jw->nijc", rows, x, columns, optimize=True))
+
+
+def jpeg_compression(key: Key, images: npt.ArrayLike, severity: int) -> Images:
+    """Through JPEG and back; three channels as colour, others each as a grey image.
+
+    Example:
+        >>> grey = np.full((1, 8, 8, 1), 0.5)
+        >>> bool(abs(jpeg_compression(jax.random.key(0), grey, 5) - grey).max() < 0.01)
+        True
+    """
+    del key
+    x, quality = _unit(images), _constant((80, 65, 58, 50, 40), severity)
+    eight_bit = np.round(x * 255).astype(np.uint8)
+    if x.shape[-1] == 3:
+        pictures = eight_bit
+    else:
+        pictures = np.moveaxis(eight_bit, -1, 1).reshape(-1, *x.shape[1:3])
+    decoded = np.stack([_through_jpeg(picture, int(quality)) for picture in pictures])
+    if x.shape[-1] != 3:
+        decoded = np.moveaxis(decoded.reshape(len(x), -1, *x.shape[1:3]), 1, -1)
+    return _clipped(decoded / 255)
+
+
+CORRUPTIONS: dict[str, Corruption] = {
+    "gaussian_noise": gaussian_noise,
+    "shot_noise": shot_noise,
+    "impulse_noise": impulse_noise,
+    "gaussian_blur": gaussian_blur,
+    "brightness": brightness,
+    "contrast": contrast,
+    "pixelate": pixelate,
+    "jpeg_compression": jpeg_compression,
+}
+
+
+def corrupt(key: Key, images: npt.ArrayLike, name: str, severity: int) -> Images:
+    """Corrupts images by a named corruption.
+
+    Args:
+        key: PRNG key; each corruption and severity draws from a key of its own made from it.
+        images: `[N, H, W, C]` in [0, 1].
+        name: a key of `CORRUPTIONS`.
+        severity: 1 to 5.
+
+    Returns:
+        The corrupted images, float32, in [0, 1].
+
+    Raises:
+        DataError: there is no such corruption or severity, or images leave [0, 1].
+
+    Example:
+        >>> corrupt(jax.random.key(0), np.zeros((1, 8, 8, 1)), "brightness", 2).max()
+        np.float32(0.1)
+    """
+    if name not in CORRUPTIONS:
+        raise DataError(f"{name!r} is no corruption: there are {', '.join(CORRUPTIONS)}")
+    own = jax.random.fold_in(jax.random.fold_in(key, NAMES.index(name)), severity)
+    return CORRUPTIONS[name](own, images, severity)
+
+
+def _generator(key: Key) -> np.random.Generator:
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+
+
+def _unit(images: npt.ArrayLike) -> Images:
+    """Images, checked; rounding may have carried them a little outside [0, 1]."""
+    array: Images = np.asarray(images, np.float32)
+    if array.ndim != 4 or not array.size:
+        raise DataError(f"images have shape {list(array.shape)}: [N, H, W, C] is needed")
+    low, high = array.min(), array.max()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise DataError(
+            f"images run from {low:.3g} to {high:.3g}: corruptions need [0, 1]; were they "
+            "standardised by another mean and std?"
+        )
+    return _clipped(array)
+
+
+def _clipped(images: npt.NDArray[Any]) -> Images:
+    clipped: Images = np.clip(images, 0, 1).astype(np.float32)
+    return clipped
+
+
+def _constant(constants: Sequence[float], severity: int) -> float:
+    if not 1 <= severity <= len(constants):
+        raise DataError(f"severity is {severity}: they run from 1 to {len(constants)}")
+    return constants[severity - 1]
+
+
+def _shrunk_and_enlarged(size: int, share: float) -> npt.NDArray[np.float32]:
+    """Pillow's two resizings along one axis, as the matrix that they are."""
+    small = max(1, int(size * share))
+    identity = Image.fromarray(np.eye(size, dtype=np.float32))
+    down = identity.resize((size, small), Image.Resampling.BOX)
+    return np.asarray(down.resize((size, size), Image.Resampling.BOX))
+
+
+def _through_jpeg(picture: npt.NDArray[np.uint8], quality: int) -> npt.NDArray[np.uint8]:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
+    with Image.open(buffer) as decoded:
+        return np.asarray(decoded)
+
+
+# Measures ----------------------------------------------------------------------------------------
+
+
+def calibration_error(logits: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15) -> float:
+    """Expected calibration error: how far confidence is from accuracy, on average.
+
+    Args:
+        logits: `[N, C]`; log-probabilities serve as well. An example whose logits are not finite
+            counts as sure and wrong.
+        labels: `[N]`.
+        bins: bins of equal width over the confidence, which is the largest probability.
+
+    Returns:
+        The mean over the examples of their bin's |accuracy - mean confidence|, in [0, 1].
+
+    Example:
+        >>> round(calibration_error([[0.0, 2.0], [0.0, 2.0]], [1, 0]), 3)  # 88 % sure, half right
+        0.381
+
+    Source: Guo, Pleiss, Sun and Weinberger, On Calibration of Modern Neural Networks, ICML 2017.
+    """
+    logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
+    finite = np.isfinite(logits).all(axis=-1)
+    probabilities = softmax(np.where(finite[:, None], logits, 0.0), axis=-1)
+    confidence = np.where(finite, probabilities.max(axis=-1), 1.0)
+    right = (logits.argmax(axis=-1) == labels) & finite
+    # A confidence on an edge belongs to the bin below, as in the paper.
+    bin_of = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(bin_of, right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def agreement(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """The share of examples for which two networks predict the same class.
+
+    Args:
+        first: predicted classes `[N]`.
+        second: `[N]`, alike.
+
+    Returns:
+        A share in [0, 1].
+
+    Example:
+        >>> agreement([0, 1, 2, 2], [0, 1, 1, 2])
+        0.75
+    """
+    return float(np.mean(np.asarray(first) == np.asarray(second)))
+
+
+# The table ---------------------------------------------------------------------------------------
+
+
+def measure_robustness(
+    source: Source,
+    logits_of: Callable[[Images], Mapping[str, npt.NDArray[Any]]],
+    config: RobustnessConfig | None = None,
+    *,
+    mean: npt.ArrayLike = 0.0,
+    std: npt.ArrayLike = 1.0,
+) -> Robustness:
+    """Tests any number of networks on all corruptions and severities.
+
+    Args:
+        source: where corrupted images come from: `on_the_fly` or `published`.
+        logits_of: `logits_of(images [N, H, W, C])` gives each network's logits `[N, C]` by name;
+            see `megajax.evaluation.measures.predictor`.
+        config: which corruptions and severities; None takes the defaults.
+        mean: `[C]` or a number that the networks' inputs have subtracted.
+        std: `[C]` or a number that they are divided by after that.
+
+    Returns:
+        The accuracies.
+
+    Raises:
+        DataError: images that cannot be corrupted, or that do not stay in one order.
+
+    Example:
+        >>> images, labels = np.zeros((4, 8, 8, 1)), np.array([0, 0, 0, 1])
+        >>> table = measure_robustness(
+        ...     on_the_fly(jax.random.key(0), images, labels),
+        ...     lambda images: {"always 0": np.tile([1.0, 0.0], (len(images), 1))},
+        ... )
+        >>> table.networks["always 0"]["mean_corruption_accuracy"], table.scores.tolist()
+        (0.75, [[1.0, 1.0, 1.0, 0.0]])
+    """
+    config = config or RobustnessConfig()
+    names = config.corruptions or (PUBLISHED_CORRUPTIONS if config.published else NAMES)
+    accuracy: dict[str, dict[str, list[float]]] = {}
+    right_of: dict[str, npt.NDArray[np.int64]] = {}
+    first_labels = None
+    for name in names:
+        for severity in config.severities:
+            images, labels = source(name, severity)
+            first_labels = labels if first_labels is None else first_labels
+            if not np.array_equal(labels, first_labels):
+                raise DataError(f"{name} {severity} holds other labels than {names[0]}, in order")
+            inputs = np.asarray((images - np.asarray(mean)) / np.asarray(std), np.float32)
+            for network, logits in logits_of(inputs).items():
+                right = (logits.argmax(axis=-1) == labels) & np.isfinite(logits).all(axis=-1)
+                by_name = accuracy.setdefault(network, {})
+                by_name.setdefault(name, []).append(float(right.mean()))
+                right_of[network] = right_of.get(network, 0) + right.astype(np.int64)
+    count = len(names) * len(config.severities)
+    return Robustness(
+        networks={
+            network: {
+                "mean_corruption_accuracy": float(right_of[network].mean() / count),
+                "accuracy": by_name,
+            }
+            for network, by_name in accuracy.items()
+        },
+        severities=config.severities,
+        examples=len(first_labels) if first_labels is not None else 0,
+        scores=np.stack([right / count for right in right_of.values()]).astype(np.float32),
+    )
+
+
+def on_the_fly(
+    key: Key, images: npt.ArrayLike, labels: npt.ArrayLike, examples: int | None = None
+) -> Source:
+    """Corrupts given images.
+
+    Args:
+        key: PRNG key.
+        images: `[N, H, W, C]` in [0, 1].
+        labels: `[N]`.
+        examples: takes so many of the first images; None takes all.
+
+    Returns:
+        The source; it draws the same for the same name and severity.
+
+    Example:
+        >>> source = on_the_fly(jax.random.key(0), np.zeros((2, 8, 8, 1)), [7, 3], examples=1)
+        >>> source("brightness", 1)[0].max(), source("brightness", 1)[1].tolist()
+        (np.float32(0.05), [7])
+    """
+    pictures, classes = np.asarray(images, np.float32)[:examples], np.asarray(labels)[:examples]
+    return lambda name, severity: (corrupt(key, pictures, name, severity), classes)
+
+
+def published(data: DataConfig | None = None, examples: int | None = None) -> Source:
+    """CIFAR-10-C as published, from prepared TFDS sets `cifar10_corrupted/NAME_SEVERITY`.
+
+    Each pair of corruption and severity is a set of its own, prepared once by
+    `python -m megajax.data prepare cifar10_corrupted/fog_3`.
+
+    Args:
+        data: its `data_dir` and `image_size` count; None takes the defaults.
+        examples: takes so many of the first images; None takes all 10,000.
+
+    Returns:
+        The source; it raises DataError for a set that is not prepared, and says how to do that.
+
+    Example:
+        >>> import tempfile
+        >>> published(DataConfig(data_dir=tempfile.mkdtemp()))("fog", 3)
+        Traceback (most recent call last):
+        ...
+        megajax.errors.DataError: cifar10_corrupted/fog_3 is not prepared; run once: ...
+    """
+    config = data or DataConfig()
+
+    def source(name: str, severity: int) -> tuple[Images, npt.NDArray[Any]]:
+        of_pair = dataclasses.replace(config, name=f"cifar10_corrupted/{name}_{severity}")
+        split = load_part(of_pair, "test")
+        return split.images[:examples], split.labels[:examples]
+
+    return source

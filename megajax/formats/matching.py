@@ -1,0 +1,195 @@
+"""Finds out which array of a file becomes which leaf, and that it can, before anything is read.
+
+A file whose names are the leaves' paths is taken by name; a state dict of PyTorch is left to
+`state_dict`. Everything that does not fit is named, with both shapes and dtypes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from megajax.errors import InterchangeError
+from megajax.formats.files import Spec, Stored
+from megajax.formats.layouts import as_is
+from megajax.formats.mapping import Entry, NameMap, Target, some
+from megajax.formats.state_dict import is_state_dict, match_state_dict
+from megajax.formats.trees import is_number, specs_of
+
+__all__ = ["find_mapping"]
+
+
+def find_mapping(
+    stored: Stored,
+    target: Target,
+    *,
+    rename: Mapping[str, str] | None = None,
+    ignore: str | None = None,
+    cast: bool = False,
+    free: Collection[str] = (),
+) -> NameMap:
+    """Finds out which array of a file becomes which leaf, and checks that it can.
+
+    Args:
+        stored: the opened file.
+        target: the network.
+        rename: names in the file, or regular expressions for the whole name, -> path of the leaf
+            (groups as in `re.sub`). For a tensor of a state dict, the other tensors of its module
+            follow it.
+        ignore: regular expression; arrays whose name it matches (anywhere) are left out.
+        cast: floating-point arrays may have another precision than their leaf.
+        free: paths of leaves that are not loaded, and whose shapes need not agree.
+
+    Returns:
+        The mapping; it has an entry for each leaf that is not free.
+
+    Raises:
+        InterchangeError: the file does not hold the network, or in more than one way.
+
+    Example:
+        >>> specs = {"fc/kernel": Spec((2, 3), np.dtype("float32"))}
+        >>> stored = Stored(Path("a.npz"), specs, lambda names: {})
+        >>> find_mapping(stored, Target({"fc": {"kernel": np.ones((2, 4), np.float32)}}))
+        Traceback (most recent call last):
+        ...
+        megajax.errors.InterchangeError: a.npz: leaf fc/kernel is float32[2,4] but float32[2,3] in
+        the file
+    """
+    wanted = specs_of(target.variables)
+    pattern = None if ignore is None else _compiled("ignore", ignore)
+    names = [name for name in stored.specs if not (pattern and pattern.search(name))]
+    renamed = _renamed(stored.path, names, rename or {}, wanted)
+    if is_state_dict(names, wanted):
+        entries = match_state_dict(stored, target, names, renamed, wanted, free)
+    else:
+        entries = _by_name(stored, names, renamed, wanted, free)
+    _check([entry for entry in entries if entry.path not in free], stored, wanted, cast)
+    taken = {entry.name for entry in entries}
+    left = tuple(name for name in stored.specs if name not in taken)
+    return NameMap(str(stored.path), tuple(entries), left)
+
+
+def _compiled(what: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InterchangeError(f"{what} {pattern!r} is no regular expression: {error}") from None
+
+
+def _renamed(
+    path: Path, names: Sequence[str], rename: Mapping[str, str], wanted: Mapping[str, Spec]
+) -> dict[str, str]:
+    """The names that the user gave a leaf."""
+    result: dict[str, str] = {}
+    for old, new in rename.items():
+        if old in names:
+            chosen = {old: new}
+        else:
+            pattern = _compiled("rename", old)
+            matches = [(name, pattern.fullmatch(name)) for name in names]
+            try:
+                chosen = {name: match.expand(new) for name, match in matches if match}
+            except (re.error, IndexError) as error:
+                raise InterchangeError(f"rename {old!r} to {new!r}: {error}") from None
+        if not chosen:
+            raise InterchangeError(f"rename {old!r} matches nothing in {path}{_near(old, names)}")
+        for name, leaf in chosen.items():
+            if leaf not in wanted:
+                raise InterchangeError(
+                    f"rename {name!r} to {leaf!r}: there is no such leaf{_near(leaf, wanted)}"
+                )
+            result[name] = leaf
+    twice = [leaf for leaf, count in Counter(result.values()).items() if count > 1]
+    if twice:
+        both = " and ".join(name for name, leaf in result.items() if leaf == twice[0])
+        raise InterchangeError(f"rename gives leaf {twice[0]} to both {both}")
+    return result
+
+
+def _near(name: str, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _by_name(
+    stored: Stored,
+    names: Sequence[str],
+    renamed: Mapping[str, str],
+    wanted: Mapping[str, Spec],
+    free: Collection[str],
+) -> list[Entry]:
+    """Takes arrays by the path of their leaf: with dots for slashes, without NNX's `value`.
+
+    A network that is one array, whose path is empty, is called `value` where it needs a name.
+    """
+    dotted = not any("/" in name for name in names)
+
+    def plain(name: str) -> str:
+        name = "/" + (name.replace(".", "/") if dotted else name)
+        return name.removesuffix("/value").removeprefix("/")
+
+    ours: dict[str, str] = {}
+    for leaf in wanted:
+        if ours.setdefault(plain(leaf), leaf) != leaf:
+            raise InterchangeError(f"leaves {ours[plain(leaf)]} and {leaf} cannot be told apart")
+    found: dict[str, str] = {}
+    extra = []
+    for name in names:
+        path = renamed.get(name) or ours.get(plain(name))
+        if path is None or (path in found and name not in renamed):
+            extra.append(name)
+        elif found.setdefault(path, name) != name and found[path] not in renamed:
+            extra.append(found[path])
+            found[path] = name
+    # Arrays without elements need no storage, and Orbax has none for them.
+    missing = [
+        leaf for leaf in wanted if leaf not in found and leaf not in free and wanted[leaf].nbytes
+    ]
+    if missing or extra:
+        lacks = [f"leaf {leaf} ({wanted[leaf]})" for leaf in missing]
+        has = [f"{name} ({stored.specs[name]})" for name in extra]
+        parts = [f"lacks {some(lacks)}"] if lacks else []
+        parts += [f"has {some(has)}, which the network has not"] if has else []
+        raise InterchangeError(f"{stored.path} {' and '.join(parts)}")
+    return [Entry(found[leaf], leaf, as_is(wanted[leaf].shape)) for leaf in wanted if leaf in found]
+
+
+def _check(
+    entries: Sequence[Entry], stored: Stored, wanted: Mapping[str, Spec], cast: bool
+) -> None:
+    """Checks shape and dtype of every entry; all that do not fit are named."""
+    wrong = []
+    for name, path, layout in entries:
+        have, need = stored.specs[name], wanted[path]
+        what = f"leaf {path}" + (f" ({name})" if name != path else "")
+        if have.shape != layout.source:
+            wrong.append(f"{what} is {need} but {have} in the file")
+        elif not _same_kind(have.dtype, need.dtype, cast):
+            hint = (
+                "; cast=True converts it" if _is_real(have.dtype) and _is_real(need.dtype) else ""
+            )
+            wrong.append(f"{what} is {need} but {have} in the file{hint}")
+    if wrong:
+        raise InterchangeError(f"{stored.path}: {'; '.join(wrong)}")
+
+
+def _same_kind(have: np.dtype, need: np.dtype, cast: bool) -> bool:
+    if have == need or (cast and _is_real(have) and _is_real(need)):
+        return True
+    # NumPy alone stores bfloat16 and the like as nameless bytes.
+    return (
+        have.kind == "V"
+        and not is_number(have)
+        and have.itemsize == need.itemsize
+        and (need.kind == "V")
+    )
+
+
+def _is_real(dtype: np.dtype) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))

@@ -1,0 +1,316 @@
+"""PyTorch's state dicts: their modules are matched to the layers of a program.
+
+A module's tensors must have the shapes that a layer's leaves have in PyTorch's layout, and the
+order of the modules must be that of the program. What fits in more than one way is an error that
+lists the candidates, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+from megajax.errors import InterchangeError
+from megajax.formats.files import Spec, Stored
+from megajax.formats.layouts import as_is
+from megajax.formats.mapping import Entry, Target, dims, some
+from megajax.formats.search import orders
+from megajax.formats.uses import Slot
+
+__all__ = ["is_state_dict", "match_state_dict"]
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_COUNTER = "num_batches_tracked"  # of BatchNorm: it plays no part in inference
+
+
+def is_state_dict(names: Collection[str], paths: Collection[str] = ()) -> bool:
+    """Whether names are those of a state dict: dotted, ending in `weight` and the like.
+
+    Args:
+        names: of the arrays in a file.
+        paths: of our leaves; names of which most are just these are not a state dict's.
+
+    Returns:
+        The answer.
+
+    Example:
+        >>> is_state_dict(["fc.weight", "fc.bias"]), is_state_dict(["params/fc/kernel"])
+        (True, False)
+        >>> is_state_dict(["scale", "bias"], paths=["scale", "bias"])
+        False
+    """
+    slashes = any("/" in name for name in names)
+    ours = 2 * sum(name in paths for name in names) >= len(names)
+    return not (slashes or ours) and any(name.rpartition(".")[2] in _TENSORS for name in names)
+
+
+def match_state_dict(
+    stored: Stored,
+    target: Target,
+    names: Sequence[str],
+    renamed: Mapping[str, str],
+    wanted: Mapping[str, Spec],
+    free: Collection[str] = (),
+) -> list[Entry]:
+    """Matches the modules of a state dict to the layers of a program.
+
+    Args:
+        stored: the opened file.
+        target: the network.
+        names: the tensors of the file that count.
+        renamed: tensors -> paths of the leaves that the user says they are.
+        wanted: path -> shape and dtype of every leaf, in flattening order.
+        free: paths of leaves that may have other shapes in the file, or be missing there.
+
+    Returns:
+        An entry for each leaf, in flattening order; a free leaf may have none.
+
+    Raises:
+        InterchangeError: there is no way to match them, or more than one.
+
+    Example:
+        >>> from pathlib import Path
+        >>> import numpy as np
+        >>> from megajax.formats.layouts import linear
+        >>> shapes = {"0.weight": (8, 4), "2.weight": (8, 8), "4.weight": (8, 8)}
+        >>> specs = {name: Spec(shape, np.dtype("float32")) for name, shape in shapes.items()}
+        >>> wanted = {"a": Spec((4, 8), np.dtype("float32")), "b": specs["2.weight"],
+        ...           "c": specs["2.weight"]}
+        >>> layers = [(Slot(i, "weight", linear(spec.shape, [0])),)
+        ...           for i, spec in enumerate(wanted.values())]
+        >>> stored = Stored(Path("net.npz"), specs, lambda names: {})
+        >>> entries = match_state_dict(stored, Target({}, lambda: layers), list(specs), {}, wanted)
+        >>> [(entry.name, entry.path) for entry in entries]
+        [('0.weight', 'a'), ('2.weight', 'b'), ('4.weight', 'c')]
+    """
+    if target.layers is None:
+        raise InterchangeError(
+            f"{stored.path} is a PyTorch state dict: to match it, like= must be a module or a "
+            "megajax.Network, and inputs= a batch of inputs (or its shape and dtype)"
+        )
+    paths = list(wanted)
+    layers = list(target.layers())
+    used = {slot.leaf for layer in layers for slot in layer}
+    layers += [
+        (Slot(leaf, None, as_is(wanted[path].shape)),)
+        for leaf, path in enumerate(paths)
+        if leaf not in used
+    ]
+    names = [name for name in names if name.rpartition(".")[2] != _COUNTER or name in renamed]
+    sides = _Sides(stored, paths, wanted, free, layers, _modules(names))
+    pins = _pins(sides, renamed)
+    own = _by_own_names(sides)
+    if own and all(own[layer] == module for layer, module in pins.items()):
+        pairs = own
+    else:
+        lost = [i for i, layer in enumerate(layers) if layer[0].leaf not in used and i not in pins]
+        if lost:
+            raise InterchangeError(
+                f"{stored.path}: the program does not use {_leaves(sides, lost)}; say with rename= "
+                "what becomes of it"
+            )
+        pairs = _in_order(sides, pins)
+    entries = [entry for layer, module in pairs.items() for entry in _entries(sides, layer, module)]
+    return sorted(entries, key=lambda entry: paths.index(entry.path))
+
+
+class _Sides(NamedTuple):
+    """What is to be matched.
+
+    Attributes:
+        stored: the file.
+        paths: of our leaves.
+        wanted: their shapes and dtypes.
+        free: paths of leaves of any shape.
+        layers: our leaves, in groups, in the order of the program.
+        modules: the file's tensors: module -> tensor (`weight`, ...) -> its full name. A parameter
+            of any other name is a module of its own, whose only tensor has no name.
+    """
+
+    stored: Stored
+    paths: Sequence[str]
+    wanted: Mapping[str, Spec]
+    free: Collection[str]
+    layers: Sequence[tuple[Slot, ...]]
+    modules: Mapping[str, Mapping[str, str]]
+
+
+def _modules(names: Collection[str]) -> dict[str, dict[str, str]]:
+    modules: dict[str, dict[str, str]] = {}
+    for name in names:
+        outer, _, last = name.rpartition(".")
+        module, tensor = (outer, last) if last in _TENSORS else (name, "")
+        modules.setdefault(module, {})[tensor] = name
+    return modules
+
+
+def _entries(sides: _Sides, layer: int, module: str) -> list[Entry]:
+    """What a module's tensors become in a layer that it fits."""
+    tensors, slots = sides.modules[module], sides.layers[layer]
+    if len(slots) == 1 and slots[0].tensor not in tensors:  # a parameter of its own
+        (slot,), (name,) = slots, tensors.values()
+        return [Entry(name, sides.paths[slot.leaf], as_is(slot.layout.shape))]
+    return [Entry(tensors[s.tensor or ""], sides.paths[s.leaf], s.layout) for s in slots]
+
+
+def _same_tensors(sides: _Sides, layer: int, module: str) -> bool:
+    """Whether a module has just the tensors of a layer, of whatever shapes."""
+    tensors, slots = sides.modules[module], sides.layers[layer]
+    if {slot.tensor for slot in slots} == set(tensors):
+        return True
+    single = len(slots) == 1 and len(tensors) == 1
+    return single and ("" in tensors or slots[0].tensor is None)
+
+
+def _fits(sides: _Sides, layer: int, module: str) -> bool:
+    """Whether a module has just the tensors of a layer, in their shapes."""
+    if not _same_tensors(sides, layer, module):
+        return False
+    for name, path, layout in _entries(sides, layer, module):
+        shape = sides.stored.specs[name].shape
+        if shape != layout.source and not (path in sides.free and len(shape) == len(layout.source)):
+            return False
+    return True
+
+
+def _is_free(sides: _Sides, layer: int) -> bool:
+    return all(sides.paths[slot.leaf] in sides.free for slot in sides.layers[layer])
+
+
+def _pins(sides: _Sides, renamed: Mapping[str, str]) -> dict[int, str]:
+    """Layer -> module, where the user has named a leaf for one of its tensors."""
+    paths, layers = sides.paths, sides.layers
+    layer_of = {paths[slot.leaf]: i for i, layer in enumerate(layers) for slot in layer}
+    module_of = {name: m for m, tensors in sides.modules.items() for name in tensors.values()}
+    pins: dict[int, str] = {}
+    for name, path in renamed.items():
+        layer, module = layer_of[path], module_of[name]
+        other = pins.setdefault(layer, module)
+        if other != module:
+            raise InterchangeError(f"rename puts {module} and {other} where leaf {path} is")
+        if not _fits(sides, layer, module):
+            raise InterchangeError(f"{sides.stored.path}: {_unlike(sides, layer, module)}")
+        if all((name, path) != entry[:2] for entry in _entries(sides, layer, module)):
+            raise InterchangeError(f"rename {name!r} to {path!r}: it is another of the tensors")
+    twice = [module for module, count in Counter(pins.values()).items() if count > 1]
+    if twice:
+        raise InterchangeError(f"rename puts {twice[0]} into two layers")
+    return pins
+
+
+def _by_own_names(sides: _Sides) -> dict[int, str]:
+    """Layer -> module, if all modules have our own names."""
+    result = {}
+    for i, layer in enumerate(sides.layers):
+        paths = [sides.paths[slot.leaf] for slot in layer]
+        containers = [path.rpartition("/")[0] for path in paths]
+        ways = (containers, paths)  # a parameter of its own has its own name
+        for names in [*ways, *([path.partition("/")[2] for path in way] for way in ways)]:
+            name = names[0].replace("/", ".")
+            if {*names} == {names[0]} and name in sides.modules and _fits(sides, i, name):
+                result[i] = name
+                break
+    all_of_them = len(set(result.values())) == len(sides.layers) == len(sides.modules)
+    return result if all_of_them else {}
+
+
+def _in_order(sides: _Sides, pins: Mapping[int, str]) -> dict[int, str]:
+    """Layer -> module, in the one order that the program and the names allow."""
+    layers, modules = list(range(len(sides.layers))), list(sides.modules)
+    if len(layers) > len(modules):  # free leaves need not be there
+        optional = [i for i in layers if i not in pins and _is_free(sides, i)]
+        layers = [i for i in layers if i not in optional[: len(layers) - len(modules)]]
+    _check_counts(sides, layers, modules, pins)
+    pinned = set(pins.values())
+
+    def may_be(layer: int, module: str) -> bool:
+        if layer in pins or module in pinned:
+            return pins.get(layer) == module
+        return _fits(sides, layer, module)
+
+    found, complete = orders(modules, lambda place, name: may_be(layers[place], name))
+    apart: dict[int, str] = {}
+    if not found and complete and pins:  # the user knows better than the names' numbers
+        apart = dict(pins)
+        layers = [layer for layer in layers if layer not in pins]
+        modules = [module for module in modules if module not in pinned]
+        found, complete = orders(modules, lambda place, name: may_be(layers[place], name))
+    if len(found) == 1 and complete:
+        return apart | dict(zip(layers, found[0], strict=True))
+    if found:
+        place = next(
+            (n for n, names in enumerate(zip(*found, strict=True)) if len({*names}) > 1), 0
+        )
+        candidates = sorted({order[place] for order in found})
+        problem = f"could be {' or '.join(candidates)}"
+    else:
+        place = next(n for n in range(len(layers)) if layers[n] not in pins)
+        candidates = [name for name in modules if may_be(layers[place], name)]
+        problem = (
+            f"could be {' or '.join(candidates)}, but no order of all modules is the program's"
+        )
+    tensor, path, _ = _entries(sides, layers[place], candidates[0])[0]
+    raise InterchangeError(
+        f"{sides.stored.path}: leaf {path} {problem}; say which one it is, for example by "
+        f"rename={{{tensor!r}: {path!r}}}"
+    )
+
+
+def _check_counts(
+    sides: _Sides, layers: Sequence[int], modules: Sequence[str], pins: Mapping[int, str]
+) -> None:
+    """Checks that each side has as many modules of a kind as the other."""
+    left = [module for module in modules if module not in pins.values()]
+    without = []
+    for layer in sorted(layers, key=lambda i: _is_free(sides, i)):  # those of any shape come last
+        if layer in pins:
+            continue
+        module = next((module for module in left if _fits(sides, layer, module)), None)
+        if module is None:
+            without.append(layer)
+        else:
+            left.remove(module)
+    wrong = []
+    for layer in [*without]:
+        alike = [module for module in left if _is_alike(sides, layer, module)]
+        rivals = [other for other in without if any(_is_alike(sides, other, m) for m in alike)]
+        if len(alike) == 1 and rivals == [layer]:  # surely meant for each other
+            wrong.append(_unlike(sides, layer, alike[0]))
+            without.remove(layer)
+            left.remove(alike[0])
+    if without:
+        wrong.append(f"nothing there becomes {_leaves(sides, without)}")
+    if left:
+        names = [name for module in left for name in sides.modules[module].values()]
+        described = some([f"{name} {dims(sides.stored.specs[name].shape)}" for name in names])
+        wrong.append(f"no leaf for {described} (ignore= leaves tensors out)")
+    if wrong:
+        raise InterchangeError(f"{sides.stored.path}: {'; '.join(wrong)}")
+
+
+def _is_alike(sides: _Sides, layer: int, module: str) -> bool:
+    """Whether only lengths tell a module from a layer."""
+    return _same_tensors(sides, layer, module) and all(
+        len(sides.stored.specs[name].shape) == len(layout.source)
+        for name, _, layout in _entries(sides, layer, module)
+    )
+
+
+def _unlike(sides: _Sides, layer: int, module: str) -> str:
+    """Where a module does not have the shapes of a layer."""
+    if not _same_tensors(sides, layer, module):
+        names = ", ".join(sides.modules[module].values())
+        return f"{names} cannot be {_leaves(sides, [layer])}"
+    differing = []
+    for name, path, layout in _entries(sides, layer, module):
+        shape, ours = sides.stored.specs[name].shape, sides.wanted[path]
+        if shape != layout.source:
+            before = f" ({dims(layout.source)} in PyTorch)" if ours.shape != layout.source else ""
+            differing.append(f"leaf {path} is {ours}{before} but {name} is {dims(shape)}")
+    return "; ".join(differing)
+
+
+def _leaves(sides: _Sides, layers: Sequence[int]) -> str:
+    paths = [sides.paths[slot.leaf] for layer in layers for slot in sides.layers[layer]]
+    return some([f"leaf {path} ({sides.wanted[path]})" for path in paths])

@@ -1,0 +1,1 @@
+"""The command line: `python -m megajax.run --config FILE`, its workdir and its stages."""

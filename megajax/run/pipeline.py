@@ -1,0 +1,288 @@
+"""One run, from a configuration to a filled workdir: the list of its stages, and the loop over it.
+
+The outcome of a stage is stored in the workdir under a key, the digest of all that went into it.
+A later start takes from there what is whole and has the right key, and does the rest: so a run may
+be killed at any instant, or started from another's workdir. What the stages do is in
+`megajax.run.stages`; this module knows when they are done, and what to say when they fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import megajax
+from megajax import report
+from megajax.config import Config, to_dict
+from megajax.errors import ConfigError, DeviceError, Interrupted, WorkdirError
+from megajax.evaluation.predictions import load_predictions
+from megajax.run import processes as distributed
+from megajax.run import stages
+from megajax.run import store as workdir
+from megajax.run.checkpoint import Checkpoints
+from megajax.run.stages import Outcomes, Task
+from megajax.run.store import Outcome
+
+__all__ = ["STAGES", "Stage", "run"]
+
+_log = logging.getLogger(__name__)
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+
+
+class Stage(NamedTuple):
+    """A step of a run.
+
+    Attributes:
+        run: `run(task, outcomes of the stages before, checkpoints) -> outcome`; the same for the
+            same task and outcomes, and whatever the checkpoints.
+        depends: sections of the configuration that its outcome depends on, beside earlier stages.
+        state_depends: the same for its checkpoints, where that is less: they are kept when the
+            stage is done, so that a run with another configuration can start from them.
+        lighter: fields to lower when the memory does not suffice, the best one first.
+    """
+
+    run: Callable[[Task, Outcomes, Checkpoints], Outcome]
+    depends: tuple[str, ...] = ()
+    state_depends: tuple[str, ...] | None = None
+    lighter: tuple[str, ...] = ("fitness.batch_size",)
+
+
+_SEARCH = ("recalibrate", "genome", "fitness", "evolution", "hierarchy", "align")
+
+STAGES: Mapping[str, Stage] = {
+    "parents": Stage(
+        stages.obtain_parents,
+        depends=("seed", "data", "model", "parents", "training"),
+        lighter=("training.batch_size",),
+    ),
+    "align": Stage(
+        stages.align,
+        depends=("align", "recalibrate.examples"),
+        lighter=("recalibrate.examples",),
+    ),
+    "search": Stage(
+        stages.search,
+        depends=_SEARCH,
+        state_depends=(
+            "recalibrate",
+            "genome",
+            "fitness.metric",
+            "fitness.select_on_test",
+            "evolution.population_size",
+        ),
+        lighter=("fitness.population_chunk", "fitness.batch_size", "evolution.population_size"),
+    ),
+    "finetune": Stage(
+        stages.finetune, depends=("finetune", "training"), lighter=("training.batch_size",)
+    ),
+    "baselines": Stage(stages.run_baselines, depends=("baselines", *_SEARCH)),
+    "measure": Stage(stages.measure, depends=("robustness",)),
+    "report": Stage(stages.write_report, depends=("export", "tensorboard")),
+}
+
+
+def run(
+    config: Config,
+    folder: Path,
+    console: Console | None = None,
+    *,
+    origin: Path | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Trains the parents, merges them, measures everything and writes the workdir.
+
+    Args:
+        config: every choice.
+        folder: the workdir; what an earlier start of the same run finished there is not done again.
+        console: where progress and the final table go; None says nothing.
+        origin: another workdir, whose state a new one starts from as far as the configurations
+            agree. It is left as it is.
+        stopping: asked after every epoch, chunk of generations and stage; if true, the state is
+            saved and `Interrupted` raised.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        MegajaxError: data, parents, configuration, workdir or device cannot work.
+    """
+    console = console or Console(quiet=True)
+    workdir.check_config(folder, to_dict(config))
+    results = _finished(config, folder)
+    if results is not None:
+        console.print(f"{folder} is finished; its result was:", soft_wrap=True)
+        _show(console, folder, results)
+        return results
+
+    started = time.monotonic()
+    with contextlib.ExitStack() as held:
+        with distributed.together():
+            task = stages.prepare(config, folder, console, stopping)
+            held.enter_context(workdir.locked(folder))
+            _open(task, origin)
+        outcomes = {"data": Outcome(seconds=time.monotonic() - started)}
+        for name, stage in STAGES.items():
+            outcomes[name] = _done(name, stage, task, outcomes)
+        results = _results(folder)
+    _show(console, folder, results)
+    console.print(f"report: {folder / 'report.md'}", soft_wrap=True)
+    return results
+
+
+def _done(name: str, stage: Stage, task: Task, outcomes: Outcomes) -> Outcome:
+    """The outcome of a stage: stored, or else made now, and stored."""
+    key = _identity(task.config, stage.depends, outcomes)
+    try:
+        outcome = workdir.load_outcome(task.folder, name, key)
+    except WorkdirError as error:
+        _log.warning("%s: %s is done again", error, name)
+        outcome = None
+    if outcome is not None:
+        task.console.print(f"{name}: taken from {task.folder}", soft_wrap=True)
+        return outcome
+    if task.stopping():
+        raise Interrupted(f"stopped before the stage {name}; the same command goes on from there")
+
+    of_state = stage.depends if stage.state_depends is None else stage.state_depends
+    states = task.folder / "checkpoints" / name
+    started = time.monotonic()
+    with _faults(name, stage, task):
+        (task.folder / workdir.RESULTS).unlink(missing_ok=True)  # it is of another outcome
+        identity = _identity(task.config, of_state, outcomes)
+        with Checkpoints(states, identity, task.config.checkpoint) as checkpoints:
+            outcome = stage.run(task, outcomes, checkpoints)
+        if outcome.seconds is None:
+            outcome = outcome._replace(seconds=time.monotonic() - started)
+        workdir.save_outcome(task.folder, name, key, outcome)
+        if stage.state_depends is None:
+            shutil.rmtree(states, ignore_errors=True)
+    # Read back, so that later stages see the same whether or not the run was interrupted here.
+    outcome = workdir.load_outcome(task.folder, name, key)
+    assert outcome is not None
+    return outcome
+
+
+def _identity(config: Config, fields: Sequence[str], outcomes: Outcomes) -> str:
+    """The digest of what a stage depends on: the stage before, so all before, and its fields."""
+    values = to_dict(config)
+    chosen = {}
+    for field in fields:
+        section, _, name = field.partition(".")
+        chosen[field] = values[section][name] if name else values[section]
+    return workdir.digest([[outcome.identity for outcome in outcomes.values()], chosen])
+
+
+def _finished(config: Config, folder: Path) -> dict[str, Any] | None:
+    """The results, if every stage is stored and whole."""
+    outcomes = {"data": Outcome()}
+    try:
+        for name, stage in STAGES.items():
+            key = _identity(config, stage.depends, outcomes)
+            outcome = workdir.load_outcome(folder, name, key)
+            if outcome is None:
+                return None
+            outcomes[name] = outcome
+        return _results(folder)
+    except WorkdirError:
+        return None
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    results: dict[str, Any] = workdir.read_json(folder / workdir.RESULTS)
+    return results
+
+
+def _open(task: Task, origin: Path | None) -> None:
+    """Makes the folder a workdir, or checks that it is one of this run."""
+    config, folder, here = to_dict(task.config), task.folder, _environment()
+    if origin is None and workdir.is_half_copied(folder):
+        raise WorkdirError(f"{folder} is the copy of a --fork that was interrupted: repeat that")
+    if not workdir.is_workdir(folder):
+        fork = {} if origin is None else {"forked_from": _fork(config, origin, folder)}
+        workdir.write_config(folder, config, here | fork)
+        return
+    workdir.check_config(folder, config)  # again: until the lock was ours, others could write it
+    there = workdir.read_config(folder)
+    changed = [name for name in here if there[name] != here[name]]
+    if changed:
+        _log.warning(
+            "%s was started with other %s: the result may differ from an undisturbed run's in the "
+            "last bits",
+            folder,
+            " and ".join(changed),
+        )
+
+
+def _fork(config: Mapping[str, Any], origin: Path, folder: Path) -> dict[str, Any]:
+    """Copies the state of another workdir; what of it does not fit the configuration is not used.
+
+    Returns:
+        Where the new workdir comes from: the other one, what changed, and where that came from.
+    """
+    changes = workdir.config_changes(origin, config)
+    first = next(iter(STAGES.values()))
+    lost = [name for name in changes if name.split(".")[0] in first.depends]
+    if lost:
+        raise ConfigError(
+            f"--fork: nothing of {origin} can be kept when {', '.join(lost)} changes; start anew"
+        )
+    with workdir.locked(origin):
+        workdir.copy_state(origin, folder)
+        before = workdir.read_config(origin).get("forked_from")
+    return {"workdir": str(origin), "changes": changes, "forked_from": before}
+
+
+@contextlib.contextmanager
+def _faults(name: str, stage: Stage, task: Task) -> Iterator[None]:
+    """Turns what the device or the disk does to a stage into one line that says what to do."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        what = next(iter(str(error).splitlines()), "")
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
+            raise DeviceError(
+                f"{name}: out of memory ({what or 'of the host'}); lower "
+                f"{' or '.join(stage.lighter)}, or take a smaller model.options.dtype such as "
+                "bfloat16. With --fork NEW_WORKDIR, what does not depend on it is kept"
+            ) from error
+        raise DeviceError(
+            f"{name}: the device failed ({what}); the same command goes on from the last checkpoint"
+        ) from error
+    except WorkdirError:
+        raise
+    except OSError as error:
+        file = error.filename or task.folder
+        raise WorkdirError(f"{name}: {file} cannot be used: {error.strerror or error}") from error
+
+
+def _environment() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "versions": {"megajax": megajax.__version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in _PACKAGES},
+        "device": {"platform": device.platform, "kind": device.device_kind},
+    }
+
+
+def _show(console: Console, folder: Path, results: Mapping[str, Any]) -> None:
+    predictions = load_predictions(folder)
+    header, *body = report.rows(results, predictions)
+    table = Table()
+    for column in header:
+        table.add_column(escape(column), justify="left" if column == header[0] else "right")
+    for row in body:
+        table.add_row(*row, style="bold" if row[0] == "merged" else None)
+    console.print(table)
+    console.print(report.answer(results, predictions), soft_wrap=True, highlight=False)

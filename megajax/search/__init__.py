@@ -1,0 +1,1 @@
+"""Searches: they know genes, fitness and operators, and nothing of networks."""

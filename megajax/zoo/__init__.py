@@ -1,0 +1,1 @@
+"""Networks, data sets and the training of parents, for experiments."""

@@ -1,0 +1,518 @@
+"""Images: load them, split them, check them, and deal them out to the parents.
+
+`load` gives three disjoint splits of scikit-learn's bundled digits or of any image classification
+set that tensorflow-datasets (TFDS) has prepared on this machine. Nothing here ever touches the
+network, with one exception that the user has to ask for by name:
+
+    pip install "megajax[prepare]"
+    python -m megajax.data prepare cifar10 --data_dir DIR
+
+All randomness comes from the key given: an integer or a JAX key.
+
+Example:
+    >>> dataset = load(0, DataConfig(limit=100))
+    >>> dataset.train.images.shape, dataset.train.labels.shape, dataset.num_classes
+    ((100, 8, 8, 1), (100,), 10)
+    >>> [len(s) for s in shards(0, dataset.train.labels, 10, ParentsConfig(shards="disjoint"))]
+    [50, 50]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import logging
+import os
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+
+from megajax.config import DataConfig, ParentsConfig
+from megajax.errors import DataError, MegajaxError, first_line
+
+__all__ = ["Dataset", "Split", "check_dataset", "load", "load_part", "prepare", "shards"]
+
+DIGITS = "digits"
+BLOCK = 1000  # records per read: twice as fast as one by one
+
+
+class Split(NamedTuple):
+    """Images with their labels.
+
+    Attributes:
+        images: float32 [N, H, W, C].
+        labels: int32 [N].
+        ids: int32 [N], the number of each image in its source (training images first, then the
+            official validation and test images), or None where the images have no such number.
+    """
+
+    images: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int32] | None = None
+
+
+class Dataset(NamedTuple):
+    """Three disjoint splits of one image classification set.
+
+    Attributes:
+        train: what the parents learn from.
+        validation: what the search is scored on.
+        test: what nothing but the final report looks at.
+        num_classes: labels lie in [0, num_classes).
+        name: name of the set, with its version where it has one.
+        mean: float32 [C], subtracted from the channels of images in [0, 1].
+        std: float32 [C], divided by after that.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    num_classes: int
+    name: str
+    mean: npt.NDArray[np.float32]
+    std: npt.NDArray[np.float32]
+
+
+class _Source(NamedTuple):
+    """A set as it comes: the official parts by name, images uint8 or in [0, 1]."""
+
+    parts: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+    num_classes: int
+    name: str
+
+
+def load(key: int | jax.Array, config: DataConfig) -> Dataset:
+    """Loads a set and splits it into training, validation and test images.
+
+    An official test split is the test split, and an official validation split the validation
+    split. Where one is missing, `config.test_fraction` of all images, then
+    `config.validation_fraction` of the training images, are drawn from the official training
+    split. Each split is in random order and cut to `config.limit`.
+
+    Args:
+        key: seed of the draw, an integer or a JAX key. Equal keys give equal splits.
+        config: which images, and how they are split.
+
+    Returns:
+        The checked set, images scaled to [0, 1] (and standardised with the mean and standard
+        deviation of the training images, if the config says so).
+
+    Raises:
+        DataError: the set is unknown, not prepared or no image classification set, or a split
+            ends up empty. Never waits for a network.
+
+    Example:
+        >>> dataset = load(0, DataConfig(name="digits"))
+        >>> [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)]
+        [1213, 135, 449]
+    """
+    source = _load_digits() if config.name == DIGITS else _load_tfds(config)
+    sizes = {part: len(labels) for part, (_, labels) in source.parts.items()}
+    starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    rows = _draw(_generator(key), sizes, config)
+
+    def split(name: str) -> Split:
+        part, chosen = rows[name]
+        images, labels = source.parts[part]
+        ids = (starts[part] + chosen).astype(np.int32)
+        return Split(_to_unit(images[chosen]), labels[chosen].astype(np.int32), ids)
+
+    train, validation, test = split("train"), split("validation"), split("test")
+    channels = train.images.shape[-1]
+    mean, std = np.zeros(channels, np.float32), np.ones(channels, np.float32)
+    if config.standardize and len(train.labels):
+        mean = train.images.mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
+        std = train.images.std(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
+        std = np.maximum(std, np.float32(1e-6))
+        train, validation, test = (
+            part._replace(images=(part.images - mean) / std) for part in (train, validation, test)
+        )
+    dataset = Dataset(train, validation, test, source.num_classes, source.name, mean, std)
+    check_dataset(dataset)
+    return dataset
+
+
+def load_part(config: DataConfig, part: str) -> Split:
+    """One official part of a prepared TFDS set as it is: whole, in the set's order, in [0, 1].
+
+    Args:
+        config: the set's `name` and `data_dir`, and the `image_size` to resize to.
+        part: `train`, `validation` or `test`.
+
+    Returns:
+        The images and labels, without ids.
+
+    Raises:
+        DataError: the set is unknown, not prepared, no image classification set, or has no such
+            part. Never waits for a network.
+    """
+    with _quiet():
+        builder = _opened(config)
+        if part not in builder.info.splits:
+            raise DataError(
+                f"{config.name} has no {part} split, only {', '.join(builder.info.splits)}"
+            )
+        images, labels = _cached(builder, part, config)
+    return Split(_to_unit(images), labels)
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Checks that three splits can be trained, searched and tested on.
+
+    Args:
+        dataset: the set to check; splits without `ids` are not checked for overlap.
+
+    Raises:
+        DataError: a split is empty, images are not finite floats [N, H, W, C] of one shape, labels
+            are not integers [N] in [0, num_classes), or two splits share an image. Names the split.
+
+    Example:
+        >>> dataset = load(0, DataConfig(limit=10))
+        >>> check_dataset(dataset)
+        >>> check_dataset(dataset._replace(num_classes=2))
+        Traceback (most recent call last):
+        ...
+        megajax.errors.DataError: digits, train split: labels must lie in [0, 2), one is ...
+    """
+    splits = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
+    for name, split in splits.items():
+        images, labels = np.asarray(split.images), np.asarray(split.labels)
+        where = f"{dataset.name}, {name} split"
+        if not len(labels):
+            raise DataError(f"{where}: it is empty")
+        if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
+            raise DataError(
+                f"{where}: images must be floats [N, H, W, C], "
+                f"they are {images.dtype} {list(images.shape)}"
+            )
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(
+                f"{where}: labels must be integers [N], they are {labels.dtype} "
+                f"{list(labels.shape)}"
+            )
+        if len(images) != len(labels):
+            raise DataError(f"{where}: {len(images)} images have {len(labels)} labels")
+        if images.shape[1:] != dataset.train.images.shape[1:]:
+            raise DataError(
+                f"{where}: images are {list(images.shape[1:])}, "
+                f"in the train split {list(dataset.train.images.shape[1:])}"
+            )
+        outside = labels[(labels < 0) | (labels >= dataset.num_classes)]
+        if len(outside):
+            raise DataError(
+                f"{where}: labels must lie in [0, {dataset.num_classes}), one is {outside[0]}"
+            )
+        if not np.isfinite(images).all():
+            raise DataError(f"{where}: an image holds values that are not finite")
+    for (one, first), (other, second) in itertools.combinations(splits.items(), 2):
+        if first.ids is not None and second.ids is not None:
+            shared = np.intersect1d(first.ids, second.ids)
+            if len(shared):
+                raise DataError(
+                    f"{dataset.name}: the {one} and {other} splits share {len(shared)} images, "
+                    f"one is number {shared[0]}"
+                )
+
+
+def shards(
+    key: int | jax.Array, labels: npt.ArrayLike, num_classes: int, config: ParentsConfig
+) -> list[npt.NDArray[np.int32]]:
+    """Deals the training images out to the parents.
+
+    `same` gives every parent every image, `disjoint` gives equal random parts. With `skewed`,
+    parent k is at home in the classes c with c % K == k (with more parents than classes, several
+    parents share a home). A share `config.skew` of a class goes to the parents at home in it, the
+    rest evenly to the others.
+
+    Args:
+        key: seed of the draw, an integer or a JAX key.
+        labels: int [N], in [0, num_classes).
+        num_classes: number of classes.
+        config: the number of parents K and the kind of shards.
+
+    Returns:
+        K arrays of indices into `labels`, int32, each in ascending order.
+
+    Raises:
+        DataError: a parent would receive no image.
+
+    Example:
+        >>> skewed = ParentsConfig(shards="skewed", skew=1.0)
+        >>> shards(0, [0, 1, 2, 3, 0, 1], 4, skewed)
+        [array([0, 2, 4], dtype=int32), array([1, 3, 5], dtype=int32)]
+    """
+    rng, labels = _generator(key), np.asarray(labels)
+    everything = np.arange(len(labels))
+    if config.shards == "same":
+        dealt = [everything] * config.count
+    elif config.shards == "disjoint":
+        dealt = np.array_split(rng.permutation(everything), config.count)
+    else:
+        dealt = _skewed(rng, labels, num_classes, config)
+    for parent, shard in enumerate(dealt):
+        if not len(shard):
+            raise DataError(
+                f"parent {parent} of {config.count} receives no training image: "
+                f"{len(labels)} images, parents.shards is {config.shards}"
+            )
+    return [np.sort(shard).astype(np.int32) for shard in dealt]
+
+
+def prepare(name: str, data_dir: str | None = None) -> Path:
+    """Downloads a TFDS set and prepares it in the format that `load` reads. Needs TensorFlow.
+
+    Args:
+        name: name of the TFDS set, for example `cifar10`.
+        data_dir: TFDS directory; None takes TFDS's own default.
+
+    Returns:
+        The directory of the prepared set.
+
+    Raises:
+        DataError: the set is unknown, or TensorFlow is missing.
+    """
+    if importlib.util.find_spec("tensorflow") is None:
+        raise DataError(
+            f"preparing {name} needs TensorFlow (once), which is not installed: "
+            'pip install "megajax[prepare]"'
+        )
+    builder = _builder(name, data_dir)
+    builder.download_and_prepare()
+    return Path(builder.data_dir)
+
+
+def _generator(key: int | jax.Array) -> np.random.Generator:
+    if isinstance(key, (int, np.integer)):
+        return np.random.default_rng(int(key))
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return np.random.default_rng(np.asarray(jax.random.key_data(key) if typed else key).ravel())
+
+
+def _to_unit(images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    if images.dtype == np.uint8:
+        return images.astype(np.float32) / np.float32(255)
+    return images.astype(np.float32)
+
+
+def _draw(
+    rng: np.random.Generator, sizes: dict[str, int], config: DataConfig
+) -> dict[str, tuple[str, npt.NDArray[np.intp]]]:
+    """For each split, the official part that its images come from and their rows in it."""
+    rows = {part: rng.permutation(size) for part, size in sizes.items()}
+    drawn = {part: part for part in sizes}
+    for name, fraction in (
+        ("test", config.test_fraction),
+        ("validation", config.validation_fraction),
+    ):
+        if name not in rows:
+            cut = round(fraction * len(rows["train"]))
+            rows[name], rows["train"] = rows["train"][:cut], rows["train"][cut:]
+            drawn[name] = "train"
+    return {name: (part, rows[name][: config.limit]) for name, part in drawn.items()}
+
+
+def _skewed(
+    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
+) -> list[npt.NDArray[Any]]:
+    parents = np.arange(config.count)
+    homes = min(config.count, num_classes)
+    dealt: list[list[npt.NDArray[Any]]] = [[] for _ in parents]
+    for c in range(num_classes):
+        members = rng.permutation(np.flatnonzero(labels == c))
+        at_home = parents % homes == c % homes
+        cut = len(members) if at_home.all() else round(config.skew * len(members))
+        for group, portion in ((at_home, members[:cut]), (~at_home, members[cut:])):
+            # In random order, because the first parts of an uneven cut are the larger ones.
+            takers = rng.permutation(parents[group])
+            for parent, part in zip(
+                takers, np.array_split(portion, max(len(takers), 1)), strict=False
+            ):
+                dealt[parent].append(part)
+    return [np.concatenate(parts) for parts in dealt]
+
+
+def _load_digits() -> _Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = (digits.images[..., None] / 16).astype(np.float32)
+    return _Source({"train": (images, digits.target)}, 10, DIGITS)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps TFDS's own remarks (no OpenCV, an empty folder) off the terminal."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@_quiet()
+def _load_tfds(config: DataConfig) -> _Source:
+    builder = _opened(config)
+    names = [name for name in ("train", "validation", "test") if name in builder.info.splits]
+    if "train" not in names:
+        raise DataError(f"{config.name} has no train split, only {', '.join(builder.info.splits)}")
+    parts = {name: _cached(builder, name, config) for name in names}
+    num_classes = builder.info.features[builder.info.supervised_keys[1]].num_classes
+    return _Source(parts, int(num_classes), str(builder.info.full_name))
+
+
+def _opened(config: DataConfig) -> Any:
+    """The builder of a prepared set of labelled images."""
+    builder = _builder(config.name, config.data_dir)
+    if not builder.is_prepared():
+        raise DataError(f"{config.name} is not prepared; {_how_to_prepare(config)}")
+    features, keys = builder.info.features, builder.info.supervised_keys or ()
+    image, label = (features[key] for key in keys) if len(keys) == 2 else (None, None)
+    shape, num_classes = getattr(image, "shape", ()), getattr(label, "num_classes", None)
+    if len(shape) != 3 or num_classes is None:
+        raise DataError(f"{config.name} is no set of labelled images: its keys are {keys}")
+    if None in shape and config.image_size is None:
+        raise DataError(
+            f"{config.name} holds images of several sizes: give the one to resize to as "
+            "data.image_size"
+        )
+    return builder
+
+
+def _builder(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        # The format must always be given: with a data_dir alone it is not the default.
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    except tfds.core.DatasetNotFoundError:
+        raise DataError(f"{name} is no data set of tensorflow-datasets, and not digits") from None
+    except (ValueError, AssertionError) as error:
+        if "File format is already set" in str(error):
+            raise DataError(
+                f"{name} is prepared in {data_dir or 'the default directory'} in a format that "
+                "only TensorFlow can read; prepare it elsewhere: "
+                f"python -m megajax.data prepare {name} --data_dir ANOTHER_DIRECTORY"
+            ) from error
+        reason = first_line(error)
+        raise DataError(f"{name} cannot be opened by tensorflow-datasets: {reason}") from error
+
+
+def _how_to_prepare(config: DataConfig) -> str:
+    where = f" --data_dir {config.data_dir}" if config.data_dir else ""
+    return (
+        'run once: pip install "megajax[prepare]" && '
+        f"python -m megajax.data prepare {config.name}{where}"
+    )
+
+
+def _read(
+    builder: Any, part: str, config: DataConfig
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    """Decodes all images of an official part: uint8 [N, H, W, C] with labels int32 [N]."""
+    image_key, label_key = builder.info.supervised_keys
+    images, labels = [], []
+    source = builder.as_data_source(part)
+    for start in range(0, len(source), BLOCK):
+        for record in source.__getitems__(range(start, min(start + BLOCK, len(source)))):
+            images.append(_resized(record[image_key], config.image_size))
+            labels.append(record[label_key])
+    return np.stack(images), np.asarray(labels, np.int32)
+
+
+def _resized(image: npt.NDArray[np.uint8], size: int | None) -> npt.NDArray[np.uint8]:
+    """The largest central square of an image, resized."""
+    height, width, channels = image.shape
+    if size is None or (height, width) == (size, size):
+        return image
+    from PIL import Image
+
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = Image.fromarray(image[..., 0] if channels == 1 else image).resize(
+        (size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side)
+    )
+    return np.asarray(square, np.uint8).reshape(size, size, channels)
+
+
+def _cached(
+    builder: Any, part: str, config: DataConfig
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
+    """Reads a part from its cache, which is made (again) when it is absent or damaged."""
+    path = _cache_folder(builder) / _cache_name(builder, part, config)
+    count = builder.info.splits[part].num_examples
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            images, labels = stored["images"], stored["labels"]
+        if images.dtype == np.uint8 and images.ndim == 4 and labels.shape == (count,):
+            return images, labels
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    images, labels = _read(builder, part, config)
+    # The cache only saves time: a full disk must not stop a run.
+    with contextlib.suppress(OSError):
+        _write_npz(path, images=images, labels=labels)
+    return images, labels
+
+
+def _cache_name(builder: Any, part: str, config: DataConfig) -> str:
+    """Name, version and split, and a digest that tells apart sets prepared at different places."""
+    info = Path(builder.data_dir) / "dataset_info.json"
+    stamp = f"{info.resolve()}\n{config.image_size}\n".encode() + info.read_bytes()
+    digest = hashlib.sha256(stamp).hexdigest()[:12]
+    return f"{builder.info.full_name.replace('/', '-')}-{part}-{digest}.npz"
+
+
+def _cache_folder(builder: Any) -> Path:
+    """Beside the prepared set; in the user's cache folder where the set is read-only."""
+    beside = Path(builder.data_dir)
+    # The mode is asked too, since a superuser may write even where nobody is meant to.
+    if beside.stat().st_mode & 0o222 and os.access(beside, os.W_OK):
+        return beside / "megajax"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megajax"
+
+
+def _write_npz(path: Path, **arrays: npt.NDArray[Any]) -> None:
+    """Writes the arrays under a temporary name first, so that no reader sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command `python -m megajax.data prepare NAME [--data_dir DIR]`.
+
+    Args:
+        arguments: the words after the module's name; None takes the command line's.
+
+    Returns:
+        The exit code: 0, or 2 after one line on the standard error that names what is wrong.
+    """
+    parser = argparse.ArgumentParser(prog="python -m megajax.data", description=prepare.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="prepare")
+    command = commands.add_parser("prepare", help="download and prepare a TFDS set, once")
+    command.add_argument("name", help="name of the TFDS set, for example cifar10")
+    command.add_argument("--data_dir", help="TFDS directory (default: TFDS's own)")
+    options = parser.parse_args(arguments)
+    try:
+        print(prepare(options.name, options.data_dir))
+    except MegajaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

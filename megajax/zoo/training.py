@@ -1,0 +1,594 @@
+"""Trains all parents with one compiled program.
+
+The parents are stacked leaf by leaf, [K, ...], and each epoch trains each of them on its own
+shard. `init` and `make_epoch` are the pieces, `train` is the loop around them:
+
+    state = init(key, model, split, shards, config)
+    run_epoch = make_epoch(model, split, shards, config)
+    state, metrics = run_epoch(key, state)          # as often as there are epochs
+
+Everything random in epoch e of parent k comes from the key folded with k and e, so that training
+can stop after any epoch and go on from the state, bit for bit.
+
+Example:
+    >>> from megajax.zoo.networks.mlp import MLP
+    >>> images, labels = np.zeros((8, 4, 4, 1), np.float32), np.arange(8, dtype=np.int32) % 2
+    >>> parents, history = train(
+    ...     jax.random.key(0),
+    ...     MLP(num_classes=2, hidden=(4,)),
+    ...     Split(images, labels),
+    ...     [np.arange(0, 6), np.arange(2, 8)],
+    ...     TrainingConfig(epochs=2, batch_size=4),
+    ... )
+    >>> len(parents), history.loss.shape, jax.tree.map(jnp.shape, parents[0]["params"]["dense1"])
+    (2, (2, 2), {'bias': (4,), 'kernel': (16, 4)})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpy.typing as npt
+import optax
+from flax import linen as nn
+
+from megajax.config import FinetuneConfig, TrainingConfig
+from megajax.errors import ConfigError, DataError, ParentsError
+from megajax.zoo.data import Split
+
+__all__ = [
+    "Metrics",
+    "TrainState",
+    "augment",
+    "begin",
+    "finetune",
+    "init",
+    "make_epoch",
+    "make_optimizer",
+    "make_schedule",
+    "train",
+]
+
+Variables = Any  # the pytree of a Linen module: {"params": ..., "batch_stats": ...}
+
+
+class TrainState(NamedTuple):
+    """All that training carries from one epoch to the next.
+
+    Attributes:
+        variables: the parents' variables, stacked leaf by leaf, [K, ...].
+        optimizer: the optimizers' states, stacked leaf by leaf, [K, ...].
+        epoch: int32 [], epochs done.
+    """
+
+    variables: Variables
+    optimizer: optax.OptState
+    epoch: jax.Array
+
+
+class Metrics(NamedTuple):
+    """How training went, over the images of an epoch as they were trained on.
+
+    Attributes:
+        loss: mean cross-entropy, float32 [K] for one epoch, [epochs, K] for a history.
+        accuracy: share of images classified right, of the same shape.
+    """
+
+    loss: chex.Array
+    accuracy: chex.Array
+
+
+def train(
+    key: jax.Array,
+    model: nn.Module,
+    split: Split,
+    shards: Sequence[npt.ArrayLike],
+    config: TrainingConfig,
+    *,
+    shared_initialization: bool = False,
+    state: TrainState | None = None,
+    callback: Callable[[TrainState, Metrics], None] | None = None,
+    mapping: str = "auto",
+) -> tuple[list[Variables], Metrics]:
+    """Trains one parent per shard, all of them with one compiled program.
+
+    Args:
+        key: the source of all randomness.
+        model: a Linen module, called as `model.apply(variables, images, train=True)`. Collections
+            other than `params` (BatchNorm's statistics) are updated along the way.
+        split: the training images.
+        shards: K arrays of indices into the split, one per parent. An epoch has as many steps as
+            the longest shard needs; shorter ones start over within it.
+        config: how to train.
+        shared_initialization: all parents start from the same weights.
+        state: where to start: where an earlier call with the same other arguments got to, or
+            `begin` from given weights. None starts anew.
+        callback: called after each epoch with the state and the epoch's metrics [K].
+        mapping: `vmap` trains the parents side by side, a whole epoch in one compiled call; `loop`
+            trains them in turn, one compiled step at a time. `auto` takes `loop` on a CPU, whose
+            convolutions are slow when they are grouped and, for gradients, inside compiled loops,
+            and `vmap` elsewhere.
+
+    Returns:
+        K variables pytrees, and the metrics [epochs, K] of the epochs that this call did.
+
+    Raises:
+        ConfigError: `mapping` or the schedule cannot work.
+        DataError: a shard is empty, or holds what is no index into the split; names the parent.
+        ParentsError: a parent's loss or weights are not finite; names the parent and the epoch.
+    """
+    if state is None:
+        state = init(key, model, split, shards, config, shared_initialization=shared_initialization)
+    run_epoch = make_epoch(model, split, shards, config, mapping=mapping)
+    history = [Metrics(*np.zeros((2, 0, len(shards)), np.float32))]
+    for epoch in range(int(state.epoch), config.epochs):
+        state, metrics = run_epoch(key, state)
+        metrics = jax.device_get(metrics)
+        if not np.isfinite(metrics.loss).all():
+            parent = int(np.flatnonzero(~np.isfinite(metrics.loss))[0])
+            raise ParentsError(
+                f"parent {parent}: training diverged in epoch {epoch} (loss or weights are not "
+                f"finite); try a training.learning_rate below {config.learning_rate:g}"
+            )
+        history.append(jax.tree.map(lambda leaf: leaf[None], metrics))
+        if callback is not None:
+            callback(state, metrics)
+    return _unstack(state.variables), Metrics(*map(np.concatenate, zip(*history, strict=True)))
+
+
+def init(
+    key: jax.Array,
+    model: nn.Module,
+    split: Split,
+    shards: Sequence[npt.ArrayLike],
+    config: TrainingConfig,
+    *,
+    shared_initialization: bool = False,
+) -> TrainState:
+    """The state before the first epoch. Arguments as for `train`.
+
+    Returns:
+        Freshly initialised parents: parent k from the key folded with k, or all of them with
+        parent 0's weights if the initialisation is shared.
+
+    Raises:
+        ConfigError: the schedule cannot work.
+        DataError: a shard is empty, or holds what is no index into the split; names the parent.
+    """
+    steps = _steps(_checked(shards, split), config)
+    init_key, _ = jax.random.split(key)
+    sources = [0 if shared_initialization else parent for parent in range(len(shards))]
+    image = jnp.zeros_like(split.images[:1])
+    learners = [
+        _init(jax.random.fold_in(init_key, source), image, model, config, steps)
+        for source in sources
+    ]
+    variables, optimizer_state = _stack(learners)
+    return TrainState(variables, optimizer_state, jnp.zeros((), jnp.int32))
+
+
+def begin(
+    variables: Sequence[Variables],
+    split: Split,
+    shards: Sequence[npt.ArrayLike],
+    config: TrainingConfig,
+) -> TrainState:
+    """The state before the first epoch of networks that are given, instead of those of `init`.
+
+    Args:
+        variables: K variables pytrees of a Linen module.
+        split: as for `train`, as the rest.
+        shards: see above.
+        config: see above.
+
+    Returns:
+        The networks, with optimizers that have seen nothing yet.
+
+    Raises:
+        ConfigError: the schedule cannot work.
+        DataError: a shard is empty, or holds what is no index into the split; names the parent.
+
+    Example:
+        >>> split = Split(np.zeros((2, 1), np.float32), np.zeros(2, np.int32))
+        >>> state = begin([{"params": jnp.ones(3)}], split, [[0, 1]], TrainingConfig())
+        >>> state.variables["params"].shape, int(state.epoch)
+        ((1, 3), 0)
+    """
+    optimizer = make_optimizer(config, _steps(_checked(shards, split), config))
+    given = [jax.tree.map(jnp.asarray, one) for one in variables]
+    learners = [_Learner(one, optimizer.init(one["params"])) for one in given]
+    stacked, optimizer_state = _stack(learners)
+    return TrainState(stacked, optimizer_state, jnp.zeros((), jnp.int32))
+
+
+def finetune(
+    key: jax.Array,
+    model: nn.Module,
+    split: Split,
+    networks: Sequence[Variables],
+    config: FinetuneConfig,
+    training: TrainingConfig | None = None,
+    *,
+    mapping: str = "auto",
+) -> tuple[list[Variables], Metrics]:
+    """Trains networks further, all of them for as long and on the same images.
+
+    A merged network that was fine-tuned should be compared with the best parent fine-tuned just as
+    long, which may have gained as much: give both.
+
+    Args:
+        key: the source of all randomness.
+        model: as for `train`.
+        split: the training images, all of which each network sees.
+        networks: K variables pytrees.
+        config: how long, and at which learning rate.
+        training: the rest; None takes the defaults. There is no warm-up.
+        mapping: as for `train`.
+
+    Returns:
+        The K networks (as they were given, if there are no epochs), and the metrics [epochs, K].
+
+    Raises:
+        ParentsError: a network's loss or weights are not finite; names its place and the epoch.
+
+    Example:
+        >>> from megajax.zoo.networks.mlp import MLP
+        >>> model, images = MLP(num_classes=2, hidden=()), np.eye(2, dtype=np.float32)
+        >>> images = images.reshape(2, 1, 2, 1)
+        >>> merged, best_parent = (model.init(jax.random.key(k), images) for k in range(2))
+        >>> (merged, best_parent), history = finetune(
+        ...     jax.random.key(0),
+        ...     model,
+        ...     Split(images, np.arange(2, dtype=np.int32)),
+        ...     [merged, best_parent],
+        ...     FinetuneConfig(epochs=10, learning_rate=0.1),
+        ... )
+        >>> bool((history.loss[-1] < history.loss[0]).all())
+        True
+    """
+    training = training or TrainingConfig()
+    if config.epochs == 0:
+        return list(networks), Metrics(*np.zeros((2, 0, len(networks)), np.float32))
+    rate = config.learning_rate
+    longer = dataclasses.replace(
+        training,
+        epochs=config.epochs,
+        learning_rate=training.learning_rate / 10 if rate is None else rate,
+        warmup_epochs=0.0,
+    )
+    shards = [np.arange(len(split.labels))] * len(networks)
+    try:
+        state = begin(networks, split, shards, longer)
+        return train(key, model, split, shards, longer, state=state, mapping=mapping)
+    except ParentsError as error:
+        message = str(error).replace("training.learning_rate", "finetune.learning_rate")
+        raise ParentsError(f"finetune: {message}") from None
+
+
+def make_epoch(
+    model: nn.Module,
+    split: Split,
+    shards: Sequence[npt.ArrayLike],
+    config: TrainingConfig,
+    *,
+    mapping: str = "auto",
+) -> Callable[[jax.Array, TrainState], tuple[TrainState, Metrics]]:
+    """Makes the function that trains all parents for one more epoch. Arguments as for `train`.
+
+    Returns:
+        `run_epoch(key, state) -> (state, metrics)`. The metrics are [K]; the loss of a
+        parent whose weights are not finite is NaN.
+
+    Raises:
+        ConfigError: `mapping` cannot work.
+        DataError: a shard is empty, or holds what is no index into the split; names the parent.
+    """
+    if mapping not in ("auto", "vmap", "loop"):
+        raise ConfigError(f"mapping is {mapping!r}: choose one of auto, vmap, loop")
+    if mapping == "auto":
+        mapping = "loop" if jax.default_backend() == "cpu" else "vmap"
+    run = _in_turn if mapping == "loop" else _side_by_side
+    data = jnp.asarray(split.images), jnp.asarray(split.labels)
+    indices = _checked(shards, split)
+    steps, sizes = _steps(indices, config), jnp.array(list(map(len, indices)))
+    padded = jnp.stack([jnp.resize(shard, (max(map(len, indices)),)) for shard in indices])
+
+    def run_epoch(key: jax.Array, state: TrainState) -> tuple[TrainState, Metrics]:
+        plans = _plans(key, state.epoch, padded, sizes, (steps, config.batch_size))
+        learners = _Learner(state.variables, state.optimizer)
+        learners, metrics = run(data, learners, plans, model, config, steps)
+        return TrainState(learners.variables, learners.optimizer, state.epoch + 1), metrics
+
+    return run_epoch
+
+
+def make_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedule:
+    """The learning rate by step: linear warm-up, then constant or a cosine down to zero.
+
+    Args:
+        config: how to train.
+        steps_per_epoch: steps in an epoch.
+
+    Returns:
+        A function from the step to the learning rate.
+
+    Raises:
+        ConfigError: the warm-up takes all epochs.
+
+    Example:
+        >>> schedule = make_schedule(TrainingConfig(epochs=2, warmup_epochs=1, learning_rate=1), 10)
+        >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 15, 20)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    if config.warmup_epochs >= config.epochs:
+        raise ConfigError(
+            f"training.warmup_epochs is {config.warmup_epochs!r}: it must be below the "
+            f"{config.epochs} epochs of training"
+        )
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    rest = config.epochs * steps_per_epoch - warmup
+    if config.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(config.learning_rate, rest)
+    else:
+        rate = optax.constant_schedule(config.learning_rate)
+    if warmup:
+        rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
+        rate = optax.join_schedules([rise, rate], [warmup])
+    return rate
+
+
+def make_optimizer(
+    config: TrainingConfig, steps_per_epoch: int
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with its schedule; weight decay acts on kernels (leaves of rank > 1) only.
+
+    Args:
+        config: how to train.
+        steps_per_epoch: steps in an epoch.
+
+    Returns:
+        The optax transformation.
+
+    Raises:
+        ConfigError: the schedule cannot work.
+
+    Example:
+        >>> optimizer = make_optimizer(TrainingConfig(optimizer="sgd", weight_decay=0.1), 10)
+        >>> params = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
+        >>> zeros = optax.tree.zeros_like(params)
+        >>> updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+        >>> bool(updates["kernel"] < 0), bool(updates["bias"] < 0)
+        (True, False)
+    """
+    schedule = make_schedule(config, steps_per_epoch)
+    if config.optimizer == "adamw":
+        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_is_kernel)
+    inner = (
+        optax.sgd(schedule, momentum=config.momentum, nesterov=True)
+        if config.optimizer == "sgd"
+        else optax.adam(schedule)
+    )
+    if not config.weight_decay:
+        return optax.with_extra_args_support(inner)
+    return optax.chain(optax.add_decayed_weights(config.weight_decay, mask=_is_kernel), inner)
+
+
+def augment(key: jax.Array, images: jax.Array, kinds: Sequence[str]) -> jax.Array:
+    """Flips and shifts each image by its own chance.
+
+    Args:
+        key: the source of the draws.
+        images: [N, H, W, C].
+        kinds: any of `flip` (left-right, every second image) and `crop` (pad with zeros by an
+            eighth of the side, but at least one pixel, and cut an image of the old size anywhere).
+
+    Returns:
+        Images of the same shape and dtype.
+
+    Example:
+        >>> images = jnp.arange(4.0).reshape(2, 1, 2, 1)
+        >>> augment(jax.random.key(1), images, ("flip",)).reshape(2, 2).tolist()
+        [[0.0, 1.0], [3.0, 2.0]]
+    """
+    flip_key, crop_key = jax.random.split(key)
+    count, height, width, _ = images.shape
+    if "flip" in kinds:
+        flips = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
+        images = jnp.where(flips, images[:, :, ::-1], images)
+    if "crop" in kinds:
+        tall, wide = max(height // 8, 1), max(width // 8, 1)
+        tops, lefts = jax.random.randint(
+            crop_key, (2, count, 1), 0, jnp.array([2 * tall + 1, 2 * wide + 1])[:, None, None]
+        )
+        rows, columns = tops + jnp.arange(height)[None], lefts + jnp.arange(width)[None]
+        padded = jnp.pad(images, ((0, 0), (tall, tall), (wide, wide), (0, 0)))
+        images = padded[jnp.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return images
+
+
+class _Learner(NamedTuple):
+    """What one parent carries from one step to the next."""
+
+    variables: Variables
+    optimizer: optax.OptState
+
+
+class _Plan(NamedTuple):
+    """What the steps of an epoch get: a key [steps] and the indices of a batch [steps, B]."""
+
+    keys: jax.Array
+    batches: jax.Array
+
+
+# The jitted functions know the network and the configuration by value, and get the images as an
+# argument: so that they are compiled once for all epochs, parents and seeds, without the images.
+_jit = functools.partial(jax.jit, static_argnames=("model", "config", "steps"))
+
+
+@_jit
+def _init(
+    key: jax.Array, image: jax.Array, model: nn.Module, config: TrainingConfig, steps: int
+) -> _Learner:
+    variables = model.init(key, image)
+    return _Learner(variables, make_optimizer(config, steps).init(variables["params"]))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _plans(
+    key: jax.Array, epoch: jax.Array, shards: jax.Array, sizes: jax.Array, shape: tuple[int, int]
+) -> _Plan:
+    """The plans [K] of an epoch, for K shards [K, longest] of the given sizes [K]."""
+    _, train_key = jax.random.split(key)
+
+    def plan(parent: jax.Array, shard: jax.Array, size: jax.Array) -> _Plan:
+        epoch_key = jax.random.fold_in(jax.random.fold_in(train_key, parent), epoch)
+        shuffle_key, steps_key = jax.random.split(epoch_key)
+        return _Plan(
+            jax.random.split(steps_key, shape[0]), _shuffled(shuffle_key, shard, size, shape)
+        )
+
+    return jax.vmap(plan)(jnp.arange(len(sizes)), shards, sizes)
+
+
+def _step(
+    data: tuple[jax.Array, jax.Array],
+    learner: _Learner,
+    plan: _Plan,
+    model: nn.Module,
+    config: TrainingConfig,
+    steps: int,
+) -> tuple[_Learner, Metrics]:
+    """One step of one parent."""
+    (images, labels), (key, batch) = data, plan
+    augment_key, dropout_key = jax.random.split(key)
+    x, y = augment(augment_key, images[batch], config.augment), labels[batch]
+    params = learner.variables["params"]
+    statistics = {name: v for name, v in learner.variables.items() if name != "params"}
+
+    def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
+        logits, updated = model.apply(
+            {"params": params, **statistics},
+            x,
+            train=True,
+            mutable=list(statistics),
+            rngs={"dropout": dropout_key},
+        )
+        logits = logits.astype(jnp.float32)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+        return loss, (jnp.mean(jnp.argmax(logits, axis=-1) == y), {**statistics, **updated})
+
+    (loss, (accuracy, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    # optax mixes the integers it counts in with floats, which the user may have forbidden.
+    with jax.numpy_dtype_promotion("standard"):
+        optimizer = make_optimizer(config, steps)
+        updates, state = optimizer.update(gradients, learner.optimizer, params)
+    params = optax.apply_updates(params, updates)
+    return _Learner({"params": params, **statistics}, state), Metrics(loss, accuracy)
+
+
+def _summary(learner: _Learner, metrics: Metrics) -> Metrics:
+    """Means over the steps; the loss is NaN once a weight is not finite."""
+    leaves = jax.tree.leaves(learner.variables)
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+    return Metrics(jnp.where(finite, metrics.loss.mean(), jnp.nan), metrics.accuracy.mean())
+
+
+@_jit
+def _side_by_side(
+    data: tuple[jax.Array, jax.Array],
+    learners: _Learner,
+    plans: _Plan,
+    model: nn.Module,
+    config: TrainingConfig,
+    steps: int,
+) -> tuple[_Learner, Metrics]:
+    """An epoch of all parents, learners and plans stacked [K, ...], in one compiled call."""
+
+    def one(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
+        def step(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
+            return _step(data, learner, plan, model, config, steps)
+
+        learner, metrics = jax.lax.scan(step, learner, plan)
+        return learner, _summary(learner, metrics)
+
+    return jax.vmap(one)(learners, plans)
+
+
+def _in_turn(
+    data: tuple[jax.Array, jax.Array],
+    learners: _Learner,
+    plans: _Plan,
+    model: nn.Module,
+    config: TrainingConfig,
+    steps: int,
+) -> tuple[_Learner, Metrics]:
+    """The same, one parent and one compiled step at a time."""
+    done = []
+    for learner, plan in zip(_unstack(learners), _unstack(plans), strict=True):
+        history = []
+        for one in map(_Plan, plan.keys, plan.batches):
+            learner, metrics = _jitted_step(data, learner, one, model, config, steps)
+            history.append(metrics)
+        done.append((learner, _jitted_summary(learner, _stack(history))))
+    learners, metrics = _stack(done)
+    return learners, metrics
+
+
+_jitted_step = _jit(_step)
+_jitted_summary = jax.jit(_summary)
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def _unstack(tree: Any) -> list[Any]:
+    count = len(jax.tree.leaves(tree)[0])
+    return [jax.tree.map(operator.itemgetter(k), tree) for k in range(count)]
+
+
+def _is_kernel(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _checked(shards: Sequence[npt.ArrayLike], split: Split) -> list[npt.NDArray[np.int32]]:
+    """The shards as arrays; a wrong index would go unnoticed later on."""
+    indices = [np.asarray(shard) for shard in shards]
+    for parent, shard in enumerate(indices):
+        if shard.ndim != 1 or not len(shard) or not np.issubdtype(shard.dtype, np.integer):
+            raise DataError(
+                f"the shard of parent {parent} must be a list of indices, at least one; it is "
+                f"{shard.dtype} {list(shard.shape)}"
+            )
+        if shard.min() < 0 or shard.max() >= len(split.labels):
+            raise DataError(
+                f"the shard of parent {parent} holds indices from {shard.min()} to {shard.max()}, "
+                f"there are {len(split.labels)} images"
+            )
+    return [shard.astype(np.int32) for shard in indices]
+
+
+def _steps(shards: Sequence[npt.NDArray[np.int32]], config: TrainingConfig) -> int:
+    return math.ceil(max(map(len, shards)) / config.batch_size)
+
+
+def _shuffled(
+    key: jax.Array, shard: jax.Array, size: jax.Array, shape: tuple[int, int]
+) -> jax.Array:
+    """The first `size` entries of the shard in random order, over and over until `shape` is full.
+
+    Each of them appears before any appears again.
+    """
+    order = jax.random.uniform(key, shard.shape)
+    order = jnp.argsort(jnp.where(jnp.arange(len(shard)) < size, order, jnp.inf))
+    turns = jnp.arange(math.prod(shape)) % size
+    return shard[order[turns]].reshape(shape)

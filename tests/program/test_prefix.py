@@ -1,0 +1,128 @@
+"""Layers that all individuals have in common are computed once, and nothing else changes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import megajax as mj
+from megajax.merging.fitness import batches, evaluator, negative_cross_entropy
+from megajax.program.convolutions import widened
+from megajax.program.jaxprs import walk
+from megajax.program.prefix import own_leaves, split
+from megajax.trees import leaf_paths
+from megajax.zoo import networks as models
+
+KEY = jax.random.key(3)
+RNG = np.random.default_rng(0)
+IMAGES = RNG.normal(size=(22, 8, 8, 3)).astype(np.float32)
+LABELS = RNG.integers(0, 10, 22)
+
+
+def parents_of(name, options):
+    model = models.build(name, 10, options)
+    networks = [model.init(jax.random.key(k), IMAGES[:1]) for k in range(2)]
+    apply_fn = mj.from_linen(model, networks[0], train=False).apply_fn
+    return apply_fn, mj.stack_parents(networks)
+
+
+def contractions(closed, times=1):
+    """How often a program convolves or multiplies matrices, loops counted as often as they run."""
+    count = 0
+
+    def visit(number, equation, operands):
+        nonlocal count
+        name, params = equation.primitive.name, equation.params
+        count += times * (name in ("dot_general", "conv_general_dilated"))
+        if name == "scan":
+            count += contractions(params["jaxpr"], times * params["length"])
+        return [None] * len(equation.outvars)
+
+    walk(closed, [None] * len(closed.jaxpr.invars), visit, lambda constant: None)
+    return count
+
+
+CASES = [
+    ("mlp", {"hidden": (16, 16)}, "dense1", 1, 6),
+    ("cnn", {"width": 4}, "conv1|norm1|conv2|norm2", 2, 3),
+    ("resnet", {"depth": 8, "width": 4}, "stem|stage1|stage2_block1_conv", 4, 1),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "freeze", "layers", "chunk"), CASES)
+def test_scores_are_the_same_and_frozen_layers_run_once(name, options, freeze, layers, chunk):
+    apply_fn, parents = parents_of(name, options)
+    genome = mj.masks(parents, granularity="leaf", freeze=freeze)
+    genes = genome.init(KEY, 6)
+    data = batches(IMAGES, LABELS, 8)
+    results, counts = [], []
+    for common in (False, True):
+        evaluate = evaluator(
+            genome.express,
+            widened(apply_fn),
+            negative_cross_entropy,
+            parents,
+            data,
+            population_chunk=chunk,
+            per_example=True,
+            common=common,
+        )
+        results.append(jax.jit(lambda evaluate, genes: evaluate(genes))(evaluate, genes))
+        program = jax.make_jaxpr(lambda genes, evaluate=evaluate: evaluate(genes))(genes)
+        counts.append(contractions(program))
+    (plain, plain_right), (once, once_right) = results
+    np.testing.assert_allclose(once, plain, rtol=1e-5)
+    np.testing.assert_array_equal(once_right, plain_right)
+    runs, passes = len(data.images), 6 // chunk * len(data.images)
+    assert counts[0] - counts[1] == layers * (passes - runs)
+
+
+def test_nothing_is_split_where_nothing_is_shared_or_nothing_would_be_saved():
+    apply_fn, parents = parents_of("mlp", {"hidden": (16,)})
+    one = jax.tree.map(lambda leaf: leaf[0], parents)
+    paths = leaf_paths(one)
+    last = ["dense1" not in path for path in paths]
+    assert split(apply_fn, one, IMAGES, [True] * len(paths)) is None
+    assert split(apply_fn, one, IMAGES, [not own for own in last]) is None  # the last layer only
+    assert split(apply_fn, one, IMAGES, last) is not None
+
+
+def test_what_depends_on_genes_is_told_from_the_program():
+    _, parents = parents_of("cnn", {"width": 4})
+    paths = leaf_paths(jax.tree.map(lambda leaf: leaf[0], parents))
+    expected = ["conv1" not in path for path in paths]
+    for genome in (
+        mj.masks(parents, granularity="channel", freeze="conv1"),
+        mj.weights(parents, freeze="conv1"),
+    ):
+        genes = jax.tree.map(lambda leaf: leaf[0], genome.init(KEY, 4, parents))
+        assert own_leaves(genome.express, genes, parents) == expected
+
+
+@pytest.mark.parametrize(("recalibrate", "racing"), [(False, 12), (True, None)])
+def test_a_merge_with_frozen_layers_finds_what_it_finds_without_sharing(
+    monkeypatch, recalibrate, racing
+):
+    apply_fn, parents = parents_of("cnn", {"width": 4})
+    networks = [jax.tree.map(lambda leaf, k=k: leaf[k], parents) for k in range(2)]
+
+    def merge():
+        return mj.merge(
+            KEY,
+            apply_fn,
+            networks,
+            (IMAGES, LABELS),
+            calibration=IMAGES,
+            align=mj.AlignConfig(method="none"),
+            recalibrate=mj.RecalibrateConfig(enabled=recalibrate, examples=16),
+            genome=mj.GenomeConfig(granularity="leaf", freeze="conv1|norm1"),
+            fitness=mj.FitnessConfig(racing_examples=racing, batch_size=8),
+            evolution=mj.EvolutionConfig(population_size=6, generations=3),
+        )
+
+    shared = merge()
+    monkeypatch.setattr("megajax.merging.merge.features_size", lambda *_: 0)
+    plain = merge()
+    np.testing.assert_allclose(shared.history.best, plain.history.best, rtol=1e-5)
+    np.testing.assert_allclose(shared.genes, plain.genes, rtol=1e-5, atol=1e-6)
+    assert jnp.isfinite(shared.fitness)
