@@ -6,7 +6,7 @@ Knows pydantic and nothing of what is configured: a section stands beside the co
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -67,7 +67,7 @@ class Section(BaseModel):
         return type(self)(**(fields | changes))
 
 
-def one_of(choices: Iterable[str]) -> Any:
+def one_of(choices: Iterable[str] | Callable[[], Iterable[str]]) -> Any:
     """The check that a string is one of a registry's names, for `Annotated[str, one_of(REGISTRY)]`.
 
     Example:
@@ -81,7 +81,7 @@ def one_of(choices: Iterable[str]) -> Any:
     """
 
     def check(value: str) -> str:
-        if value not in (names := list(choices)):
+        if value not in (names := list(choices() if callable(choices) else choices)):
             raise ValueError(f"choose one of {', '.join(names)}")
         return value
 

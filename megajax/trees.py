@@ -5,6 +5,7 @@ Knows pytrees and nothing of networks, masks or files.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,12 +18,15 @@ from megajax.errors import ParentsError
 from megajax.types import PyTree
 
 __all__ = [
+    "Static",
     "check_parents",
+    "is_mixable",
     "keep_leaves",
     "leaf_owners",
     "leaf_paths",
     "leaves_by_path",
     "num_parents",
+    "on_host",
     "one_of",
     "stack_parents",
     "stacked_shapes",
@@ -55,25 +59,23 @@ def check_parents(parents: Sequence[PyTree]) -> None:
     """Checks that the parents can be mixed leaf by leaf.
 
     Args:
-        parents: K >= 2 variable pytrees with array leaves.
+        parents: K >= 2 variable pytrees whose leaves are arrays or numbers.
 
     Raises:
-        ParentsError: fewer than two parents; a parent without leaves; leaves that are missing, or
-            that have another shape or dtype than in parent 0 (all such leaves are named, with
-            shapes and dtypes); a leaf with a value that is not finite.
+        ParentsError: fewer than two parents, or none of a form that is one; a parent without
+            leaves; a leaf that is no array; leaves that are missing, or that have another shape or
+            dtype than in parent 0 (all such leaves are named, with shapes and dtypes); a leaf with
+            a value that is not finite.
 
     Example:
-        >>> check_parents([{"w": np.ones((2, 3))}, {"w": np.ones((2, 4))}])
+        >>> check_parents([{"w": np.zeros((2, 3))}, {"w": np.zeros((2, 4))}])
         Traceback (most recent call last):
         ...
         megajax.errors.ParentsError: leaf w: float64[2,3] in parent 0 but float64[2,4] in parent 1;
         keep={pattern: parent} can leave leaves to one parent
     """
-    if len(parents) < 2:
-        raise ParentsError(f"{len(parents)} parent given: a merge needs at least two")
+    _check_forms(parents)
     leaves = [leaves_by_path(parent) for parent in parents]
-    if not leaves[0]:
-        raise ParentsError("parent 0 has no leaves: its variables are empty")
     differing, shapes_differ = [], False
     for path in dict.fromkeys(path for of_one in leaves for path in of_one):
         first, *others = (_describe(of_one.get(path)) for of_one in leaves)
@@ -92,15 +94,100 @@ def check_parents(parents: Sequence[PyTree]) -> None:
                 f"parent {k} has the leaves of parent 0 in other containers: "
                 f"{found} instead of {wanted}"
             )
-    for k, parent in enumerate(parents):
-        for path, leaf in leaves_by_path(parent).items():
-            values = np.asarray(leaf)
-            if jnp.issubdtype(values.dtype, jnp.inexact):
-                bad = values.size - int(np.isfinite(values.astype(np.float64)).sum())
+    for k, of_one in enumerate(leaves):
+        for path, leaf in of_one.items():
+            if is_mixable(leaf):
+                values = np.asarray(leaf)
+                wide = np.complex128 if np.iscomplexobj(values) else np.float64
+                bad = values.size - int(np.isfinite(values.astype(wide)).sum())
                 if bad:
                     raise ParentsError(
                         f"leaf {path} of parent {k}: {bad} of {values.size} values are not finite"
                     )
+
+
+def _check_forms(parents: Any) -> None:
+    """Checks that there are several pytrees of arrays, before any of them is looked into."""
+    if not isinstance(parents, (list, tuple)) or hasattr(parents, "_fields"):
+        raise ParentsError(
+            f"parents is a {type(parents).__name__}: a list of variable pytrees is needed"
+        )
+    if len(parents) < 2:
+        raise ParentsError(f"{len(parents)} parent given: a merge needs at least two")
+    for k, parent in enumerate(parents):
+        if hasattr(parent, "apply_fn") and hasattr(parent, "variables"):
+            raise ParentsError(f"parent {k} is a Network: give its .variables")
+        leaves = leaves_by_path(parent)
+        if not leaves:
+            raise ParentsError(f"parent {k} has no leaves: its variables are empty")
+        for path, leaf in leaves.items():
+            number = isinstance(leaf, (bool, int, float, complex))
+            if number or (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+                continue
+            hint = "; of a Flax NNX model take mj.from_nnx(model).variables" if not path else ""
+            raise ParentsError(
+                f"leaf {path or '(the whole tree)'} of parent {k} is a {type(leaf).__name__}: "
+                f"arrays or numbers are needed{hint}"
+            )
+
+
+def is_mixable(leaf: Any) -> bool:
+    """Whether a leaf holds real or complex floating-point numbers, which alone can be mixed.
+
+    Integers, booleans, PRNG keys and 8-bit floats are taken over from one parent as they are.
+
+    Example:
+        >>> is_mixable(np.zeros(3)), is_mixable(np.zeros(3, int)), is_mixable(1.5)
+        (True, False, True)
+    """
+    dtype = jnp.result_type(leaf) if isinstance(leaf, (int, float, complex)) else leaf.dtype
+    return bool(jnp.issubdtype(dtype, jnp.inexact)) and (
+        dtype.itemsize > 1 or jnp.issubdtype(dtype, jnp.complexfloating)
+    )
+
+
+def on_host(tree: PyTree) -> PyTree:
+    """A pytree with NumPy arrays, wherever its arrays were; PRNG keys stay what they are.
+
+    Example:
+        >>> on_host({"w": jnp.ones(2), "n": 3})
+        {'w': array([1., 1.], dtype=float32), 'n': array(3)}
+    """
+
+    def fetch(leaf: Any) -> Any:
+        if jnp.issubdtype(getattr(leaf, "dtype", np.dtype(bool)), jax.dtypes.prng_key):
+            return leaf
+        return np.asarray(leaf)
+
+    return jax.tree.map(fetch, tree)
+
+
+class Static:
+    """A pytree of NumPy arrays as a value: hashable, and equal to others with the same content.
+
+    For what belongs to a compiled program and is data all the same, such as the genes' places.
+
+    Attributes:
+        tree: the pytree.
+
+    Example:
+        >>> Static({"a": np.arange(2)}) == Static({"a": np.arange(2)})
+        True
+    """
+
+    def __init__(self, tree: PyTree) -> None:
+        self.tree = jax.tree.map(np.asarray, tree)
+        digest = hashlib.sha256(str(jax.tree.structure(self.tree)).encode())
+        for leaf in jax.tree.leaves(self.tree):
+            digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        self._digest = digest.digest()
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Static) and self._digest == other._digest
 
 
 def leaf_owners(paths: Sequence[str], keep: Mapping[str, int], num: int) -> dict[str, int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import jax
 
-__all__ = ["ApplyFn", "Genes", "Key", "PyTree"]
+__all__ = ["ApplyFn", "Bound", "Genes", "Key", "PyTree", "bind"]
 
 PyTree: TypeAlias = Any
 """Any nesting of containers with arrays at the leaves."""
@@ -18,5 +19,36 @@ Key: TypeAlias = jax.Array
 Genes: TypeAlias = Any
 """Genes of a population: a pytree whose leaves have a leading population axis P."""
 
-ApplyFn: TypeAlias = Callable[[PyTree, jax.Array], jax.Array]
-"""`apply_fn(variables, inputs [b, ...]) -> logits [b, C]`: all that megajax knows of a network."""
+ApplyFn: TypeAlias = Callable[[PyTree, Any], Any]
+"""`apply_fn(variables, inputs) -> outputs`: all that megajax knows of a network. Inputs and outputs
+are any pytrees whose leaves have a leading example axis."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A function with some keyword arguments fixed. Unlike `functools.partial`, equal ones compare
+    equal, so that they share compiled programs.
+
+    Attributes:
+        function: the function.
+        options: names and values of the fixed arguments, in alphabetical order; hashable values.
+    """
+
+    function: Callable[..., Any]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the function."""
+        return self.function(*arguments, **dict(self.options))
+
+
+def bind(function: Callable[..., Any], **options: Any) -> Bound:
+    """Fixes keyword arguments of a function.
+
+    Example:
+        >>> bind(sorted, reverse=True)([1, 3, 2])
+        [3, 2, 1]
+        >>> bind(sorted, reverse=True) == bind(sorted, reverse=True)
+        True
+    """
+    return Bound(function, tuple(sorted(options.items())))

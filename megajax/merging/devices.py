@@ -1,4 +1,7 @@
-"""A population over several devices: the mesh, and what lies where on it.
+"""How a population is cut for its evaluation, and which devices share it.
+
+A `Layout` says how many networks are evaluated side by side, on how many examples in a pass, and on
+which devices; it decides how fast a population is scored, not what comes out of it.
 
 The mesh has two axes. Along `population` the individuals are split: every device scores its share
 and knows nothing of the others'. Along `network` each network's weights may be split, where they
@@ -9,6 +12,7 @@ several processes make one mesh as those of one process do.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,21 +20,109 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from megajax.errors import ConfigError
-from megajax.types import PyTree
+from megajax.program.memory import live_bytes
+from megajax.types import ApplyFn, PyTree
 
-__all__ = ["NETWORK", "POPULATION", "network_specs", "over_population", "place", "population_mesh"]
+__all__ = [
+    "NETWORK",
+    "POPULATION",
+    "Layout",
+    "choose_layout",
+    "network_specs",
+    "over_population",
+    "place",
+    "population_mesh",
+]
 
 POPULATION, NETWORK = "population", "network"
 _WHOLE = PartitionSpec()
 
+_CPU_BYTES = 16e6
+"""What a CPU keeps in its caches of one network's pass (benchmarks/population.py)."""
+_SMALLEST, _LARGEST = 32, 512
+_GPU_BATCH, _GPU_PASS = 1250, 5000
+"""Examples of a pass, and of all networks side by side, on an accelerator (benchmarks/gpu.py)."""
 
-def population_mesh(devices: int | str = "auto", devices_per_network: int = 1) -> Mesh | None:
+
+@dataclass(frozen=True)
+class Layout:
+    """How a population is evaluated.
+
+    Attributes:
+        population_chunk: networks side by side (`vmap`), chunk after chunk (`lax.map`).
+        batch_size: the most examples in one pass of a network.
+        mesh: devices that share the population; None is one device.
+    """
+
+    population_chunk: int
+    batch_size: int
+    mesh: Mesh | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The layout as plain data: of the mesh, how many devices there are along each axis.
+
+        Example:
+            >>> Layout(1, 512).plain()
+            {'population_chunk': 1, 'batch_size': 512, 'mesh': None}
+        """
+        mesh = None if self.mesh is None else dict(self.mesh.shape)
+        return {
+            "population_chunk": self.population_chunk,
+            "batch_size": self.batch_size,
+            "mesh": mesh,
+        }
+
+
+def choose_layout(
+    apply_fn: ApplyFn, variables: PyTree, inputs: PyTree, config: Any, population_size: int
+) -> Layout:
+    """The layout that `FitnessConfig` asks for, `auto` replaced by a choice.
+
+    The choice follows from the backend and the network's program alone, so that it is the same in
+    every run. On a CPU networks go one by one, because that is never much slower there than side by
+    side, and many times faster where `vmap` over kernels makes grouped convolutions; and a pass has
+    as many examples as fit in the caches. On an accelerator a pass has 1,250 examples, and as many
+    networks go side by side as make 5,000 (docs/gpu.md).
+
+    Args:
+        apply_fn: the network.
+        variables: of one network, or their shapes and dtypes.
+        inputs: the examples, or their shapes and dtypes.
+        config: `population_chunk`, `batch_size`, `devices` and `devices_per_network`.
+        population_size: individuals P. Devices beyond so many are left idle.
+
+    Raises:
+        ConfigError: there are not so many devices, or the numbers do not divide.
+    """
+    mesh = population_mesh(config.devices, config.devices_per_network, population_size)
+    chunk, batch_size = config.population_chunk, config.batch_size
+    total = jax.tree.leaves(inputs)[0].shape[0]
+    on_cpu = jax.default_backend() == "cpu"
+    if batch_size == "auto" and on_cpu:
+        some = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((_SMALLEST, *leaf.shape[1:]), leaf.dtype), inputs
+        )
+        of_example = max(live_bytes(apply_fn, variables, some) / _SMALLEST, 1)
+        batch_size = max(_SMALLEST, min(_LARGEST, int(_CPU_BYTES / of_example)))
+    elif batch_size == "auto":
+        batch_size = _GPU_BATCH
+    if chunk == "auto":
+        side_by_side = max(_GPU_PASS // min(batch_size, total), 1)
+        chunk = 1 if on_cpu else min(side_by_side, population_size)
+    return Layout(chunk, batch_size, mesh)
+
+
+def population_mesh(
+    devices: int | str = "auto", devices_per_network: int = 1, population_size: int | None = None
+) -> Mesh | None:
     """The mesh that `fitness.devices` and `fitness.devices_per_network` ask for.
 
     Args:
         devices: how many; `all` are those of all processes, and `auto` is one, or all where a
             network takes several.
         devices_per_network: how many of them share one network's weights.
+        population_size: individuals, each on a device of its own at most; more devices than that
+            are left idle. None uses all that are asked for.
 
     Returns:
         A mesh with the axes `population` and `network`; None for one device, which needs none.
@@ -63,6 +155,8 @@ def population_mesh(devices: int | str = "auto", devices_per_network: int = 1) -
             f"fitness.devices_per_network is {devices_per_network}: it must divide the {count} "
             "of fitness.devices"
         )
+    if population_size is not None and jax.process_count() == 1:
+        count = min(count, population_size * devices_per_network)
     if count == 1:
         return None
     grid = np.array(there[:count]).reshape(-1, devices_per_network)

@@ -1,8 +1,8 @@
 """Many parents merged by a tree: two by two, round after round, until one network is left.
 
-Knows which networks meet (`plan`, `match_pairs`) and what each meeting may cost (`share_budget`);
-the meetings themselves are merges of two, `megajax.merging.merge`. It touches no file: `load` and `save`
-are the caller's, and with them a tree that was stopped goes on node by node.
+Knows which networks meet (`plan`, `match_pairs`); the meetings themselves are merges of two. It
+touches no file: `load`, `resume` and `save` are the caller's, and with them a tree that was stopped
+goes on where it was.
 
     round 1   (0 1) (2 3) (4 5) (6 7)      networks are numbered: parents first, from 0,
     round 2      (8   9)    (10  11)       then the nodes in the order in which they are made
@@ -12,36 +12,27 @@ are the caller's, and with them a tree that was stopped goes on node by node.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
-from megajax.alignment import align as match
-from megajax.alignment import find_symmetries
-from megajax.config import (
-    AlignConfig,
-    EvolutionConfig,
-    FitnessConfig,
-    GenomeConfig,
-    HierarchyConfig,
-    RecalibrateConfig,
-)
+from megajax.alignment import AlignConfig, align
 from megajax.errors import ConfigError, ParentsError
-from megajax.merging.genome import Genome
-from megajax.merging.merge import MergeResult, Setup, merge_many, prepare, statistics_paths
-from megajax.merging.plans import Plan, footprint
-from megajax.search.genetic import GAInfo, GAState
-from megajax.search.racing import examples_per_generation
-from megajax.trees import check_parents, leaf_paths
+from megajax.merging.devices import Layout
+from megajax.merging.merge import MergeResult, merge
+from megajax.merging.tasks import Task, as_tasks, check_inputs
+from megajax.program.batchnorm import find_statistics
+from megajax.search.loop import Info, State
+from megajax.search.methods import EvolutionConfig
+from megajax.sections import Section
+from megajax.trees import check_parents, is_mixable
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
-    "Budget",
+    "HierarchyConfig",
     "Node",
     "NodeResult",
     "TreeResult",
@@ -49,9 +40,30 @@ __all__ = [
     "merge_tree",
     "node_key",
     "plan",
-    "share_budget",
     "weight_similarity",
 ]
+
+
+class HierarchyConfig(Section):
+    """Merging many parents two by two, round after round, instead of all of them in one search.
+
+    Each node of the tree is a merge of two networks as the other sections describe it.
+    `evolution.generations` is each node's, and `evolution.evaluation_budget` that of the whole
+    tree, shared out among its nodes, so that a tree and one search can be compared at equal cost.
+
+    Attributes:
+        enabled: merge by a tree.
+        pairing: who merges with whom: `order` (neighbours, as given), `similarity` (those whose
+            aligned weights are most alike, chosen anew in each round), or a function
+            `(networks) -> similarities [n, n]` in its place.
+        odd: what becomes of the one that is left when a round has an odd number: `carry` it to the
+            next round, or `drop` it, as MeGA's reference does.
+    """
+
+    section = "hierarchy"
+    enabled: bool = False
+    pairing: Literal["order", "similarity"] | Callable[..., Any] = "order"
+    odd: Literal["carry", "drop"] = "carry"
 
 
 class Node(NamedTuple):
@@ -79,13 +91,13 @@ class NodeResult(NamedTuple):
         parent_fitness: `[2]`, of the two that met.
         history: one entry for the first population and one for each generation, `[1 + G]`.
         evaluations: networks scored.
-        examples_scored: what that cost, as in `megajax.merging.merge.MergeResult`.
+        examples_scored: what that cost, as in `megajax.MergeResult`.
     """
 
     variables: PyTree
     fitness: float
     parent_fitness: np.ndarray
-    history: GAInfo
+    history: Info
     evaluations: int
     examples_scored: int
 
@@ -101,9 +113,9 @@ class TreeResult(NamedTuple):
         nodes: who met whom, in the order of their numbers.
         results: what each node found, in the same order.
         evaluations: networks scored in all nodes together.
-        examples_scored: what that cost, as in `megajax.merging.merge.MergeResult`.
-        genome: what genes mean in each node.
-        plan: how a population was cut for its evaluation.
+        examples_scored: what that cost, as in `megajax.MergeResult`.
+        num_genes: genes of an individual in each node.
+        layout: how a population was cut for its evaluation; None if all nodes were loaded.
     """
 
     variables: PyTree
@@ -113,22 +125,8 @@ class TreeResult(NamedTuple):
     results: tuple[NodeResult, ...]
     evaluations: int
     examples_scored: int
-    genome: Genome
-    plan: Plan
-
-
-class Budget(NamedTuple):
-    """Evaluations shared out among nodes.
-
-    Attributes:
-        generations: of each node, in the order of their numbers.
-        evaluations: networks that each node scores.
-        total: networks scored in all.
-    """
-
-    generations: tuple[int, ...]
-    evaluations: tuple[int, ...]
-    total: int
+    num_genes: int | None
+    layout: Layout | None
 
 
 def plan(num_parents: int, odd: str = "carry") -> tuple[tuple[Node, ...], ...]:
@@ -164,46 +162,6 @@ def plan(num_parents: int, odd: str = "carry") -> tuple[tuple[Node, ...], ...]:
     return tuple(rounds)
 
 
-def share_budget(
-    evaluations: int, num_nodes: int, population_size: int, num_offspring: int
-) -> Budget:
-    """Shares evaluations out among nodes, as evenly as whole generations allow.
-
-    The total is never above the given number, and less than one generation below it. With one node
-    it is the budget of a single search, so that a tree and one search of all parents are compared
-    at equal cost.
-
-    Args:
-        evaluations: networks that may be scored in all.
-        num_nodes: searches.
-        population_size: networks of the first population of each.
-        num_offspring: networks that a generation scores.
-
-    Returns:
-        The generations of each node, those near the root having the larger share, and what they
-        cost.
-
-    Raises:
-        ConfigError: the first populations alone cost more.
-
-    Example:
-        >>> share_budget(1000, 7, 20, 20)
-        Budget(generations=(6, 6, 6, 6, 6, 6, 7), evaluations=(140, ..., 160), total=1000)
-        >>> share_budget(1000, 1, 20, 20).total
-        1000
-    """
-    left = evaluations - num_nodes * population_size
-    if left < 0:
-        raise ConfigError(
-            f"evolution.evaluation_budget is {evaluations}: the first populations of {num_nodes} "
-            f"nodes need {num_nodes * population_size}"
-        )
-    each, more = divmod(left // num_offspring, num_nodes)
-    generations = tuple(each + (node >= num_nodes - more) for node in range(num_nodes))
-    costs = tuple(population_size + g * num_offspring for g in generations)
-    return Budget(generations, costs, sum(costs))
-
-
 def node_key(key: Key, node: Node) -> Key:
     """The key of a node's search: the tree's key folded with its round and its position.
 
@@ -212,7 +170,7 @@ def node_key(key: Key, node: Node) -> Key:
         node: its place in the tree.
 
     Returns:
-        The key with which `megajax.merging.merge.merge` does what the node does.
+        The key with which `megajax.merge` does what the node does.
 
     Example:
         >>> key = jax.random.key(0)
@@ -227,106 +185,106 @@ def merge_tree(
     key: Key,
     apply_fn: ApplyFn,
     parents: Sequence[PyTree],
-    validation: tuple[Any, Any],
+    data: Any,
     *,
     hierarchy: HierarchyConfig | None = None,
-    calibration: Any | None = None,
-    align: AlignConfig | None = None,
-    recalibrate: RecalibrateConfig | None = None,
-    genome: GenomeConfig | None = None,
-    fitness: FitnessConfig | None = None,
     evolution: EvolutionConfig | None = None,
-    labels: PyTree | None = None,
     load: Callable[[Node], NodeResult | None] | None = None,
+    resume: Callable[[Node], State | None] | None = None,
     save: Callable[[Node, NodeResult], None] | None = None,
-    callback: Callable[[Node, GAInfo], None] | None = None,
+    callback: Callable[[Node, State, Info], bool | None] | None = None,
+    **options: Any,
 ) -> TreeResult:
     """Merges N parents two by two, round after round (MeGA's hierarchical merge).
 
-    Each node is a `megajax.merging.merge.merge` of two networks with a key of its own, see `node_key`.
-    The result's fitness is at least that of every parent that was not dropped.
-
-    Nodes of a round share one program, as many at once as the configuration says. One at a time, or
-    where networks are evaluated in turn (`fitness.population_chunk` below the population), they get
-    the bits that `merge` gives. Side by side on the device their fitness is that of `merge` up to
-    floating point rounding, so that a search may take another course where fitnesses are close.
+    Each node is a `megajax.merge` of two networks with a key of its own, see `node_key`; they share
+    one compiled program. The result's fitness is at least that of every parent that was not
+    dropped.
 
     Args:
         key: PRNG key; the same key gives the same result.
-        apply_fn: `apply_fn(variables, inputs [b, ...]) -> logits [b, C]`, in inference mode.
+        apply_fn: `apply_fn(variables, inputs) -> outputs`, in inference mode.
         parents: N >= 2 variable pytrees of one structure.
-        validation: inputs and labels, which no parent was trained on.
-        hierarchy: who meets whom, and how many nodes run at once; None takes the defaults.
-        calibration: as for `megajax.merging.merge.merge`, and so the rest; what they say of parents holds
-            for the two of each node. `evolution.evaluation_budget` is that of the whole tree, see
-            `share_budget`; `evolution.generations` is each node's, and `evolution.time_budget` that
-            of the nodes that run at once.
-        align: see above.
-        recalibrate: see above.
-        genome: see above.
-        fitness: see above.
-        evolution: see above.
-        labels: see above.
+        data: validation data, as for `megajax.merge`.
+        hierarchy: who meets whom; None takes the defaults.
+        evolution: the search of each node. Its `evaluation_budget` is that of the whole tree: each
+            node gets an equal share of what is left, so that the nodes near the root have what
+            others did not spend.
         load: what an earlier start of the same tree saved for a node, or None. Nodes that are
             loaded are not searched again, and the final bits are the same.
+        resume: where an earlier start got to within a node, or None.
         save: called with each node that was searched, as soon as it is done.
-        callback: called with a node and its infos after each chunk of generations, and once before
-            the first.
+        callback: called with a node, its state and its infos as in `megajax.merge`; a true result
+            ends that node's search.
+        **options: the other arguments of `megajax.merge`, for each node. What they say of parents
+            holds for the two that meet.
 
     Returns:
         The network at the root and how it came about.
 
     Raises:
         ParentsError: parents, or loaded nodes, that do not fit together or are not finite.
-        DataError: validation data that is empty or has impossible labels.
+        DataError: see `megajax.merge`.
         ConfigError: choices that cannot work.
 
     Example:
-        >>> def apply_fn(kernel, x):
-        ...     return x @ kernel
-        >>> parents = [jnp.diag(jnp.arange(4.0) == k) * 1.0 for k in range(3)]
-        >>> small = EvolutionConfig(population_size=4, evaluation_budget=24)
-        >>> data = jnp.eye(4), jnp.arange(4)
-        >>> result = merge_tree(jax.random.key(0), apply_fn, parents, data, evolution=small)
+        >>> parents = [np.diag(np.float32(row)) for row in np.eye(4) + 0.1]
+        >>> small = EvolutionConfig(population_size=6, generations=1)
+        >>> data = np.eye(4, dtype=np.float32), np.arange(4)
+        >>> result = merge_tree(jax.random.key(0), lambda w, x: x @ w, parents, data,
+        ...                     evolution=small)
         >>> [node.parents for node in result.nodes], result.evaluations
-        ([(0, 1), (3, 2)], 24)
-        >>> bool(result.fitness > result.parent_fitness.max())
-        True
+        ([(0, 1), (2, 3), (4, 5)], 36)
 
     Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607.
     """
     hierarchy, evolution = hierarchy or HierarchyConfig(), evolution or EvolutionConfig()
     check_parents(parents)
-    setup = prepare(
-        apply_fn,
-        parents[:2],
-        validation,
-        calibration=calibration,
-        align=align,
-        recalibrate=recalibrate,
-        genome=genome,
-        fitness=fitness,
-        evolution=evolution,
-        labels=labels,
-    )
+    tasks = as_tasks(data)
+    num_examples = sum(check_inputs(task.inputs, "inputs") for task in tasks)
     count = len(parents)
-    generations = _generations(setup, sum(map(len, plan(count, hierarchy.odd))))
-    networks = dict(enumerate(parents))
-    numbers = list(range(count))
+    left = sum(map(len, plan(count, hierarchy.odd)))
+    budget = evolution.evaluation_budget
+    first = left * evolution.population_size
+    evolution.require(
+        budget is None or budget >= first,
+        "evaluation_budget",
+        f"the first populations of {left} nodes need {first}",
+    )
+    networks, numbers = dict(enumerate(parents)), list(range(count))
     nodes: list[Node] = []
     results: list[NodeResult] = []
+    merged: MergeResult | None = None
     while len(numbers) > 1:
         round_ = nodes[-1].round + 1 if nodes else 1
-        pairs = _pairs(key, round_, setup, [networks[k] for k in numbers], hierarchy.pairing)
+        here = [networks[k] for k in numbers]
+        pairs = _pairs(key, round_, apply_fn, here, tasks, hierarchy.pairing, options)
         made, numbers = _meet(round_, numbers, pairs, count + len(nodes), hierarchy.odd)
-        for group in _groups(made, _at_once(hierarchy.nodes_at_once, setup, parents[0], len(made))):
-            limits = [generations[node.number - count] for node in group]
-            found = _search(key, setup, group, networks, limits, load, save, callback)
-            networks |= {node.number: r.variables for node, r in zip(group, found, strict=True)}
-            results += found
-        for number in [k for k in networks if k not in numbers]:
-            del networks[number]
+        for node in made:
+            found = load(node) if load is not None else None
+            pair = [networks[k] for k in node.parents]
+            if found is not None:
+                _check_loaded(node, found, pair[0])
+            else:
+                spent = sum(result.examples_scored for result in results)
+                merged = merge(
+                    node_key(key, node),
+                    apply_fn,
+                    pair,
+                    data,
+                    evolution=_share(evolution, num_examples, spent, left),
+                    state=resume(node) if resume is not None else None,
+                    callback=callback and partial(callback, node),
+                    **options,
+                )
+                found = _plain(merged)
+                if save is not None:
+                    save(node, found)
+            left -= 1
+            results.append(found)
+            networks[node.number] = found.variables
+        networks = {k: networks[k] for k in numbers}
         nodes += made
 
     parent_fitness = np.full(count, np.nan, np.float32)
@@ -342,8 +300,8 @@ def merge_tree(
         results=tuple(results),
         evaluations=sum(result.evaluations for result in results),
         examples_scored=sum(result.examples_scored for result in results),
-        genome=setup.genome,
-        plan=setup.plan,
+        num_genes=None if merged is None else merged.genome.num_genes,
+        layout=None if merged is None else merged.problem.layout,
     )
 
 
@@ -351,10 +309,10 @@ def weight_similarity(
     key: Key,
     apply_fn: ApplyFn,
     networks: Sequence[PyTree],
-    inputs: Any,
+    inputs: PyTree,
     *,
-    calibration: Any | None = None,
-    align: AlignConfig | None = None,
+    calibration: PyTree | None = None,
+    config: AlignConfig | None = None,
 ) -> np.ndarray:
     """How alike the weights of networks are, two by two, once their hidden units are aligned.
 
@@ -367,39 +325,31 @@ def weight_similarity(
         networks: n variable pytrees of one structure.
         inputs: one batch.
         calibration: training inputs, to match activations on.
-        align: how units are matched; None takes the defaults.
+        config: how units are matched; None takes the defaults.
 
     Returns:
         `[n, n]` float64, symmetric: the cosines of the angles between all weights of two networks,
         BatchNorm statistics apart.
 
     Example:
-        >>> def mlp(w, x):
-        ...     return jnp.tanh(x @ w["u"]) @ w["v"]
-        >>> net = {"u": jnp.array([[1.0, 2.0]]), "v": jnp.array([[3.0], [4.0]])}
-        >>> twin = {"u": net["u"][:, ::-1], "v": net["v"][::-1]}
-        >>> other = {"u": -net["u"], "v": net["v"]}
-        >>> networks = [net, twin, other]
-        >>> weight_similarity(jax.random.key(0), mlp, networks, jnp.ones((1, 1))).round(2).tolist()
-        [[1.0, 1.0, 0.67], [1.0, 1.0, 0.67], [0.67, 0.67, 1.0]]
+        >>> def apply_fn(w, x):
+        ...     return jax.numpy.tanh(x @ w["u"]) @ w["v"]
+        >>> net = {"u": np.array([[1.0, 2.0]]), "v": np.array([[3.0], [4.0]])}
+        >>> swapped = {"u": net["u"][:, ::-1], "v": net["v"][::-1]}
+        >>> key, x = jax.random.key(0), np.ones((4, 1), np.float32)
+        >>> weight_similarity(key, apply_fn, [net, swapped], x).round(2).tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
     """
-    align = align or AlignConfig()
-    symmetries = find_symmetries(apply_fn, networks[0], inputs)
-    ignore = statistics_paths(apply_fn, networks[0], inputs)
+    statistics = find_statistics(apply_fn, networks[0], inputs)
+    ignore = {index for one in statistics for index in (one.mean, one.variance)}
     similarity = np.eye(len(networks))
     for i, j in itertools.combinations(range(len(networks)), 2):
-        pair: Sequence[PyTree] = networks[i], networks[j]
-        if align.method != "none" and symmetries.groups:
-            pair, _ = match(
-                jax.random.fold_in(jax.random.fold_in(key, i), j),
-                symmetries,
-                pair,
-                method=align.method,
-                apply_fn=apply_fn,
-                inputs=calibration,
-                ignore=ignore,
-            )
-        similarity[i, j] = similarity[j, i] = _cosine(pair[0], pair[1], ignore)
+        own_key = jax.random.fold_in(jax.random.fold_in(key, i), j)
+        pair = [networks[i], networks[j]]
+        first, second = align(
+            own_key, apply_fn, pair, inputs, calibration=calibration, config=config
+        )[0]
+        similarity[i, j] = similarity[j, i] = _cosine(first, second, ignore)
     return similarity
 
 
@@ -427,6 +377,8 @@ def match_pairs(similarity: np.ndarray) -> list[tuple[int, int]]:
         )
     first, second = np.triu_indices(n, 1)
     meets = np.stack([(first == k) | (second == k) for k in range(n)]).astype(float)
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     chosen = milp(
         -similarity[first, second],
         integrality=np.ones(len(first)),
@@ -442,35 +394,6 @@ def match_pairs(similarity: np.ndarray) -> list[tuple[int, int]]:
 
 def _neighbours(count: int) -> list[tuple[int, int]]:
     return [(k, k + 1) for k in range(0, count - 1, 2)]
-
-
-def _pairs(
-    key: Key,
-    round_: int,
-    setup: Setup,
-    networks: Sequence[PyTree],
-    pairing: str | Callable[..., Any],
-) -> list[tuple[int, int]]:
-    """Who meets whom in a round, as places in the list."""
-    if pairing == "order":
-        return _neighbours(len(networks))
-    if callable(pairing):
-        similarity = np.asarray(pairing(networks))
-        if similarity.shape != (len(networks), len(networks)):
-            raise ConfigError(
-                f"hierarchy.pairing returned shape {similarity.shape} for {len(networks)} networks"
-            )
-        return match_pairs(similarity)
-    return match_pairs(
-        weight_similarity(
-            jax.random.fold_in(jax.random.fold_in(key, 0), round_),  # rounds of nodes are from 1
-            setup.apply_fn,
-            networks,
-            setup.inputs,
-            calibration=setup.calibration,
-            align=setup.align,
-        )
-    )
 
 
 def _meet(
@@ -490,92 +413,57 @@ def _meet(
     return nodes, [node.number for node in nodes] + (left if odd == "carry" else [])
 
 
-def _generations(setup: Setup, num_nodes: int) -> list[int]:
-    """When the search of each node stops; what `reuse_fitness` saves is not shared out again."""
-    config, total = setup.evolution, setup.num_examples
-    if config.evaluation_budget is None:
-        return [config.generations] * num_nodes
-    nodes, size = num_nodes, config.population_size
-    budget = share_budget(config.evaluation_budget, nodes, size, setup.num_offspring)
-    if setup.racing is not None:  # then the unit is an example
-        most = examples_per_generation(setup.racing, total, setup.num_offspring)
-        budget = share_budget(config.evaluation_budget * total, nodes, size * total, most)
-    return [min(config.generations, share) for share in budget.generations]
-
-
-def _at_once(choice: int | str, setup: Setup, one: PyTree, num_nodes: int) -> int:
-    """How many nodes of a round run in one program."""
-    if isinstance(choice, int):
-        return choice
-    population_size = setup.evolution.population_size
-    if setup.plan.population_chunk < population_size:
-        return 1  # nothing is won by more, and each node is saved as soon as it is done
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
-        return num_nodes
-    inputs = [x for x in (setup.inputs, setup.examples) if x is not None]
-    network = max(footprint(setup.apply_fn, one, x) for x in inputs)
-    fit = int(limit) // 2 // (population_size * network)  # the other half is for workspaces
-    return max(1, fit)
-
-
-def _groups(nodes: Sequence[Node], size: int) -> Iterator[Sequence[Node]]:
-    """Cuts a round into groups of equal size, as far as can be, so that they share a program."""
-    size = math.ceil(len(nodes) / math.ceil(len(nodes) / size))
-    for start in range(0, len(nodes), size):
-        yield nodes[start : start + size]
-
-
-def _search(
+def _pairs(
     key: Key,
-    setup: Setup,
-    nodes: Sequence[Node],
-    networks: dict[int, PyTree],
-    limits: Sequence[int],
-    load: Callable[[Node], NodeResult | None] | None,
-    save: Callable[[Node, NodeResult], None] | None,
-    callback: Callable[[Node, GAInfo], None] | None,
-) -> list[NodeResult]:
-    """Loads or searches nodes of one round, all that are searched in one program."""
-    loaded = [load(node) if load is not None else None for node in nodes]
-    for node, found in zip(nodes, loaded, strict=True):
-        if found is not None:
-            _check_loaded(node, found, networks[node.parents[0]])
-
-    def observe(states: list[GAState], infos: list[GAInfo]) -> None:
-        del states
-        for node, found, info in zip(nodes, loaded, infos, strict=True):
-            if callback is not None and found is None and len(info.generation):
-                callback(node, info)
-
-    searched: Sequence[MergeResult | None] = [None] * len(nodes)
-    if any(found is None for found in loaded):
-        searched = merge_many(
-            [node_key(key, node) for node in nodes],
-            setup,
-            [[networks[k] for k in node.parents] for node in nodes],
-            generations=[
-                limit if found is None else None
-                for limit, found in zip(limits, loaded, strict=True)
-            ],
-            callback=observe,
-        )
-    results = []
-    for node, found, merged in zip(nodes, loaded, searched, strict=True):
-        if found is None:
-            assert merged is not None
-            found = NodeResult(
-                variables=jax.device_get(merged.variables),
-                fitness=merged.fitness,
-                parent_fitness=merged.parent_fitness,
-                history=merged.history,
-                evaluations=merged.evaluations,
-                examples_scored=merged.examples_scored,
+    round_: int,
+    apply_fn: ApplyFn,
+    networks: Sequence[PyTree],
+    tasks: Sequence[Task],
+    pairing: str | Callable[..., Any],
+    options: Mapping[str, Any],
+) -> list[tuple[int, int]]:
+    """Who meets whom in a round, as places in the list."""
+    if pairing == "order":
+        return _neighbours(len(networks))
+    if callable(pairing):
+        similarity = np.asarray(pairing(networks))
+        if similarity.shape != (len(networks), len(networks)):
+            raise ConfigError(
+                f"hierarchy.pairing returned shape {similarity.shape} for {len(networks)} networks"
             )
-            if save is not None:
-                save(node, found)
-        results.append(found)
-    return results
+        return match_pairs(similarity)
+    own_key = jax.random.fold_in(jax.random.fold_in(key, 0), round_)  # rounds of nodes are from 1
+    inputs = jax.tree.map(lambda leaf: np.asarray(leaf)[:8], tasks[0].inputs)
+    similarity = weight_similarity(
+        own_key,
+        apply_fn,
+        networks,
+        inputs,
+        calibration=options.get("calibration"),
+        config=options.get("align"),
+    )
+    return match_pairs(similarity)
+
+
+def _share(
+    evolution: EvolutionConfig, num_examples: int, spent: int, nodes_left: int
+) -> EvolutionConfig:
+    """A node's share of what is left of the tree's budget."""
+    if evolution.evaluation_budget is None:
+        return evolution
+    left = evolution.evaluation_budget * num_examples - spent
+    return evolution.replace(evaluation_budget=left // (nodes_left * num_examples))
+
+
+def _plain(merged: MergeResult) -> NodeResult:
+    return NodeResult(
+        variables=jax.device_get(merged.variables),
+        fitness=merged.fitness,
+        parent_fitness=merged.parent_fitness,
+        history=merged.history,
+        evaluations=merged.evaluations,
+        examples_scored=merged.examples_scored,
+    )
 
 
 def _check_loaded(node: Node, found: NodeResult, like: PyTree) -> None:
@@ -587,18 +475,13 @@ def _check_loaded(node: Node, found: NodeResult, like: PyTree) -> None:
         ) from None
 
 
-def _cosine(first: PyTree, second: PyTree, ignore: set[str]) -> float:
-    """The cosine of the angle between the floating point leaves of two networks."""
+def _cosine(first: PyTree, second: PyTree, ignore: Collection[int]) -> float:
+    """The cosine of the angle between the mixable leaves of two networks."""
 
     def flat(network: PyTree) -> np.ndarray:
-        leaves = zip(leaf_paths(network), jax.tree.leaves(network), strict=True)
-        return np.concatenate(
-            [
-                np.asarray(leaf, np.float64).ravel()
-                for path, leaf in leaves
-                if path not in ignore and jnp.issubdtype(leaf.dtype, jnp.floating)
-            ]
-        )
+        leaves = enumerate(jax.tree.leaves(network))
+        kept = [leaf for i, leaf in leaves if i not in ignore and is_mixable(leaf)]
+        return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in kept])
 
     a, b = flat(first), flat(second)
     return float(a @ b / max(float(np.sqrt((a @ a) * (b @ b))), np.finfo(np.float64).tiny))

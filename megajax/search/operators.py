@@ -1,7 +1,7 @@
 """Genetic operators: pure functions, key first, generic over pytrees with a population axis.
 
 The four kinds and their signatures; a function of the same signature drops in, and options are
-bound with `functools.partial`:
+fixed with `megajax.types.bind`:
 
     select(key, fitness [P], num)         -> indices [num] of the selected individuals, int32
     cross(key, first, second)             -> children; the i-th of the i-th pair
@@ -26,9 +26,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from megajax.types import Genes, Key, PyTree
+from megajax.types import Genes, Key, PyTree, bind
 
 __all__ = [
+    "BLENDING",
+    "CROSSOVERS",
+    "SELECTIONS",
+    "SURVIVALS",
     "Crossover",
     "Mutation",
     "Population",
@@ -49,6 +53,7 @@ __all__ = [
     "take",
     "tournament",
     "two_point",
+    "unchanged",
     "uniform",
 ]
 
@@ -83,36 +88,39 @@ def take(tree: PyTree, indices: jax.Array) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[indices], tree)
 
 
+def unchanged(genes: Genes) -> Genes:
+    """The genes as they are: the repair of a space without bounds.
+
+    Example:
+        >>> unchanged(3)
+        3
+    """
+    return genes
+
+
 # Selection ---------------------------------------------------------------------------------------
 
 
-def tournament(
-    key: Key, fitness: jax.Array, num: int, *, size: int = 3, replace: bool = False
-) -> jax.Array:
+def tournament(key: Key, fitness: jax.Array, num: int, *, size: int = 3) -> jax.Array:
     """The fittest of `size` individuals drawn at random, `num` times.
 
     Args:
         key: PRNG key.
         fitness: `[P]`.
         num: tournaments to hold.
-        size: contestants of each.
-        replace: whether one individual may be drawn twice for the same tournament.
+        size: contestants of each, all different.
 
     Returns:
         Winners' indices, `[num]` int32. Equal contestants: the one drawn first wins.
 
     Raises:
-        ValueError: `size` is larger than the population and `replace` is false.
+        ValueError: `size` is larger than the population.
 
     Example:
         >>> tournament(jax.random.key(0), jnp.array([0.0, 2.0, 1.0]), 4, size=3).tolist()
         [1, 1, 1, 1]
     """
-    population_size = fitness.shape[0]
-    if replace:
-        contestants = jax.random.randint(key, (num, size), 0, population_size)
-    else:
-        contestants = _distinct(key, population_size, num, size)
+    contestants = _distinct(key, fitness.shape[0], num, size)
     winners = jnp.argmax(fitness[contestants], axis=1)
     return jnp.take_along_axis(contestants, winners[:, None], axis=1)[:, 0]
 
@@ -531,7 +539,7 @@ def generational(key: Key, population: Population, offspring: Population) -> Pop
 
 
 def plus(key: Key, population: Population, offspring: Population) -> Population:
-    """(mu + lambda): the best of old and new together.
+    """The best of old and new together: (mu + lambda).
 
     Args:
         key: not used.
@@ -603,3 +611,23 @@ def _coins(key: Key, shape: tuple[int, ...]) -> jax.Array:
 def _expand(values: jax.Array, like: jax.Array) -> jax.Array:
     """Appends axes of length one until `values` broadcasts against `like`."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+# By name -----------------------------------------------------------------------------------------
+
+SELECTIONS: dict[str, Selection] = {
+    "tournament": tournament,
+    "roulette": roulette,
+    "rank": rank,
+}
+CROSSOVERS: dict[str, Crossover] = {
+    "arithmetic": arithmetic,
+    "arithmetic_per_gene": bind(arithmetic, per_gene=True),
+    "uniform": uniform,
+    "one_point": one_point,
+    "two_point": two_point,
+    "blx_alpha": blx_alpha,
+}
+BLENDING = frozenset({"arithmetic", "arithmetic_per_gene", "blx_alpha"})
+"""The crossovers that make new numbers, which genes that pick one parent cannot have."""
+SURVIVALS: dict[str, Survival] = {"plus": plus, "generational": generational}

@@ -1,0 +1,452 @@
+"""The problem that a search solves: parents, tasks and what genes mean, as ONE pytree.
+
+Its arrays are leaves and everything else is static and compared by value, so that a compiled
+program serves all problems of equal shapes. `evaluate` scores a population in one program, and is
+where genes become networks; it knows nothing of how genes vary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field
+
+from megajax.merging.devices import Layout, choose_layout, over_population, place
+from megajax.merging.genome import Genome
+from megajax.merging.metrics import METRICS, Metric, accuracy
+from megajax.merging.tasks import Batches, Task, batches
+from megajax.program.batchnorm import recalibrate
+from megajax.program.convolutions import for_backend
+from megajax.program.prefix import own_leaves, split
+from megajax.search.genetic import Race
+from megajax.sections import Section, one_of
+from megajax.trees import is_mixable
+from megajax.types import ApplyFn, Genes, Key, PyTree, bind
+
+__all__ = [
+    "Aux",
+    "FitnessConfig",
+    "Problem",
+    "RecalibrateConfig",
+    "evaluate",
+    "express",
+    "make_problem",
+    "race_of",
+    "sample",
+    "scores_of",
+]
+
+
+class FitnessConfig(Section):
+    """How an individual is scored on the validation data. Fitness is always maximised.
+
+    Attributes:
+        metric: a name in `megajax.merging.metrics.METRICS`, a function
+            `(outputs, targets) -> scores [b]` whose mean over the examples is the fitness, or a
+            `Metric`. None is told by the targets: the negative cross-entropy for class labels.
+        combine: what several tasks' scores become: the weighted mean of `relative` scores (each in
+            units of the best parent's) or of the `raw` ones.
+        batch_size: examples per forward pass, or `auto` for a choice by backend and network.
+        population_chunk: individuals evaluated side by side by `vmap` (the rest in turn by
+            `lax.map`), or `auto`.
+        devices: devices that share the population, or `all` for those of all processes. How many
+            there are does not change the search, up to float rounding. `auto` is one for `merge`,
+            and all in a run, for which the command line makes every core of a CPU one.
+        devices_per_network: how many of them share the weights of one network; it divides
+            `devices`. Needed only where one device has no room for a network, or all the parents.
+        select_on_test: score on the test images instead, as MeGA's reference does for many parents.
+            The search then chooses the network that happens to suit the test images, no figure is
+            held out any more, and the report says so. For the command line: `merge` scores on the
+            data that it is given.
+        racing_examples: score each child on so many validation examples first, drawn anew for each
+            generation with every label's share, and only the best children on all of them; the
+            others are out. None scores every child on all.
+        racing_finalists: with `racing_examples`, the share of the offspring scored on all examples.
+    """
+
+    section = "fitness"
+    metric: Annotated[str, one_of(METRICS)] | Metric | Callable[..., Any] | None = None
+    combine: Literal["relative", "raw"] = "relative"
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    population_chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    devices: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = "auto"
+    devices_per_network: Annotated[int, Field(ge=1)] = 1
+    select_on_test: bool = False
+    racing_examples: Annotated[int, Field(ge=1)] | None = None
+    racing_finalists: Annotated[float, Field(gt=0, le=1)] = 0.125
+
+    def check(self) -> None:
+        """Raises ConfigError where the numbers of devices do not divide."""
+        divides = isinstance(self.devices, str) or self.devices % self.devices_per_network == 0
+        self.require(
+            divides, "devices_per_network", f"it must divide the {self.devices} of fitness.devices"
+        )
+
+
+class RecalibrateConfig(Section):
+    """Whether BatchNorm statistics are measured anew for every candidate, inside the fitness.
+
+    Attributes:
+        enabled: for networks with BatchNorm; others are refused.
+        examples: training inputs to measure on, all in one batch.
+    """
+
+    section = "recalibrate"
+    enabled: bool = False
+    examples: Annotated[int, Field(ge=2)] = 256
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Problem:
+    """What a search is given.
+
+    Attributes:
+        parents: as the genome stacks them: leaves `[K, ...]` where they are mixed.
+        batches: of each task.
+        calibration: inputs `[n, ...]` that statistics are measured on; None where they are not.
+        weights: `[T]`, of the tasks.
+        reference: `[T]`, the best parent's score on each task, or None where scores are raw.
+        genome: what genes mean.
+        networks: `apply_fn` of each task.
+        metrics: of each task.
+        layout: how a population is cut for its evaluation.
+        faithful: for each parent whether its unmixed leaves are those that every network has.
+        per_example: whether `evaluate` also says who is right on which example of the first task.
+        prefix: whether layers that all individuals have in common are computed once for all.
+    """
+
+    parents: PyTree
+    batches: tuple[Batches, ...]
+    calibration: PyTree | None
+    weights: jax.Array
+    reference: jax.Array | None
+    genome: Genome = field(metadata={"static": True})
+    networks: tuple[ApplyFn, ...] = field(metadata={"static": True})
+    metrics: tuple[Metric, ...] = field(metadata={"static": True})
+    layout: Layout = field(metadata={"static": True})
+    faithful: tuple[bool, ...] = field(metadata={"static": True})
+    per_example: bool = field(default=False, metadata={"static": True})
+    prefix: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of all tasks together: what a full scoring passes through a network."""
+        return sum(int(np.asarray(of_task.valid).sum()) for of_task in self.batches)
+
+
+class Aux(NamedTuple):
+    """What an evaluation tells beside the fitness.
+
+    Attributes:
+        tasks: `[P, T]`, the score on each task, or `()` where there is one task.
+        right: `[P, N]` bool, who is right on which example of the first task; `()` if not asked.
+    """
+
+    tasks: Any = ()
+    right: Any = ()
+
+
+def make_problem(
+    parents: Sequence[PyTree],
+    tasks: Sequence[Task],
+    genome: Genome,
+    *,
+    base: PyTree | None = None,
+    calibration: PyTree | None = None,
+    config: FitnessConfig | None = None,
+    population_size: int,
+    reference: np.ndarray | None = None,
+    per_example: bool = False,
+) -> Problem:
+    """Puts a problem together and places its arrays on the devices.
+
+    Args:
+        parents: K variable pytrees, checked, on the host, hidden units aligned.
+        tasks: from `check_task`.
+        genome: what genes mean.
+        base: the network that the parents were trained from, for task vectors.
+        calibration: inputs that statistics are measured on; None where they are not.
+        config: how networks are scored; None takes the defaults.
+        population_size: individuals P, for the layout.
+        reference: `[T]`, the best parent's score on each task, where scores are relative.
+        per_example: see `Problem`.
+
+    Raises:
+        ConfigError: numbers of devices that cannot be, or a race on more examples than there are.
+    """
+    config = config or FitnessConfig()
+    networks = tuple(task.apply_fn for task in tasks if task.apply_fn is not None)
+    layout = choose_layout(networks[0], parents[0], tasks[0].inputs, config, population_size)
+    mesh = layout.mesh
+    cut = tuple(batches(task, layout.batch_size) for task in tasks)
+    stacked = genome.stack(parents, base) if base is not None else genome.stack(parents)
+    weights = np.array([task.weight for task in tasks], np.float32)
+    problem = Problem(
+        parents=place(stacked, mesh, split=True),
+        batches=place(cut, mesh),
+        calibration=place(calibration, mesh),
+        weights=weights / max(weights.sum(), 1e-38),
+        reference=None if reference is None else np.asarray(reference, np.float32),
+        genome=genome,
+        networks=networks,
+        metrics=tuple(task.metric for task in tasks),
+        layout=layout,
+        faithful=_faithful(parents, genome),
+        per_example=per_example,
+    )
+    if calibration is None and len(tasks) == 1 and _shares_layers(problem):
+        problem = replace(problem, prefix=True)
+    return problem
+
+
+def express(problem: Problem, genes: Genes) -> PyTree:
+    """The network of one individual, its statistics measured anew where the problem says so.
+
+    An individual that is exactly one of the parents keeps that parent's statistics, bit for bit.
+
+    Args:
+        problem: the problem.
+        genes: of one individual.
+
+    Returns:
+        Variables, a pytree like each parent.
+    """
+    variables = problem.genome.express(genes, problem.parents)
+    if problem.calibration is None:
+        return variables
+    new = recalibrate(_network(problem, 0), variables, problem.calibration)
+    is_parent = _is_parent(problem, variables)
+    return jax.tree.map(lambda old, new: jnp.where(is_parent, old, new), variables, new)
+
+
+def evaluate(problem: Problem, genes: Genes) -> tuple[jax.Array, Aux]:
+    """The fitness of a population, network by network.
+
+    Each network is expressed inside the mapped body: only `layout.population_chunk` networks exist
+    at a time on a device.
+
+    Args:
+        problem: the problem.
+        genes: leaves `[P, ...]`.
+
+    Returns:
+        Fitness `[P]` float32, and what else is known.
+    """
+
+    def of_all(problem: Problem, genes: Genes) -> tuple[jax.Array, Aux]:
+        score = _scorer(problem, genes)
+        return map_chunks(
+            lambda one: score(express(problem, one)), genes, problem.layout.population_chunk
+        )
+
+    mesh = problem.layout.mesh
+    if mesh is None:
+        return of_all(problem, genes)
+    result: tuple[jax.Array, Aux] = over_population(of_all, mesh, problem, genes)
+    return result
+
+
+@jax.jit
+def scores_of(problem: Problem, variables: PyTree) -> tuple[jax.Array, Aux]:
+    """The fitness of one network, given by its variables, and what else is known.
+
+    Args:
+        problem: only its tasks matter.
+        variables: of one network.
+    """
+    return _scorer(problem, None)(variables)
+
+
+@jax.jit
+def expressed(problem: Problem, genes: Genes) -> PyTree:
+    """`express`, compiled once for all problems of equal shapes."""
+    return express(problem, genes)
+
+
+def sample(key: Key, problem: Problem, *, count: int, stratify: bool = True) -> Problem:
+    """The problem on examples of its first task drawn without replacement.
+
+    All examples are equally likely. With class labels, every label has as many as its share, give
+    or take one: every (total / count)-th of the examples in order of their labels, from a random
+    first, and in random order within a label. Networks that differ in the classes they are good at
+    are told apart by fewer examples so. Candidates are recalibrated on no more examples either.
+
+    Args:
+        key: PRNG key.
+        problem: the problem, of one task.
+        count: n to draw.
+        stratify: whether labels count.
+
+    Source: stratified sampling with proportional allocation, Cochran, Sampling Techniques (1977),
+    chapter 5.
+    """
+    (data,) = problem.batches
+    total = data.valid.size
+    number = -(-count // data.valid.shape[1])
+    size = -(-count // number)
+    order_key, first_key = jax.random.split(key)
+    rank = jax.random.uniform(order_key, (total,))
+    valid = data.valid.reshape(-1)
+    labels = _class_labels(data) if stratify else None
+    columns = (rank, ~valid) if labels is None else (rank, labels, ~valid)
+    ordered = jnp.lexsort(columns)
+    there = valid.sum()
+    place_ = (jnp.arange(count) + jax.random.uniform(first_key)) * (there / count)
+    chosen = ordered[jnp.minimum(place_.astype(jnp.int32), there - 1)]
+    chosen = jnp.pad(chosen, (0, number * size - count))
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        rows = leaf.reshape(-1, *leaf.shape[2:])[chosen]
+        return rows.reshape(number, size, *leaf.shape[2:])
+
+    counts = (jnp.arange(number * size) < count).reshape(number, size)
+    few = Batches(*jax.tree.map(cut, (data.inputs, data.targets)), counts)
+    calibration = jax.tree.map(lambda leaf: leaf[:count], problem.calibration)
+    return replace(problem, batches=(few,), calibration=calibration)
+
+
+def race_of(config: FitnessConfig, problem: Problem) -> Race | None:
+    """How children race as a configuration says, or None.
+
+    Raises:
+        ConfigError: there are several tasks, or fewer examples than the race would draw.
+    """
+    count = config.racing_examples
+    if count is None:
+        return None
+    total = problem.num_examples
+    config.require(
+        count <= total, "racing_examples", f"there are only {total} validation examples"
+    )
+    config.require(len(problem.batches) == 1, "racing_examples", "races are for one task")
+    return Race(bind(sample, count=count), count, config.racing_finalists)
+
+
+def map_chunks(function: Callable[[Any], Any], xs: PyTree, chunk: int) -> Any:
+    """Maps over the leading axis: `chunk` elements side by side, chunk after chunk.
+
+    Args:
+        function: of one element.
+        xs: leaves `[P, ...]`.
+        chunk: 1 is `lax.map`, P or more is `vmap`, anything between is both.
+
+    Returns:
+        Leaves `[P, ...]`; the same values whatever the chunk, up to float rounding.
+
+    Example:
+        >>> map_chunks(lambda x: 2 * x, jnp.arange(5), 2).tolist()
+        [0, 2, 4, 6, 8]
+    """
+    if chunk == 1:  # first of all: one alone has the bits that it has among others
+        return jax.lax.map(function, xs)
+    if chunk >= jax.tree.leaves(xs)[0].shape[0]:
+        return jax.vmap(function)(xs)
+    return jax.lax.map(function, xs, batch_size=chunk)
+
+
+def _network(problem: Problem, task: int) -> ApplyFn:
+    return for_backend(problem.networks[task])
+
+
+def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[jax.Array, Aux]]:
+    """`score(variables) -> (fitness, aux)` of one network on all tasks."""
+    networks = [_network(problem, number) for number in range(len(problem.networks))]
+    data = list(problem.batches)
+    if problem.prefix and genes is not None:
+        networks[0], data[0] = _after_prefix(problem, genes)
+
+    def score(variables: PyTree) -> tuple[jax.Array, Aux]:
+        scores, right = [], []
+        for network, metric, of_task in zip(networks, problem.metrics, data, strict=True):
+            def pass_(batch: Batches, network: Any = network, metric: Any = metric) -> Any:
+                outputs = network(variables, batch.inputs)
+                statistics = metric.statistics(outputs, batch.targets)
+                hits = accuracy(outputs, batch.targets) > 0 if problem.per_example else ()
+                return statistics, hits
+
+            statistics, hits = jax.lax.map(pass_, of_task)
+            scores.append(metric.of(statistics, of_task.valid))
+            right.append(hits)
+        if len(scores) == 1:
+            fitness, each = scores[0], ()
+        else:
+            each = jnp.stack(scores)
+            fitness = problem.weights @ _relative(each, problem.reference)
+        hits = right[0].reshape(-1) if problem.per_example else ()
+        return fitness.astype(jnp.float32), Aux(each, hits)
+
+    return score
+
+
+def _relative(scores: jax.Array, reference: jax.Array | None) -> jax.Array:
+    """Scores in units of the best parent's: 0 is as good, for scores of either sign."""
+    if reference is None:
+        return scores
+    return (scores - reference) / jnp.maximum(abs(reference), 1e-6)
+
+
+def _after_prefix(problem: Problem, genes: Genes) -> tuple[ApplyFn, Batches]:
+    """The network behind its common layers, and what comes out of those for all examples."""
+    anyone = jax.tree.map(lambda leaf: leaf[0], genes)
+    variables = problem.genome.express(anyone, problem.parents)
+    (data,) = problem.batches
+    few = jax.tree.map(lambda leaf: leaf[0], data.inputs)
+    own = own_leaves(problem.genome.express, anyone, problem.parents)
+    parts = split(_network(problem, 0), variables, few, own)
+    if parts is None:
+        return _network(problem, 0), data
+    features = jax.lax.map(partial(parts.first, variables), data.inputs)
+    return parts.rest, data._replace(inputs=(data.inputs, features))
+
+
+def _shares_layers(problem: Problem) -> bool:
+    """Whether frozen first layers are worth computing once, and what they give is small enough."""
+    frozen = [
+        (label < 0).all()
+        for label, leaf in zip(
+            jax.tree.leaves(problem.genome.labels.tree),
+            jax.tree.leaves(problem.parents),
+            strict=False,
+        )
+        if is_mixable(leaf)
+    ]
+    return any(frozen)
+
+
+def _is_parent(problem: Problem, variables: PyTree) -> jax.Array:
+    """Whether a network is exactly one of the parents that were given."""
+    same = jnp.asarray(problem.faithful)
+    rows = problem.genome.rows(problem.parents)
+    for row, leaf in zip(rows, jax.tree.leaves(variables), strict=True):
+        if row is not None:
+            same &= (leaf == row).all(range(1, row.ndim))
+    return same.any()
+
+
+def _faithful(parents: Sequence[PyTree], genome: Genome) -> tuple[bool, ...]:
+    labels = jax.tree.leaves(genome.labels.tree)
+    first = jax.tree.leaves(parents[0])
+
+    def like_first(parent: PyTree) -> bool:
+        return all(
+            leaf is other or np.array_equal(leaf, other)
+            for label, leaf, other in zip(labels, first, jax.tree.leaves(parent), strict=True)
+            if (label < 0).any() and is_mixable(leaf)
+        )
+
+    return tuple(like_first(parent) for parent in parents)
+
+
+def _class_labels(data: Batches) -> jax.Array | None:
+    labels = data.targets[0] if isinstance(data.targets, tuple) else data.targets
+    one_each = hasattr(labels, "dtype") and labels.ndim == 2
+    if not one_each or not jnp.issubdtype(labels.dtype, jnp.integer):
+        return None
+    return labels.reshape(-1)

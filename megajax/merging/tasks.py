@@ -1,0 +1,301 @@
+"""Tasks: what networks are scored on, checked on entry and cut into batches.
+
+Knows inputs, targets and metrics; nothing of parents, genes or searches.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from megajax.errors import ConfigError, DataError, first_line
+from megajax.merging.metrics import IGNORED, Metric, as_metric, default_metric
+from megajax.trees import leaves_by_path
+from megajax.types import ApplyFn, PyTree
+
+__all__ = ["Batches", "Task", "as_tasks", "batches", "check_inputs", "check_task"]
+
+
+class Task(NamedTuple):
+    """What a network is scored on.
+
+    Attributes:
+        inputs: any pytree whose leaves have a leading example axis `[N, ...]`.
+        targets: likewise, whatever the metric makes of them; None for a metric without labels.
+        metric: a name in `megajax.merging.metrics.METRICS`, a function
+            `(outputs, targets) -> scores [b]`, or a `Metric`. None is told by the targets' type and
+            shape, see `megajax.merging.metrics.default_metric`.
+        apply_fn: the network on this task, if it is not the one of the merge (another head).
+        weight: of its score among those of several tasks.
+        name: for reports; None is `task_0` and so on.
+    """
+
+    inputs: PyTree
+    targets: PyTree = None
+    metric: Any = None
+    apply_fn: ApplyFn | None = None
+    weight: float = 1.0
+    name: str | None = None
+
+
+class Batches(NamedTuple):
+    """Examples cut into B batches of b; the last one is padded with zeros.
+
+    Attributes:
+        inputs: leaves `[B, b, ...]`.
+        targets: leaves `[B, b, ...]`.
+        valid: `[B, b]` bool; False where padded, and for examples of which nothing counts.
+    """
+
+    inputs: PyTree
+    targets: PyTree
+    valid: jax.Array
+
+
+def as_tasks(data: Any) -> list[Task]:
+    """Tasks from what a user may give: a pair of inputs and targets, a `Task`, or several.
+
+    Raises:
+        DataError: it is none of these.
+
+    Example:
+        >>> len(as_tasks((np.zeros((3, 2)), np.zeros(3, int))))
+        1
+    """
+    if isinstance(data, Task):
+        return [data]
+    if isinstance(data, (list, tuple)) and data and all(isinstance(one, Task) for one in data):
+        return list(data)
+    if isinstance(data, tuple) and len(data) == 2 and not hasattr(data, "_fields"):
+        return [Task(*data)]
+    raise DataError(
+        f"the data is a {type(data).__name__}: a pair (inputs, targets), a Task or a list of "
+        "Tasks is needed, with whole arrays"
+    )
+
+
+def check_inputs(inputs: PyTree, what: str, least: int = 1) -> int:
+    """Checks a set of examples before anything is computed with it.
+
+    Args:
+        inputs: leaves `[N, ...]`.
+        what: its name, for the error.
+        least: examples that are needed.
+
+    Returns:
+        The number of examples N.
+
+    Raises:
+        DataError: no arrays, leaves of different lengths, too few examples, values that are not
+            finite.
+
+    Example:
+        >>> check_inputs(np.ones((3, 2)), "calibration inputs")
+        3
+    """
+    leaves = leaves_by_path(inputs)
+    where = {path: f"{what}{f', leaf {path},' if path else ''}" for path in leaves}
+    if not leaves:
+        raise DataError(f"the {what} are missing: there is no array among them")
+    sizes = {}
+    for path, leaf in leaves.items():
+        shape = getattr(leaf, "shape", None)
+        if shape is None:
+            raise DataError(f"{where[path]} is a {type(leaf).__name__}: an array is needed")
+        if not shape:
+            raise DataError(f"{where[path]} is a single number: an example axis is needed")
+        sizes[path] = shape[0]
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{path or 'leaf'}: {size}" for path, size in sizes.items())
+        raise DataError(f"the {what} are not one for each example: {told}")
+    count = next(iter(sizes.values()))
+    if count < least:
+        raise DataError(f"the {what} are {count}: at least {least} are needed")
+    for path, leaf in leaves.items():
+        if jnp.issubdtype(leaf.dtype, jnp.inexact):
+            values = np.asarray(leaf)
+            bad = values.size - int(np.isfinite(values.astype(np.complex128)).sum())
+            if bad:
+                raise DataError(f"the {where[path]}: {bad} of {values.size} values are not finite")
+    return int(count)
+
+
+def check_task(task: Task, apply_fn: ApplyFn, variables: PyTree, number: int = 0) -> Task:
+    """A task that can be scored: every choice made, every shape checked, nothing computed.
+
+    Args:
+        task: as its owner gave it.
+        apply_fn: the network of the merge.
+        variables: of one network, or their shapes and dtypes.
+        number: of the task, for its name.
+
+    Returns:
+        The task with NumPy arrays and a `Metric`, without an `apply_fn` of None.
+
+    Raises:
+        DataError: inputs, targets or the network's outputs do not fit together.
+        ConfigError: the metric does not give a score for each example.
+
+    Example:
+        >>> task = Task(np.ones((3, 2)), np.zeros(3, int))
+        >>> check_task(task, lambda w, x: x @ w, np.ones((2, 4))).metric.name
+        'cross_entropy'
+    """
+    name = task.name or f"task_{number}"
+    count = check_inputs(task.inputs, f"inputs of {name}" if number or task.name else "inputs")
+    inputs = jax.tree.map(np.asarray, task.inputs)
+    targets = jax.tree.map(np.asarray, task.targets)
+    for path, leaf in leaves_by_path(targets).items():
+        if leaf.ndim == 0 or len(leaf) != count:
+            shape = f"shape {leaf.shape}"
+            raise DataError(
+                f"{count} examples but targets{f' {path}' if path else ''} of {shape} ({name})"
+            )
+    network = task.apply_fn or apply_fn
+    few = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), inputs)
+    outputs = output_shapes(network, variables, few)
+    told = jax.tree.map(lambda leaf: leaf[:2], targets) if count > 1 else targets
+    metric = task.metric
+    if metric is None:
+        metric = default_metric(
+            outputs, jax.tree.map(lambda leaf: np.zeros((2, *leaf.shape[1:]), leaf.dtype), told)
+        )
+    metric = as_metric(metric)
+    if metric.name in ("cross_entropy", "accuracy", "perplexity", "macro_f1") or (
+        metric.name == "calibrated_cross_entropy"
+    ):
+        check_labels(targets, outputs, name)
+    _check_metric(metric, outputs, targets, name)
+    if not (np.isfinite(task.weight) and task.weight >= 0):
+        raise ConfigError(f"the weight of {name} is {task.weight!r}: it must be at least 0")
+    return Task(inputs, targets, metric, network, float(task.weight), name)
+
+
+def output_shapes(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree) -> PyTree:
+    """Shapes and dtypes of a network's outputs; every leaf has one entry for each example.
+
+    Raises:
+        DataError: the network does not take such inputs, or its outputs have no example axis.
+    """
+    try:
+        outputs = jax.eval_shape(apply_fn, variables, inputs)
+    except (TypeError, ValueError, AssertionError, KeyError, IndexError, AttributeError) as error:
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", inputs)
+        raise DataError(f"the network does not take inputs {shapes}: {first_line(error)}") from error
+    size = jax.tree.leaves(inputs)[0].shape[0]
+    for path, leaf in leaves_by_path(outputs).items():
+        if not leaf.shape or leaf.shape[0] != size:
+            where = f"output {path}" if path else "the output"
+            raise DataError(
+                f"{where} of the network has shape {leaf.shape} for {size} examples: its first "
+                "axis must be the examples"
+            )
+    return outputs
+
+
+def check_labels(targets: PyTree, outputs: Any, name: str = "") -> None:
+    """Checks that targets are class numbers of a network's logits.
+
+    Args:
+        targets: labels, or a pair of labels and weights.
+        outputs: shapes and dtypes of the logits `[b, ..., C]`.
+        name: of the task, for the error.
+
+    Raises:
+        DataError: the outputs are no array, labels are not integers, not of the logits' shape, or
+            one lies outside [0, C).
+
+    Example:
+        >>> check_labels(np.array([0, 3]), np.zeros((2, 3)))
+        Traceback (most recent call last):
+        ...
+        megajax.errors.DataError: labels run from 0 to 3, but the network has 3 classes (0 to 2)
+    """
+    of = f" of {name}" if name and name != "task_0" else ""
+    labels = targets[0] if isinstance(targets, tuple) else targets
+    if not hasattr(outputs, "shape") or not hasattr(labels, "dtype"):
+        raise DataError(f"logits and labels{of} must be one array each")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"labels{of} are {labels.dtype}: whole numbers are needed")
+    if labels.shape[1:] != outputs.shape[1:-1]:
+        raise DataError(
+            f"labels{of} have shape {list(labels.shape)}, logits "
+            f"{['b', *outputs.shape[1:]]}: one label for each row of logits is needed"
+        )
+    counted = labels[labels != IGNORED]
+    if not counted.size:
+        raise DataError(f"labels{of}: all of them are ignored ({IGNORED})")
+    classes = outputs.shape[-1]
+    if counted.min() < 0 or counted.max() >= classes:
+        raise DataError(
+            f"labels{of} run from {counted.min()} to {counted.max()}, but the network has "
+            f"{classes} classes (0 to {classes - 1})"
+        )
+
+
+def _check_metric(metric: Metric, outputs: PyTree, targets: PyTree, name: str) -> None:
+    """One `eval_shape` of the metric before anything runs."""
+    few = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), targets)
+
+    def score(outputs: PyTree, targets: PyTree) -> tuple[PyTree, Any]:
+        statistics = metric.statistics(outputs, targets)
+        return statistics, metric.of(statistics, jnp.ones(2, bool))
+
+    own = f"metric {metric.name} of {name}"
+    try:
+        statistics = jax.eval_shape(metric.statistics, outputs, few)
+        shapes = {path: leaf.shape for path, leaf in leaves_by_path(statistics).items()}
+        if metric.plain and list(shapes.values()) != [(2,)]:
+            told = "nothing" if not shapes else ", ".join(map(str, shapes.values()))
+            raise ConfigError(
+                f"{own} gives {told} for 2 examples: scores [b] are needed, one for each example"
+            )
+        short = [shape for shape in shapes.values() if shape[:1] != (2,)]
+        if short:
+            raise ConfigError(
+                f"{own} gives statistics {short[0]} for 2 examples: one entry for each is needed"
+            )
+        value = jax.eval_shape(score, outputs, few)[1]
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's own function raises
+        told = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", (outputs, few))
+        raise ConfigError(
+            f"{own} does not take outputs {told[0]} and targets {told[1]}: {first_line(error)}"
+        ) from error
+    if getattr(value, "shape", None) != ():
+        raise ConfigError(f"{own} gives {value}: a single number is needed")
+
+
+def batches(task: Task, batch_size: int) -> Batches:
+    """Cuts the examples of a checked task into batches, evenly, so that little is padded.
+
+    Args:
+        task: from `check_task`.
+        batch_size: the largest batch to make.
+
+    Returns:
+        `ceil(N / batch_size)` batches.
+
+    Example:
+        >>> task = Task(np.zeros((10, 2)), np.zeros(10, int))
+        >>> batches(task, 6).valid.sum(axis=1).tolist()
+        [5, 5]
+    """
+    total = jax.tree.leaves(task.inputs)[0].shape[0]
+    count = -(-total // batch_size)
+    size = -(-total // count)
+    valid = np.ones(total, bool)
+    labels = task.targets[0] if isinstance(task.targets, tuple) else task.targets
+    if hasattr(labels, "dtype") and np.issubdtype(labels.dtype, np.integer):
+        valid = (labels != IGNORED).reshape(total, -1).any(axis=1)
+
+    def cut(leaf: np.ndarray) -> np.ndarray:
+        padding = np.zeros((count * size - total, *leaf.shape[1:]), leaf.dtype)
+        return np.concatenate([leaf, padding]).reshape(count, size, *leaf.shape[1:])
+
+    inputs, targets = jax.tree.map(cut, (task.inputs, task.targets))
+    return Batches(inputs, targets, cut(valid))

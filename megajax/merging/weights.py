@@ -1,0 +1,141 @@
+"""A genome of weights: the individual is the network itself, as in MeGA's reference.
+
+Knows pytrees and genes; nothing of programs, data or searches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from megajax.errors import ConfigError
+from megajax.merging.masks import Masks, mixed_leaves
+from megajax.search import operators
+from megajax.types import Genes, Key, PyTree
+
+__all__ = ["Weights"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The leaves of the network are the genes, stacked `[P, ...]`; a gene is a whole leaf.
+
+    A leaf that is frozen or not floating point has no gene (None in its place) and stays as in
+    parent 0; half precision leaves evolve in float32. A population takes the memory of P networks,
+    so large networks are better searched by masks. The options stand where MeGA's reference is
+    doubtful; their defaults are the sound choices.
+
+    Attributes:
+        line: masks with one gene for the network, from which the first population is made: the
+            parents, their mean and points between them, so that the result cannot be worse than
+            the best parent; or random points only.
+        quiet: numbers of the leaves that noise spares, in flattening order: BatchNorm's statistics,
+            which are measurements of activations, so that noise makes them wrong and nothing else.
+        clipped: numbers of the leaves whose negative values are set to zero: variances, because the
+            root of a negative one is no number and the network is lost.
+        relative_noise: the scale of the noise is in units of the standard deviation of the leaf
+            that it hits, because one absolute scale drowns a layer of small weights and does
+            nothing to one of large weights.
+
+    Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
+    Algorithm", arXiv 2406.04607; `megajax.mega_paper` sets all its choices.
+    """
+
+    line: Masks
+    quiet: frozenset[int] = frozenset()
+    clipped: frozenset[int] = frozenset()
+    relative_noise: bool = True
+    gene_ndim: ClassVar[None] = None
+    picks: ClassVar[bool] = False
+
+    @property
+    def labels(self) -> Any:
+        """Those of `line`: which leaves evolve."""
+        return self.line.labels
+
+    @property
+    def num_parents(self) -> int:
+        """The number of parents K."""
+        return self.line.num_parents
+
+    @property
+    def num_genes(self) -> int:
+        """Leaves that evolve."""
+        return sum(self._has_gene)
+
+    @property
+    def _has_gene(self) -> list[bool]:
+        return mixed_leaves(self.line.labels.tree)
+
+    def init(self, key: Key, size: int, parents: PyTree) -> PyTree:
+        """The first population; see `line`."""
+        wide = jax.tree.map(
+            lambda leaf, has: (
+                leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if has else leaf
+            ),
+            parents,
+            jax.tree.unflatten(jax.tree.structure(parents), self._has_gene),
+        )
+        points = self.line.init(key, size)
+        networks = jax.vmap(self.line.express, (0, None), 0)(points, wide)
+        leaves, treedef = jax.tree.flatten(networks)
+        pairs = zip(leaves, self._has_gene, strict=True)
+        return jax.tree.unflatten(treedef, [leaf if has else None for leaf, has in pairs])
+
+    def express(self, genes: PyTree, parents: PyTree) -> PyTree:
+        """The network of one individual; `parents` from `stack`."""
+        return jax.tree.map(
+            lambda gene, leaf: leaf if gene is None else gene.astype(leaf.dtype),
+            genes,
+            parents,
+            is_leaf=lambda gene: gene is None,
+        )
+
+    def stack(self, parents: Any) -> PyTree:
+        """The parents as `express` takes them: `[K, ...]` where leaves evolve."""
+        return self.line.stack(parents)
+
+    def rows(self, parents: PyTree) -> list[Any]:
+        """For each leaf of a network the parents' `[K, ...]`, or None where it is not mixed."""
+        return self.line.rows(parents)
+
+    def repair(self, genes: PyTree) -> PyTree:
+        """Sets negative variances to zero, if so chosen."""
+        return self._by_leaf(
+            genes, lambda i, leaf: jnp.maximum(leaf, 0) if i in self.clipped else leaf
+        )
+
+    def sample(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """There is nothing to draw new weights from."""
+        raise ConfigError("genome.kind is 'weights': there is nothing to draw new genes from")
+
+    def noise(self, key: Key, genes: Genes, *, rate: float, scale: float) -> Genes:
+        """The Gaussian mutation of these genes."""
+        noisy: dict[int, jax.Array] = {}
+        self._by_leaf(
+            genes, lambda i, leaf: noisy.setdefault(i, leaf) if i not in self.quiet else leaf
+        )
+        mutated = operators.gaussian(
+            key,
+            list(noisy.values()),
+            rate=rate,
+            scale=scale,
+            relative=self.relative_noise,
+            gene_ndim=None,
+        )
+        new = dict(zip(noisy, mutated, strict=True))
+        return self._by_leaf(genes, lambda i, leaf: new.get(i, leaf))
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the genes."""
+        return {"kind": "weights", "num_genes": self.num_genes, "binary": False}
+
+    def _by_leaf(self, genes: PyTree, function: Any) -> PyTree:
+        """`function(number of the network's leaf, gene)` for each gene."""
+        numbers = [i for i, has in enumerate(self._has_gene) if has]
+        leaves, treedef = jax.tree.flatten(genes)
+        pairs = zip(numbers, leaves, strict=True)
+        return jax.tree.unflatten(treedef, [function(i, leaf) for i, leaf in pairs])

@@ -1,0 +1,192 @@
+"""Searches of evosax (CMA-ES, differential evolution, ...) over the same genes.
+
+evosax is imported only when one of them runs (`pip install "megajax[searchers]"`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from megajax.errors import ConfigError
+from megajax.search import operators
+from megajax.search.genetic import Evaluate, Race, Space, evaluated
+from megajax.search.loop import Counts, Info, State, advance, describe, start
+from megajax.search.operators import Population
+from megajax.types import Genes, Key, PyTree
+
+__all__ = ["Evosax", "from_config"]
+
+
+@dataclass(frozen=True)
+class Evosax:
+    """An algorithm of evosax over a space of genes.
+
+    The first population is scored as it is given; a distribution-based algorithm then starts with
+    its mean at the best of it, a population-based one with all of it. What the algorithm asks for
+    is repaired, scored, and told back repaired: where good masks lie on the border of the simplex,
+    told what it drew it would wander off to where all genes are repaired to the same ones. Fitness
+    that is not finite counts as -inf and is never the best; a generation without any finite fitness
+    teaches the algorithm nothing.
+
+    Genes that are vectors of K coefficients which sum to one have K - 1 free numbers: those, along
+    an orthonormal basis, are what the algorithm sees.
+
+    Attributes:
+        algorithm: name in `evosax.algorithms`, such as `CMA_ES`, `Sep_CMA_ES`,
+            `DifferentialEvolution` or `PSO`.
+        evaluate: `evaluate(problem, genes [M, ...]) -> fitness [M]` or `(fitness, aux)`, maximised
+            (evosax minimises; the sign is changed here).
+        space: what the genes mean.
+        num_offspring: individuals M of a generation; the first population must have as many.
+        scale: initial standard deviation of the algorithms that have one.
+        options: keyword arguments of the class, as pairs.
+        parameters: fields of its `default_params` to replace, as pairs.
+
+    Source: Lange, "evosax: JAX-based evolution strategies", GECCO 2023, arXiv 2212.04180.
+    """
+
+    algorithm: str
+    evaluate: Evaluate
+    space: Space
+    num_offspring: int
+    scale: float = 0.3
+    options: tuple[tuple[str, Any], ...] = ()
+    parameters: tuple[tuple[str, Any], ...] = ()
+    partial_examples: int = 0
+
+    def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
+        """Scores the first population and starts the algorithm from it.
+
+        Raises:
+            ConfigError: evosax is not installed, has no such algorithm, or refuses the choices; or
+                the first population has another size.
+        """
+        size = jax.tree.leaves(genes)[0].shape[0]
+        if size != self.num_offspring:
+            raise ConfigError(
+                f"the first population has {size} individuals: this search needs as many as "
+                f"offspring, {self.num_offspring}"
+            )
+        state = start(evaluated(self.evaluate, problem, genes))
+        strategy, fixed = self._built(genes)
+        encode, _ = self._coordinates()
+        if self._population_based(strategy):
+            cost = -state.population.fitness  # evosax minimises; inf is the worst
+            memory = strategy.init(key, encode(genes), cost, fixed)
+        else:
+            memory = strategy.init(key, encode(state.best.genes), fixed)
+        # Python's own numbers, which would have another type after the first step.
+        memory = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), memory)
+        return state._replace(memory=memory)
+
+    def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Info]:
+        """Asks the algorithm for a generation, scores it and tells the algorithm."""
+        ask_key, tell_key = jax.random.split(key)
+        strategy, fixed = self._built(state.population.genes)
+        encode, decode = self._coordinates()
+        asked, memory = strategy.ask(ask_key, state.memory, fixed)
+        genes = self.space.repair(decode(asked))
+        offspring: Population = evaluated(self.evaluate, problem, genes)
+        finite = jnp.isfinite(offspring.fitness)
+        # What may be weighed into a mean has to be a number; what joins a population must not win.
+        worst = -jnp.min(offspring.fitness, where=finite, initial=jnp.inf)
+        failed = jnp.inf if self._population_based(strategy) else worst
+        cost = jnp.where(finite, -offspring.fitness, failed)
+        told, _ = strategy.tell(tell_key, encode(genes), cost, memory, fixed)
+        memory = jax.tree.map(
+            lambda new, old: jnp.where(finite.any(), new, old).astype(old.dtype), told, state.memory
+        )
+        counts = Counts(*map(jnp.int32, (self.num_offspring, self.num_offspring, 0)))
+        state = advance(state, offspring, offspring, counts, memory)
+        return state, describe(state, jnp.sum(~finite), jnp.sum(finite))
+
+    def cost(self, num_examples: int) -> int:
+        """Passes of an example through a network that a generation takes."""
+        return self.num_offspring * num_examples
+
+    def _coordinates(self) -> tuple[Callable[[Genes], Genes], Callable[[Genes], Genes]]:
+        """To the numbers that are free to vary, and back."""
+        if not getattr(self.space, "sums_to_one", False):
+            return (lambda genes: genes), (lambda genes: genes)
+
+        def encode(leaf: jax.Array) -> jax.Array:
+            return leaf @ jnp.asarray(_helmert(leaf.shape[-1]).T, leaf.dtype)
+
+        def decode(leaf: jax.Array) -> jax.Array:
+            K = leaf.shape[-1] + 1
+            return leaf @ jnp.asarray(_helmert(K), leaf.dtype) + 1 / K
+
+        return partial(jax.tree.map, encode), partial(jax.tree.map, decode)
+
+    def _population_based(self, strategy: Any) -> bool:
+        names = set(inspect.signature(strategy.init).parameters)
+        if not {"mean", "population"} & names:
+            raise ConfigError(
+                f"searcher {self.algorithm} starts neither from a mean nor from a population"
+            )
+        return "population" in names
+
+    def _built(self, genes: Genes) -> tuple[Any, Any]:
+        """The evosax object and its parameters."""
+        kind: Any = _algorithm(self.algorithm)
+        one = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), genes)
+        encode, _ = self._coordinates()
+        options, parameters = dict(self.options), dict(self.parameters)
+        if "std_schedule" in inspect.signature(kind).parameters:
+            options.setdefault("std_schedule", optax.constant_schedule(self.scale))
+        try:
+            strategy = kind(population_size=self.num_offspring, solution=encode(one), **options)
+            fixed = strategy.default_params
+            if hasattr(fixed, "std_init"):
+                parameters.setdefault("std_init", jnp.asarray(self.scale))
+            return strategy, fixed.replace(**parameters)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ConfigError(f"searcher {self.algorithm}: {error}") from None
+
+
+def from_config(
+    config: Any, space: Space, evaluate: Evaluate, race: Race | None = None, *, algorithm: str
+) -> Evosax:
+    """An algorithm of evosax with the population size of a configuration section."""
+    config.require(race is None, "method", "only the genetic algorithm races")
+    _algorithm(algorithm)
+    return Evosax(algorithm, evaluate, space, config.population_size)
+
+
+def is_installed() -> bool:
+    """Whether evosax can be imported."""
+    return importlib.util.find_spec("evosax") is not None
+
+
+def _algorithm(name: str) -> type:
+    try:
+        from evosax.algorithms import algorithms
+    except ImportError:
+        raise ConfigError(
+            "evosax is not installed: pip install 'megajax[searchers]' for its algorithms"
+        ) from None
+    known: dict[str, type] = algorithms
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise ConfigError(f"evosax has no algorithm {name!r}; {hint}")
+    return known[name]
+
+
+def _helmert(size: int) -> np.ndarray:
+    """An orthonormal basis of the vectors that sum to zero, `[size - 1, size]`."""
+    rows = np.tril(np.ones((size, size)), -1)[1:]
+    rows -= np.diag(np.arange(size))[1:]
+    basis: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return basis

@@ -1,0 +1,129 @@
+"""All searches by name, and the configuration section that chooses among them.
+
+Knows what a space of genes and an evaluation are; nothing of networks, masks or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from megajax.search import evosax, genetic, sampling
+from megajax.search.genetic import Evaluate, Race, Space
+from megajax.search.loop import Limits, Search
+from megajax.search.operators import CROSSOVERS, SELECTIONS, SURVIVALS
+from megajax.sections import Section, one_of
+
+__all__ = ["METHODS", "EvolutionConfig", "limits_of", "make_search"]
+
+
+class EvolutionConfig(Section):
+    """The search.
+
+    Operators are names, or functions of the same signature (see `megajax.search.operators`).
+
+    Attributes:
+        method: a name in `megajax.search.methods.METHODS`; `genetic` is the genetic algorithm.
+        population_size: individuals P.
+        generations: generations after the first population.
+        elites: individuals that a `generational` survival carries over unchanged.
+        selection: `tournament`, `roulette` or `rank`, or a function.
+        tournament_size: contestants of a tournament.
+        crossover: one name or several; each child draws one of them. Or a function. None takes
+            `uniform` and `arithmetic`, or `uniform` alone where a gene picks one parent.
+        mutation: one name (`gaussian`, `reset`) or several, all applied in turn. Or a function.
+            None takes `gaussian`, or `reset` where a gene picks one parent.
+        mutation_rate: probability that a gene mutates; None means one gene in a hundred, but at
+            least one gene of a child on average.
+        mutation_scale: standard deviation of the `gaussian` mutation.
+        survival: `plus` (the best of parents and children) or `generational`, or a function.
+        generations_per_chunk: generations in one compiled call, between two looks of the host.
+        patience: stop after so many generations without a better best; None never does.
+        time_budget: stop after so many seconds; None never does. Not reproducible by nature.
+        evaluation_budget: stop before more than so many networks are scored; None never does. What
+            counts is the cost: a network scored on a tenth of the examples is a tenth of a network.
+    """
+
+    section = "evolution"
+    method: Annotated[str, one_of(lambda: METHODS)] = "genetic"
+    population_size: Annotated[int, Field(ge=2)] = 32
+    generations: Annotated[int, Field(ge=0)] = 60
+    elites: Annotated[int, Field(ge=0)] = 1
+    selection: Annotated[str, one_of(SELECTIONS)] | Callable[..., Any] = "tournament"
+    tournament_size: Annotated[int, Field(ge=1)] = 3
+    crossover: (
+        Annotated[str, one_of(CROSSOVERS)]
+        | tuple[Annotated[str, one_of(CROSSOVERS)], ...]
+        | Callable[..., Any]
+        | None
+    ) = None
+    mutation: (
+        Annotated[str, one_of(("gaussian", "reset"))]
+        | tuple[Annotated[str, one_of(("gaussian", "reset"))], ...]
+        | Callable[..., Any]
+        | None
+    ) = None
+    mutation_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    mutation_scale: Annotated[float, Field(ge=0)] = 0.3
+    survival: Annotated[str, one_of(SURVIVALS)] | Callable[..., Any] = "plus"
+    generations_per_chunk: Annotated[int, Field(ge=1)] = 1
+    patience: Annotated[int, Field(ge=1)] | None = None
+    time_budget: Annotated[float, Field(ge=0)] | None = None
+    evaluation_budget: Annotated[int, Field(ge=0)] | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError for values that cannot work together."""
+        size = self.population_size
+        self.require(size > self.elites, "population_size", f"{self.elites} elites leave no child")
+        fits = self.tournament_size <= size
+        self.require(fits, "tournament_size", f"it must not exceed the population of {size}")
+        for name in ("crossover", "mutation"):
+            self.require(getattr(self, name) != (), name, "at least one is needed")
+        budget = self.evaluation_budget
+        enough = budget is None or budget >= size
+        self.require(enough, "evaluation_budget", f"the first population alone needs {size}")
+
+
+def make_search(
+    config: EvolutionConfig, space: Space, evaluate: Evaluate, race: Race | None = None
+) -> Search:
+    """The search that a configuration section describes.
+
+    Args:
+        config: the method and its choices.
+        space: what is known of the genes.
+        evaluate: `evaluate(problem, genes [M, ...]) -> fitness [M]` or `(fitness, aux)`.
+        race: how children race, or None.
+
+    Returns:
+        The search, equal to others with the same choices.
+
+    Raises:
+        ConfigError: the choices do not fit the genes.
+    """
+    return METHODS[config.method](config, space, evaluate, race)
+
+
+def limits_of(config: EvolutionConfig, num_examples: int) -> Limits:
+    """When a search ends, as a configuration section says."""
+    budget = config.evaluation_budget
+    return Limits(
+        generations=config.generations,
+        patience=config.patience,
+        seconds=config.time_budget,
+        examples=None if budget is None else budget * num_examples,
+        per_call=config.generations_per_chunk,
+    )
+
+
+METHODS: dict[str, Callable[[Any, Space, Evaluate, Race | None], Search]] = {
+    "genetic": genetic.from_config,
+    "random": sampling.from_config,
+    "cma_es": partial(evosax.from_config, algorithm="CMA_ES"),
+    "sep_cma_es": partial(evosax.from_config, algorithm="Sep_CMA_ES"),
+    "differential_evolution": partial(evosax.from_config, algorithm="DifferentialEvolution"),
+}
+"""The searches by the names that the configuration gives them."""
