@@ -1,25 +1,48 @@
-"""What every configuration section is: a frozen, hashable record that checks itself when it is built.
+"""What every configuration section is: a frozen, hashable record that checks itself when built.
 
 Knows pydantic and nothing of what is configured: a section stands beside the code that it is for.
+A value may come from Python, from JSON or as text from the command line; what a text stands for
+follows from the annotation of its field.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import difflib
+import inspect
+import os
+import re
+import types
 import typing
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from megajax.errors import ConfigError
 
-__all__ = ["Section", "one_of"]
+__all__ = [
+    "Field",
+    "Fraction",
+    "Pattern",
+    "Place",
+    "Section",
+    "at_least",
+    "between",
+    "fields",
+    "one_of",
+]
+
+_SETTINGS = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
 
 
 class Section(BaseModel):
-    """Base of all sections. Fields are checked by their annotations, then by `check`.
+    """Base of all sections. Fields are checked by their annotations, then by `_check`.
 
-    Strings become what the annotation asks for, so that the command line can pass what it was given.
+    Lists become tuples and NumPy's scalars Python's. A text becomes what the field's annotation
+    asks for, so that the command line can pass on what it was given.
 
     Raises:
         ConfigError: a field is unknown, or a value cannot work; one line that names the field.
@@ -27,35 +50,49 @@ class Section(BaseModel):
     Example:
         >>> class Tea(Section):
         ...     section = "tea"
-        ...     minutes: int = 3
-        >>> Tea(minutes="5")
-        Tea(minutes=5)
+        ...     minutes: int | None = 3
+        >>> Tea(minutes="5"), Tea(minutes="None")
+        (Tea(minutes=5), Tea(minutes=None))
         >>> Tea(minutes="long")
         Traceback (most recent call last):
         ...
-        megajax.errors.ConfigError: tea.minutes is 'long': int is needed
+        megajax.errors.ConfigError: tea.minutes is 'long': a whole number or None is needed
+        >>> Tea(minuets=5)
+        Traceback (most recent call last):
+        ...
+        megajax.errors.ConfigError: tea.minuets is no field of the configuration; did you mean
+        tea.minutes?
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = _SETTINGS
     section: ClassVar[str] = ""
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
+        kind = type(self)
+        given = {name: _read(kind, name, value) for name, value in values.items()}
         try:
-            super().__init__(**fields)
+            super().__init__(**given)
         except ValidationError as error:
-            raise ConfigError(_describe(type(self), error)) from None
-        self.check()
+            raise ConfigError(_complaint(kind, given, error)) from None
+        self._check()
 
-    def check(self) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"sections are frozen: use replace({name}=...), which makes another")
+
+    def __hash__(self) -> int:
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return hash(tuple(frozenset(v.items()) if isinstance(v, dict) else v for v in values))
+
+    def _check(self) -> None:
         """Raises ConfigError where fields that are right by themselves cannot work together."""
 
-    def require(self, ok: bool, name: str, why: str) -> None:
+    def _require(self, ok: bool, name: str, why: str) -> None:
         """Raises ConfigError about a field, unless all is well."""
         if not ok:
-            raise ConfigError(f"{_full_name(type(self), name)} is {getattr(self, name)!r}: {why}")
+            raise ConfigError(f"{_full(type(self), name)} is {getattr(self, name)!r}: {why}")
 
-    def replace(self, **changes: Any) -> typing.Self:
-        """The section with some fields changed, checked anew.
+    def replace(self, **changes: Any) -> Self:
+        """The section with some fields changed, checked anew; a section in it by a mapping.
 
         Example:
             >>> class Tea(Section):
@@ -63,73 +100,224 @@ class Section(BaseModel):
             >>> Tea().replace(minutes=4)
             Tea(minutes=4)
         """
-        fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return type(self)(**(fields | changes))
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        for name, change in changes.items():
+            inner = isinstance(values.get(name), Section) and isinstance(change, Mapping)
+            values[name] = values[name].replace(**change) if inner else change
+        return type(self)(**values)
 
 
-def one_of(choices: Iterable[str] | Callable[[], Iterable[str]]) -> Any:
-    """The check that a string is one of a registry's names, for `Annotated[str, one_of(REGISTRY)]`.
+def one_of(choices: Iterable[str], *words: str) -> Any:
+    """Checks that a string is a name in a registry; for use in `Annotated[str, ...]`.
+
+    The registry is asked when a section is built, so that an entry may be added at any time.
+
+    Args:
+        choices: the registry.
+        words: other strings that are allowed.
 
     Example:
         >>> class Tea(Section):
         ...     section = "tea"
-        ...     kind: typing.Annotated[str, one_of({"green": 1, "black": 2})] = "green"
+        ...     kind: Annotated[str, one_of({"green": 1, "black": 2}, "any")] = "any"
         >>> Tea(kind="red")
         Traceback (most recent call last):
         ...
-        megajax.errors.ConfigError: tea.kind is 'red': choose one of green, black
+        megajax.errors.ConfigError: tea.kind is 'red': choose one of any, green, black
     """
 
+    def names() -> list[str]:
+        return [*words, *choices]
+
     def check(value: str) -> str:
-        if value not in (names := list(choices() if callable(choices) else choices)):
-            raise ValueError(f"choose one of {', '.join(names)}")
+        if value not in names():
+            raise ValueError(f"choose one of {', '.join(names())}")
+        return value
+
+    check.choices = names  # type: ignore[attr-defined]
+    return AfterValidator(check)
+
+
+def at_least(low: float) -> Any:
+    """Checks that a number is not below another; for use in `Annotated`."""
+
+    def check(value: float) -> float:
+        if not value >= low:
+            raise ValueError(f"it must be at least {low}")
         return value
 
     return AfterValidator(check)
 
 
-def _full_name(kind: type[Section], name: str) -> str:
+def between(low: float, high: float) -> Any:
+    """Checks that a number lies between two others or is one of them; for use in `Annotated`."""
+
+    def check(value: float) -> float:
+        if not low <= value <= high:
+            raise ValueError(f"it must lie between {low} and {high}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern
+
+
+Fraction = Annotated[float, between(0, 1)]
+"""A number between 0 and 1."""
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+"""A regular expression."""
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file or folder; `~` is the user's home."""
+
+
+class Field(NamedTuple):
+    """What a field of a section is.
+
+    Attributes:
+        name: with its section's, as in `evolution.generations`.
+        kind: what it takes, in words.
+        default: its default.
+        meaning: from the docstring of its section.
+    """
+
+    name: str
+    kind: str
+    default: Any
+    meaning: str
+
+
+def fields(kind: type[Section]) -> Iterator[Field]:
+    """The fields of a section and of those in it.
+
+    Example:
+        >>> class Tea(Section):
+        ...     '''Tea.
+        ...
+        ...     Attributes:
+        ...         minutes: how long
+        ...             it draws.
+        ...     '''
+        ...     section = "tea"
+        ...     minutes: int = 3
+        >>> list(fields(Tea))
+        [Field(name='tea.minutes', kind='a whole number', default=3, meaning='how long it draws.')]
+    """
+    _, _, attributes = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    parts = re.findall(r"^    (\w+): ((?:.|\n(?=     ))*)", attributes, flags=re.MULTILINE)
+    meanings = {name: " ".join(text.split()) for name, text in parts}
+    for name, field in kind.model_fields.items():
+        inner = _section_of(field)
+        if inner is not None:
+            yield from fields(inner)
+        else:
+            words = _words(field.rebuild_annotation())
+            yield Field(_full(kind, name), words, field.default, meanings.get(name, ""))
+
+
+def _read(kind: type[Section], name: str, value: Any) -> Any:
+    """A value as the field takes it, if it can; otherwise pydantic will say what is wrong."""
+    if name not in kind.model_fields:
+        near = difflib.get_close_matches(name, kind.model_fields, n=1)
+        hint = f"there are {', '.join(kind.model_fields)}"
+        if near:
+            hint = f"did you mean {_full(kind, near[0])}?"
+        raise ConfigError(f"{_full(kind, name)} is no field of the configuration; {hint}")
+    field = kind.model_fields[name]
+    if (inner := _section_of(field)) is not None:
+        if isinstance(value, Mapping):
+            return inner(**{str(key): item for key, item in value.items()})
+        if not isinstance(value, Section):
+            raise ConfigError(f"{_full(kind, name)} is {value!r}: it is a section with fields")
+    if not isinstance(value, str):
+        return _plain(value)
+    adapter = TypeAdapter(field.rebuild_annotation(), config=ConfigDict(strict=True))
+    refused = []
+    for meaning in _meanings(value):
+        try:
+            adapter.validate_python(meaning)
+        except ValidationError as error:
+            refused += [meaning] if _reasons(error.errors()) else []
+        else:
+            return meaning
+    return refused[0] if refused else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return tuple(map(_plain, value))
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def _meanings(text: str) -> Iterator[Any]:
+    """All that a text may stand for, the more special first; a list of one needs no brackets."""
+    literals = [text == "true"] if text in ("true", "false") else []
+    with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        literals.append(_plain(ast.literal_eval(text)))
+    yield from literals
+    if "," in text:
+        yield tuple(part.strip() for part in text.split(",") if part.strip())
+    yield text
+    yield from ((literal,) for literal in literals)
+    yield (text,) if text else ()
+
+
+def _complaint(kind: type[Section], given: Mapping[str, Any], error: ValidationError) -> str:
+    """One line about the first field that is wrong."""
+    details: list[Any] = error.errors()
+    name = str(details[0]["loc"][0])
+    reasons = _reasons(one for one in details if one["loc"][0] == name)
+    why = (
+        reasons[0]
+        if reasons
+        else f"{_words(kind.model_fields[name].rebuild_annotation())} is needed"
+    )
+    return " ".join(f"{_full(kind, name)} is {given[name]!r}: {why}".splitlines())
+
+
+def _reasons(details: Iterable[Any]) -> list[str]:
+    """What the checks above say about values of the right type."""
+    return [str(one["ctx"]["error"]) for one in details if one["type"] == "value_error"]
+
+
+def _section_of(field: FieldInfo) -> type[Section] | None:
+    kind: Any = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _full(kind: type[Section], name: str) -> str:
     return f"{kind.section}.{name}" if kind.section else name
 
 
-def _describe(kind: type[Section], error: ValidationError) -> str:
-    """One line about the first field that is wrong."""
-    first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
-        fields = ", ".join(kind.model_fields)
-        return f"{_full_name(kind, name)}: there is no such field; the fields are {fields}"
-    same = [one for one in error.errors() if one["loc"] and one["loc"][0] == name]
-    reasons = {"value_error": "error", "greater_than_equal": "ge", "less_than_equal": "le"}
-    ours = [one for one in same if one["type"] in reasons]
-    if ours and ours[0]["type"] == "value_error":
-        why = str(ours[0]["ctx"]["error"])
-    elif ours:
-        low = ours[0]["type"] == "greater_than_equal"
-        limit = ours[0]["ctx"][reasons[ours[0]["type"]]]
-        why = f"it must be at {'least' if low else 'most'} {limit}"
-    else:
-        why = f"{_kinds(kind.model_fields[name].annotation)} is needed"
-    return f"{_full_name(kind, name)} is {first['input']!r}: {why}"
-
-
-def _kinds(annotation: Any) -> str:
-    """An annotation in words: `int | None` is `int or None`."""
+def _words(annotation: Any) -> str:
+    """An annotation in words: `int | None` is `a whole number or None`."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _kinds(inner[0])
+    if origin is Annotated:
+        choices = [getattr(getattr(check, "func", None), "choices", None) for check in inner[1:]]
+        named = [" or ".join(map(repr, choice())) for choice in choices if choice is not None]
+        return named[0] if named else _words(inner[0])
     if origin is typing.Literal:
         return " or ".join(map(repr, inner))
-    if annotation is type(None):
-        return "None"
-    if (
-        origin is not None
-        and not isinstance(origin, type)
-        or str(origin) == "<class 'types.UnionType'>"
-    ):
-        return " or ".join(map(_kinds, inner))
-    if origin is not None:
-        return (
-            "a function" if "Callable" in str(origin) else str(getattr(origin, "__name__", origin))
-        )
-    return str(getattr(annotation, "__name__", annotation))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_words, inner))
+    if origin is tuple:
+        return f"({', '.join('...' if one is Ellipsis else _words(one) for one in inner)})"
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "a text",
+        type(None): "None",
+        Callable: "a function",
+        Mapping: "a dictionary",
+    }
+    return names.get(origin or annotation, str(annotation))
