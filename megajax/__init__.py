@@ -1,33 +1,28 @@
 """Merge independently trained neural networks by evolution, in JAX.
 
-`merge` does the main job; every piece it is made of can be called by itself:
+`merge` does the main job; every piece that it is made of can be used by itself. The folders are
+layers, each of which knows only those below it:
 
-    parents     check and stack variable pytrees     adapters    from Flax Linen and NNX
-    genome      genes <-> variables                  operators   selection, crossover, mutation
-    fitness     score a population in one program    evolution   init, step, run
-    alignment   symmetries, matching                 normalization  BatchNorm, REPAIR
-    evaluation  held-out metrics                     layers      which leaves form a layer
-    interchange  networks from files of any format, and back
-    hierarchy   many parents, merged by a tree       training    parents, fine-tuning
-    baselines   what one would do instead            statistics  intervals, paired tests
-    robustness  corruptions, calibration             config      every choice and its default
-    errors      what can be caught
+    run          the command line: configuration, workdir, stages
+    report       tables, pages and plots
+    baselines    what one would do instead of a search
+    formats      networks from files of any format, and back; Flax Linen and NNX
+    zoo          networks, data sets, training
+    merging      from parents and data to one network: tasks, genes, fitness, `merge`, `merge_tree`
+    search       the genetic algorithm and other searches
+    evaluation   held-out metrics, statistics, robustness
+    alignment    permutation symmetries: found, verified, matched
+    program      what a network's program says of its leaves; BatchNorm
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from megajax.alignment import AlignConfig as AlignConfig
 from megajax.alignment import align as align
 from megajax.alignment import find_symmetries as find_symmetries
+from megajax.baselines import BaselinesConfig as BaselinesConfig
 from megajax.baselines import run_baselines as run_baselines
-from megajax.config import AlignConfig as AlignConfig
-from megajax.config import BaselinesConfig as BaselinesConfig
-from megajax.config import Config as Config
-from megajax.config import EvolutionConfig as EvolutionConfig
-from megajax.config import FinetuneConfig as FinetuneConfig
-from megajax.config import FitnessConfig as FitnessConfig
-from megajax.config import GenomeConfig as GenomeConfig
-from megajax.config import HierarchyConfig as HierarchyConfig
-from megajax.config import RecalibrateConfig as RecalibrateConfig
-from megajax.config import RobustnessConfig as RobustnessConfig
-from megajax.config import merge_sections as merge_sections
 from megajax.errors import ConfigError as ConfigError
 from megajax.errors import DataError as DataError
 from megajax.errors import DeviceError as DeviceError
@@ -38,36 +33,55 @@ from megajax.errors import ParentsError as ParentsError
 from megajax.errors import SearchError as SearchError
 from megajax.errors import SymmetryError as SymmetryError
 from megajax.errors import WorkdirError as WorkdirError
-from megajax.evaluation.measures import ensemble as ensemble
-from megajax.evaluation.measures import measure as measure
-from megajax.evaluation.measures import predict as predict
-from megajax.formats import NameMap as NameMap
-from megajax.formats import check_logits as check_logits
-from megajax.formats import export as export
-from megajax.formats import load_network as load_network
-from megajax.formats import load_parents as load_parents
-from megajax.formats import map_names as map_names
-from megajax.formats import save_network as save_network
-from megajax.formats.adapters import Network as Network
-from megajax.formats.adapters import from_linen as from_linen
-from megajax.formats.adapters import from_nnx as from_nnx
-from megajax.formats.adapters import to_nnx as to_nnx
 from megajax.merging.genome import Genome as Genome
-from megajax.merging.genome import masks as masks
-from megajax.merging.genome import weights as weights
+from megajax.merging.genome import GenomeConfig as GenomeConfig
+from megajax.merging.masks import masks as masks
 from megajax.merging.merge import MergeResult as MergeResult
 from megajax.merging.merge import merge as merge
+from megajax.merging.merge import problem_for as problem_for
+from megajax.merging.metrics import Metric as Metric
+from megajax.merging.problem import FitnessConfig as FitnessConfig
+from megajax.merging.problem import Problem as Problem
+from megajax.merging.problem import RecalibrateConfig as RecalibrateConfig
+from megajax.merging.problem import evaluate as evaluate
+from megajax.merging.tasks import Task as Task
+from megajax.merging.tree import HierarchyConfig as HierarchyConfig
 from megajax.merging.tree import TreeResult as TreeResult
 from megajax.merging.tree import merge_tree as merge_tree
 from megajax.program.batchnorm import recalibrate as recalibrate
 from megajax.program.batchnorm import repair as repair
 from megajax.program.layers import find_layers as find_layers
-from megajax.search.genetic import genetic_algorithm as genetic_algorithm
-from megajax.trees import check_parents as check_parents
-from megajax.trees import keep_leaves as keep_leaves
-from megajax.trees import stack_parents as stack_parents
-from megajax.trees import unstack_parents as unstack_parents
+from megajax.search.genetic import GeneticAlgorithm as GeneticAlgorithm
+from megajax.search.methods import EvolutionConfig as EvolutionConfig
+
+if TYPE_CHECKING:
+    from megajax.evaluation.measures import ensemble as ensemble
+    from megajax.evaluation.measures import measure as measure
+    from megajax.evaluation.measures import predict as predict
 
 __version__ = "0.1.0"
-from megajax.run.presets import mega_paper as mega_paper
-from megajax.run.presets import sound_cifar10 as sound_cifar10
+
+_LATER = {
+    "NameMap": "formats",
+    "Network": "formats.adapters",
+    "ensemble": "evaluation.measures",
+    "measure": "evaluation.measures",
+    "predict": "evaluation.measures",
+    "from_linen": "formats.adapters",
+    "from_nnx": "formats.adapters",
+    "to_nnx": "formats.adapters",
+    "load_network": "formats",
+    "load_parents": "formats",
+    "save_network": "formats",
+}
+"""Names that are imported when they are first used, because they bring heavy libraries along."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'megajax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"megajax.{_LATER[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])

@@ -86,7 +86,7 @@ class Section(BaseModel):
     def _check(self) -> None:
         """Raises ConfigError where fields that are right by themselves cannot work together."""
 
-    def _require(self, ok: bool, name: str, why: str) -> None:
+    def require(self, ok: bool, name: str, why: str) -> None:
         """Raises ConfigError about a field, unless all is well."""
         if not ok:
             raise ConfigError(f"{_full(type(self), name)} is {getattr(self, name)!r}: {why}")

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-__all__ = ["ApplyFn", "Bound", "Genes", "Key", "PyTree", "bind"]
+__all__ = ["ApplyFn", "Bound", "Genes", "Key", "Method", "PyTree", "bind"]
 
 PyTree: TypeAlias = Any
 """Any nesting of containers with arrays at the leaves."""
@@ -52,3 +52,20 @@ def bind(function: Callable[..., Any], **options: Any) -> Bound:
         True
     """
     return Bound(function, tuple(sorted(options.items())))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a value. Unlike bound methods, those of equal values compare equal.
+
+    Attributes:
+        owner: the value; hashable.
+        name: of the method.
+    """
+
+    owner: Any
+    name: str
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Calls the method."""
+        return getattr(self.owner, self.name)(*arguments, **options)

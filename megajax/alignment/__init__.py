@@ -1,8 +1,9 @@
 """Permutation symmetries of networks, and the alignment of independently trained ones."""
 
+from megajax.alignment.aligning import AlignConfig as AlignConfig
+from megajax.alignment.aligning import align as align
 from megajax.alignment.matching import Alignment as Alignment
 from megajax.alignment.matching import activation_matching as activation_matching
-from megajax.alignment.matching import align as align
 from megajax.alignment.matching import weight_matching as weight_matching
 from megajax.alignment.symmetries import Copies as Copies
 from megajax.alignment.symmetries import Group as Group

@@ -19,10 +19,11 @@ import numpy as np
 from jax.extend import core
 
 from megajax.baselines.averages import uniform_average
+from megajax.baselines.given import Given, Result, baseline
 from megajax.baselines.leaves import is_floating
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.program.jaxprs import Delayed, delay, moved_axes, shape_of, trace, walk
-from megajax.types import ApplyFn, PyTree
+from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["Kernel", "find_kernels", "gram_matrices", "regmean"]
 
@@ -336,3 +337,15 @@ def _from_matrix(kernel: Kernel, matrix: np.ndarray, shape: tuple[int, ...]) -> 
 
 def _full_order(kernel: Kernel, ndim: int) -> tuple[int, ...]:
     return kernel.order + tuple(axis for axis in range(ndim) if axis not in kernel.order)
+
+
+@baseline(
+    "regmean",
+    "linear layers nearest to the parents' outputs, in closed form",
+    "Jin et al., arXiv 2212.09849",
+    needs=("calibration",),
+    default=True,
+)
+def _regmean(key: Key, given: Given) -> Result:
+    assert given.inputs is not None
+    return Result(given.prepared(regmean(given.apply_fn, given.parents, given.inputs)))

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.special import log_softmax
 
-from megajax.merging.fitness import Batches, batches
+from megajax.errors import DataError
+from megajax.evaluation.batches import cut
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Metrics", "ensemble", "measure", "predict", "predictor", "straight_path"]
@@ -31,34 +31,42 @@ class Metrics(NamedTuple):
     nll: float
 
 
-def predict(apply_fn: ApplyFn, variables: PyTree, images: Any, batch_size: int = 512) -> np.ndarray:
-    """The logits of one network for any number of images.
+def predict(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree, batch_size: int = 512) -> PyTree:
+    """The outputs of one network for any number of examples; compiled once for all networks.
 
     Args:
         apply_fn: the network.
         variables: its variables.
-        images: `[N, ...]`, N >= 1.
+        inputs: leaves `[N, ...]`, N >= 1.
         batch_size: the largest batch to run.
 
     Returns:
-        Logits `[N, C]` float32.
+        The outputs, NumPy, leaves `[N, ...]`; half precision becomes float32.
 
     Raises:
-        DataError: there are no images.
+        DataError: there are no examples.
 
     Example:
         >>> predict(lambda w, x: x * w, 2.0, np.ones((3, 2)), batch_size=2).shape
         (3, 2)
     """
-    data = batches(images, np.zeros(len(images), np.int32), batch_size)
-    logits = np.asarray(_logits(apply_fn, variables, data), np.float32)
-    return logits.reshape(-1, logits.shape[-1])[: len(images)]
+    leaves = jax.tree.leaves(inputs)
+    if not leaves or not len(leaves[0]):
+        raise DataError("there are no examples to predict")
+    count = len(leaves[0])
+    outputs = _outputs(apply_fn, variables, cut(inputs, None, batch_size).inputs)
+
+    def whole(leaf: jax.Array) -> np.ndarray:
+        array = np.asarray(leaf).reshape(-1, *leaf.shape[2:])[:count]
+        half = array.dtype.itemsize < 4 and jax.numpy.issubdtype(array.dtype, jax.numpy.floating)
+        return array.astype(np.float32) if half else array
+
+    return jax.tree.map(whole, outputs)
 
 
 @partial(jax.jit, static_argnums=0)
-def _logits(apply_fn: ApplyFn, variables: PyTree, data: Batches) -> jax.Array:
-    logits: jax.Array = jax.lax.map(partial(apply_fn, variables), data.images)
-    return logits
+def _outputs(apply_fn: ApplyFn, variables: PyTree, batches: PyTree) -> PyTree:
+    return jax.lax.map(partial(apply_fn, variables), batches)
 
 
 def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
@@ -69,16 +77,16 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
         labels: `[N]` integers.
 
     Returns:
-        The metrics, computed in float64. An example whose logits are not finite is wrong.
+        The metrics, computed in float64. An example with NaN or plus infinity among its logits is
+        wrong; minus infinity switches a class off.
 
     Example:
         >>> measure(np.array([[5.0, 0.0], [5.0, 0.0]]), np.array([0, 1])).accuracy
         0.5
     """
     labels = np.asarray(labels)
-    right = (logits.argmax(axis=-1) == labels) & np.isfinite(logits).all(axis=-1)
-    with np.errstate(invalid="ignore"):  # infinite logits give an NLL that is no number
-        log_probability = log_softmax(np.asarray(logits, np.float64), axis=-1)
+    right = (logits.argmax(axis=-1) == labels) & (logits < np.inf).all(axis=-1)
+    log_probability = _log_softmax(logits)
     nll = -log_probability[np.arange(len(labels)), labels].mean()
     return Metrics(float(right.mean()), float(nll))
 
@@ -91,7 +99,7 @@ def straight_path(
     labels: Any,
     *,
     shares: Sequence[float] = TENTHS,
-    prepare: Callable[[PyTree], PyTree] = lambda variables: variables,
+    prepare: Callable[[PyTree], PyTree] | None = None,
     batch_size: int = 512,
 ) -> list[Metrics]:
     """The metrics of the networks on the straight line between two.
@@ -103,7 +111,8 @@ def straight_path(
         images: `[N, ...]`.
         labels: `[N]`.
         shares: of the second network, from 0 to 1.
-        prepare: done to every network that is neither end, such as recalibration.
+        prepare: done to every network that is neither end, such as recalibration: a module-level
+            function or a `megajax.types.Bound`.
         batch_size: the largest batch to run.
 
     Returns:
@@ -116,16 +125,31 @@ def straight_path(
         (1.0, 0.0)
     """
 
-    @jax.jit
-    def between(share: float) -> PyTree:
-        mixed = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)
-        return prepare(mixed)
-
     path = []
     for share in shares:
-        network = first if share == 0 else second if share == 1 else between(share)
+        mixed = (
+            []
+            if share in (0, 1)
+            else [_between(prepare or as_it_is, first, second, np.float32(share))]
+        )
+        network = mixed[0] if mixed else first if share == 0 else second
         path.append(measure(predict(apply_fn, network, images, batch_size), labels))
     return path
+
+
+@partial(jax.jit, static_argnums=0)
+def _between(prepare: Callable[[PyTree], PyTree], a: PyTree, b: PyTree, share: Any) -> PyTree:
+    return prepare(jax.tree.map(lambda a, b: (1 - share) * a + share * b, a, b))
+
+
+def as_it_is(variables: PyTree) -> PyTree:
+    """A network as it is.
+
+    Example:
+        >>> as_it_is(3)
+        3
+    """
+    return variables
 
 
 def ensemble(logits: np.ndarray) -> np.ndarray:
@@ -141,7 +165,7 @@ def ensemble(logits: np.ndarray) -> np.ndarray:
         >>> np.exp(ensemble(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))).round(3).tolist()
         [[0.7, 0.3]]
     """
-    log_probabilities = log_softmax(np.asarray(logits, np.float64), axis=-1)
+    log_probabilities = _log_softmax(logits)
     mean: np.ndarray = np.logaddexp.reduce(log_probabilities, axis=0) - np.log(len(logits))
     return mean
 
@@ -181,3 +205,11 @@ def predictor(
         return logits | of_ensembles
 
     return logits_of
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = np.asarray(logits, np.float64)
+    with np.errstate(invalid="ignore"):  # infinite logits give what is no number
+        shifted = wide - wide.max(axis=-1, keepdims=True)
+        result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result

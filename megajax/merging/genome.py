@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import jax
-from pydantic import Field
 
 from megajax.alignment.units import unit_labels
 from megajax.errors import ConfigError
@@ -23,7 +22,7 @@ from megajax.merging.task_vectors import TaskVectors
 from megajax.merging.weights import Weights
 from megajax.program.batchnorm import find_statistics
 from megajax.program.layers import find_layers
-from megajax.sections import Section, one_of
+from megajax.sections import Pattern, Section, at_least, between, one_of
 from megajax.trees import Static
 from megajax.types import ApplyFn, Genes, Key, PyTree
 
@@ -102,18 +101,18 @@ class GenomeConfig(Section):
 
     section = "genome"
     kind: Literal["masks", "task_vectors", "weights"] = "masks"
-    freeze: str | None = None
+    freeze: Pattern | None = None
     granularity: Annotated[str, one_of(GRANULARITIES)] = "channel"
     binary: bool = False
-    low: Annotated[float, Field(le=0)] = 0.0
-    high: Annotated[float, Field(ge=1)] = 2.0
+    low: Annotated[float, between(-10, 0)] = 0.0
+    high: Annotated[float, at_least(1)] = 2.0
     trim: bool = False
     parents_first: bool = True
     relative_noise: bool = True
     noise_on_statistics: bool = False
     clip_variances: bool = True
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raises ConfigError for choices that another kind of genome has."""
         own = {
             "masks": {"granularity", "binary", "low"},

@@ -79,7 +79,7 @@ class Masks:
             )
         shape = (size - len(founders), G, K)
         home_key, distance_key, sample_key, hit_key = jax.random.split(key, 4)
-        home = _one_hot(jax.random.randint(home_key, (shape[0], 1), 0, K), K)
+        home = _one_hot(operators.uniform_integers(home_key, (shape[0], 1), K), K)
         distance = jax.random.uniform(distance_key, (shape[0], 1, 1))
         wild = self.sample(sample_key, shape, jnp.float32)
         if self.picks:
@@ -133,7 +133,7 @@ class Masks:
         """Random genes: parents drawn alike, or coefficients uniform on the simplex."""
         if self.picks:
             K = self.num_parents
-            return _one_hot(jax.random.randint(key, shape[:-1], 0, K), K).astype(dtype)
+            return _one_hot(operators.uniform_integers(key, shape[:-1], K), K).astype(dtype)
         # `jax.random.dirichlet` would compile a rejection sampler.
         waits = jax.random.exponential(key, shape, dtype)
         return waits / waits.sum(-1, keepdims=True)

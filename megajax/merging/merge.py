@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megajax.alignment import Alignment, AlignConfig, align
+from megajax.alignment import AlignConfig, Alignment, align
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.merging.genome import Genome, GenomeConfig, make_genome
 from megajax.merging.problem import (
@@ -33,12 +33,14 @@ from megajax.program.memory import check_fits
 from megajax.search.genetic import check_operators
 from megajax.search.loop import (
     Info,
+    Search,
     State,
     check_alive,
     compiled_step,
     examples_scored,
     first_info,
     first_state,
+    joined,
     run,
 )
 from megajax.search.methods import EvolutionConfig, limits_of, make_search
@@ -169,7 +171,7 @@ def merge(
     """
     evolution = evolution or EvolutionConfig()
     align_key, genes_key, init_key, run_key = jax.random.split(key, 4)
-    given = _checked(parents, keep)
+    given = checked_parents(parents, keep)
     tasks = _tasks(apply_fn, given[0], data, fitness)
     aligned, _ = _aligned(
         align_key, apply_fn, given, tasks[0].inputs, calibration, align, keep, base
@@ -188,8 +190,7 @@ def merge(
         population_size=evolution.population_size,
     )
     problem, parent_fitness, parent_scores = _with_reference(problem, given, fitness)
-    race = race_of(fitness or FitnessConfig(), problem)
-    search = make_search(evolution, problem.genome, evaluate, race)
+    search = search_of(problem, evolution, fitness)
     genes = _first_genes(problem.genome, evolution.population_size, genes_key, problem.parents)
     check_operators(search, genes)
 
@@ -201,7 +202,7 @@ def merge(
     check_fits(lambda: compiled_step(search, limits.per_call, run_key, start, problem))
     if state is None:
         state = first_state(search, init_key, genes, problem)
-        first = jax.tree.map(lambda leaf: np.asarray(leaf)[None], jax.device_get(first_info(state)))
+        first = first_info(state)
         history.append(first)
         stopped = bool(callback is not None and callback(state, first))
         check_alive(first)
@@ -226,7 +227,7 @@ def merge(
         fitness=float(state.best.fitness),
         parent_fitness=parent_fitness,
         genes=state.best.genes,
-        history=jax.tree.map(lambda *leaves: np.concatenate(leaves), *history),
+        history=joined(history),
         evaluations=int(counts.networks),
         examples_scored=examples_scored(search, problem.num_examples, counts),
         scores={name: float(value) for name, value in zip(names, values, strict=True)},
@@ -283,9 +284,9 @@ def problem_for(
         [1.0, 0.0]
     """
     fitness, recalibrate = fitness or FitnessConfig(), recalibrate or RecalibrateConfig()
-    checked = _checked(parents, keep)
+    checked = checked_parents(parents, keep)
     tasks = _tasks(apply_fn, checked[0], data, fitness)
-    inputs = _few(tasks[0].inputs)
+    inputs = first_examples(tasks[0].inputs)
     if genome is None or isinstance(genome, GenomeConfig):
         frozen = tuple(keep or {})
         chosen = make_genome(
@@ -314,6 +315,30 @@ def problem_for(
     )
 
 
+def search_of(
+    problem: Problem, evolution: EvolutionConfig, fitness: FitnessConfig | None = None
+) -> Search:
+    """The search that configuration sections describe, for a problem."""
+    race = race_of(fitness or FitnessConfig(), problem)
+    return make_search(evolution, problem.genome, evaluate, race)
+
+
+def searched(key: Key, problem: Problem, evolution: EvolutionConfig) -> State:
+    """The last state of a search on a problem, from a first population of the genome's own."""
+    genes_key, init_key, run_key = jax.random.split(key, 3)
+    search = search_of(problem, evolution)
+    genes = _first_genes(problem.genome, evolution.population_size, genes_key, problem.parents)
+    total = problem.num_examples
+    return run(
+        run_key,
+        search,
+        first_state(search, init_key, genes, problem),
+        problem,
+        limits_of(evolution, total),
+        num_examples=total,
+    )[0]
+
+
 def with_unmixed(variables: PyTree, genome: Genome, parent: PyTree) -> PyTree:
     """A network whose unmixed leaves are the given parent's own, which a device may have cut."""
     leaves, treedef = jax.tree.flatten(variables)
@@ -323,7 +348,9 @@ def with_unmixed(variables: PyTree, genome: Genome, parent: PyTree) -> PyTree:
     )
 
 
-def _checked(parents: Sequence[PyTree], keep: Mapping[str, int] | None) -> list[PyTree]:
+def checked_parents(
+    parents: Sequence[PyTree], keep: Mapping[str, int] | None = None
+) -> list[PyTree]:
     """The parents on the host, checked, with leaves that are left to one of them."""
     if keep:
         parents = keep_leaves(parents, keep)
@@ -350,8 +377,9 @@ def _tasks(
     return [check_task(task, apply_fn, variables, number) for number, task in enumerate(tasks)]
 
 
-def _few(inputs: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[:8], inputs)
+def first_examples(inputs: PyTree) -> PyTree:
+    """A batch that tells what a network does: enough of the inputs to trace and verify it."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf[:8]), inputs)
 
 
 def _calibration(
@@ -360,7 +388,7 @@ def _calibration(
     if inputs is None:
         raise DataError(f"calibration inputs are missing: {what} needs them")
     check_inputs(inputs, "calibration inputs", least)
-    output_shapes(apply_fn, variables, _few(inputs))
+    output_shapes(apply_fn, variables, first_examples(inputs))
     return on_host(inputs)
 
 
@@ -379,7 +407,13 @@ def _aligned(
     if config.method in ("activations", "both"):
         calibration = _calibration(calibration, apply_fn, parents[0], "align", 2)
     return align(
-        key, apply_fn, parents, _few(inputs), calibration=calibration, config=config, keep=keep
+        key,
+        apply_fn,
+        parents,
+        first_examples(inputs),
+        calibration=calibration,
+        config=config,
+        keep=keep,
     )
 
 

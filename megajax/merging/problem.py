@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field
 
 from megajax.merging.devices import Layout, choose_layout, over_population, place
 from megajax.merging.genome import Genome
@@ -25,7 +24,7 @@ from megajax.program.batchnorm import recalibrate
 from megajax.program.convolutions import for_backend
 from megajax.program.prefix import own_leaves, split
 from megajax.search.genetic import Race
-from megajax.sections import Section, one_of
+from megajax.sections import Section, at_least, between, one_of
 from megajax.trees import is_mixable
 from megajax.types import ApplyFn, Genes, Key, PyTree, bind
 
@@ -73,15 +72,15 @@ class FitnessConfig(Section):
     section = "fitness"
     metric: Annotated[str, one_of(METRICS)] | Metric | Callable[..., Any] | None = None
     combine: Literal["relative", "raw"] = "relative"
-    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    population_chunk: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    devices: Annotated[int, Field(ge=1)] | Literal["auto", "all"] = "auto"
-    devices_per_network: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, at_least(1)] | Literal["auto"] = "auto"
+    population_chunk: Annotated[int, at_least(1)] | Literal["auto"] = "auto"
+    devices: Annotated[int, at_least(1)] | Literal["auto", "all"] = "auto"
+    devices_per_network: Annotated[int, at_least(1)] = 1
     select_on_test: bool = False
-    racing_examples: Annotated[int, Field(ge=1)] | None = None
-    racing_finalists: Annotated[float, Field(gt=0, le=1)] = 0.125
+    racing_examples: Annotated[int, at_least(1)] | None = None
+    racing_finalists: Annotated[float, between(1e-9, 1)] = 0.125
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raises ConfigError where the numbers of devices do not divide."""
         divides = isinstance(self.devices, str) or self.devices % self.devices_per_network == 0
         self.require(
@@ -99,7 +98,7 @@ class RecalibrateConfig(Section):
 
     section = "recalibrate"
     enabled: bool = False
-    examples: Annotated[int, Field(ge=2)] = 256
+    examples: Annotated[int, at_least(2)] = 256
 
 
 @jax.tree_util.register_dataclass
@@ -253,14 +252,27 @@ def evaluate(problem: Problem, genes: Genes) -> tuple[jax.Array, Aux]:
     return result
 
 
-@jax.jit
 def scores_of(problem: Problem, variables: PyTree) -> tuple[jax.Array, Aux]:
     """The fitness of one network, given by its variables, and what else is known.
 
     Args:
-        problem: only its tasks matter.
+        problem: only its tasks matter; problems with the same tasks share the compiled program.
         variables: of one network.
     """
+    tasks = replace(
+        problem,
+        parents=(),
+        calibration=None,
+        genome=None,
+        layout=Layout(1, problem.layout.batch_size),
+        faithful=(),
+        prefix=False,
+    )
+    return _scores(tasks, variables)
+
+
+@jax.jit
+def _scores(problem: Problem, variables: PyTree) -> tuple[jax.Array, Aux]:
     return _scorer(problem, None)(variables)
 
 
@@ -322,9 +334,7 @@ def race_of(config: FitnessConfig, problem: Problem) -> Race | None:
     if count is None:
         return None
     total = problem.num_examples
-    config.require(
-        count <= total, "racing_examples", f"there are only {total} validation examples"
-    )
+    config.require(count <= total, "racing_examples", f"there are only {total} validation examples")
     config.require(len(problem.batches) == 1, "racing_examples", "races are for one task")
     return Race(bind(sample, count=count), count, config.racing_finalists)
 
@@ -365,6 +375,7 @@ def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[j
     def score(variables: PyTree) -> tuple[jax.Array, Aux]:
         scores, right = [], []
         for network, metric, of_task in zip(networks, problem.metrics, data, strict=True):
+
             def pass_(batch: Batches, network: Any = network, metric: Any = metric) -> Any:
                 outputs = network(variables, batch.inputs)
                 statistics = metric.statistics(outputs, batch.targets)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megajax.errors import ConfigError, DataError, first_line
+from megajax.evaluation.batches import Batches, cut
 from megajax.merging.metrics import IGNORED, Metric, as_metric, default_metric
 from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn, PyTree
@@ -39,20 +40,6 @@ class Task(NamedTuple):
     apply_fn: ApplyFn | None = None
     weight: float = 1.0
     name: str | None = None
-
-
-class Batches(NamedTuple):
-    """Examples cut into B batches of b; the last one is padded with zeros.
-
-    Attributes:
-        inputs: leaves `[B, b, ...]`.
-        targets: leaves `[B, b, ...]`.
-        valid: `[B, b]` bool; False where padded, and for examples of which nothing counts.
-    """
-
-    inputs: PyTree
-    targets: PyTree
-    valid: jax.Array
 
 
 def as_tasks(data: Any) -> list[Task]:
@@ -184,7 +171,9 @@ def output_shapes(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree) -> PyTre
         outputs = jax.eval_shape(apply_fn, variables, inputs)
     except (TypeError, ValueError, AssertionError, KeyError, IndexError, AttributeError) as error:
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", inputs)
-        raise DataError(f"the network does not take inputs {shapes}: {first_line(error)}") from error
+        raise DataError(
+            f"the network does not take inputs {shapes}: {first_line(error)}"
+        ) from error
     size = jax.tree.leaves(inputs)[0].shape[0]
     for path, leaf in leaves_by_path(outputs).items():
         if not leaf.shape or leaf.shape[0] != size:
@@ -286,16 +275,8 @@ def batches(task: Task, batch_size: int) -> Batches:
         [5, 5]
     """
     total = jax.tree.leaves(task.inputs)[0].shape[0]
-    count = -(-total // batch_size)
-    size = -(-total // count)
-    valid = np.ones(total, bool)
     labels = task.targets[0] if isinstance(task.targets, tuple) else task.targets
+    valid = np.ones(total, bool)
     if hasattr(labels, "dtype") and np.issubdtype(labels.dtype, np.integer):
         valid = (labels != IGNORED).reshape(total, -1).any(axis=1)
-
-    def cut(leaf: np.ndarray) -> np.ndarray:
-        padding = np.zeros((count * size - total, *leaf.shape[1:]), leaf.dtype)
-        return np.concatenate([leaf, padding]).reshape(count, size, *leaf.shape[1:])
-
-    inputs, targets = jax.tree.map(cut, (task.inputs, task.targets))
-    return Batches(inputs, targets, cut(valid))
+    return cut(task.inputs, task.targets, batch_size, valid)

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from megajax.errors import ConfigError
-from megajax.merging.genome import Genome
 from megajax.program.jaxprs import Delayed, Program, delay, known, moved_axes, shape_of, trace, walk
-from megajax.types import ApplyFn, Genes, PyTree
+from megajax.types import ApplyFn, PyTree
 
 __all__ = [
     "Linear",
@@ -27,7 +26,6 @@ __all__ = [
     "find_linear",
     "find_statistics",
     "recalibrate",
-    "recalibrated",
     "repair",
 ]
 
@@ -147,48 +145,6 @@ def recalibrate(apply_fn: ApplyFn, variables: PyTree, inputs: jax.Array) -> PyTr
 
     _run(trace(apply_fn, variables, inputs), leaves, inputs, step_in)
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
-
-
-def recalibrated(genome: Genome, apply_fn: ApplyFn) -> Genome:
-    """A genome whose networks are recalibrated as they are expressed.
-
-    Every candidate is then scored, and used, with statistics of its own. An individual that is
-    exactly one of the parents keeps that parent's statistics, bit for bit.
-
-    Args:
-        genome: a genome of masks or weights.
-        apply_fn: the network, in inference mode.
-
-    Returns:
-        The genome; its `express` takes `(parents, inputs)` in place of `parents`, where `inputs`
-        `[n, ...]` are the calibration inputs.
-
-    Example:
-        >>> from megajax.merging.genome import masks
-        >>> parents = {"mean": jnp.zeros((2, 1)), "var": jnp.ones((2, 1)), "w": jnp.eye(2)[:, :1]}
-        >>> def apply_fn(w, x):
-        ...     return (x * w["w"] - w["mean"]) * jax.lax.rsqrt(w["var"] + 1e-5)
-        >>> genome = recalibrated(masks(parents, granularity="global"), apply_fn)
-        >>> x = jnp.array([[1.0], [3.0]])
-        >>> float(genome.express(jnp.array([[0.5, 0.5]]), (parents, x))["mean"][0])
-        1.0
-        >>> float(genome.express(jnp.array([[1.0, 0.0]]), (parents, x))["mean"][0])
-        0.0
-    """
-
-    def express(genes: Genes, context: tuple[PyTree, jax.Array]) -> PyTree:
-        parents, inputs = context
-        variables = genome.express(genes, parents)
-        equal = jax.tree.map(
-            lambda leaf, of_parents: (leaf == of_parents).all(range(1, of_parents.ndim)),
-            variables,
-            parents,
-        )
-        is_parent = jnp.stack(jax.tree.leaves(equal)).all(axis=0).any()
-        new = recalibrate(apply_fn, variables, inputs)
-        return jax.tree.map(lambda old, new: jnp.where(is_parent, old, new), variables, new)
-
-    return genome._replace(express=express)
 
 
 def find_linear(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[Linear, ...]:

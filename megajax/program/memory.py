@@ -33,7 +33,9 @@ def check_fits(compiled: Callable[[], Any]) -> None:
         found = compiled().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            raise DeviceError(f"a generation does not fit in the memory: {first_line(error)}") from error
+            raise DeviceError(
+                f"a generation does not fit in the memory: {first_line(error)}"
+            ) from error
         raise
     needed = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)

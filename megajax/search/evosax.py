@@ -19,9 +19,8 @@ import numpy as np
 import optax
 
 from megajax.errors import ConfigError
-from megajax.search import operators
 from megajax.search.genetic import Evaluate, Race, Space, evaluated
-from megajax.search.loop import Counts, Info, State, advance, describe, start
+from megajax.search.loop import Counts, Record, State, advance, record, start
 from megajax.search.operators import Population
 from megajax.types import Genes, Key, PyTree
 
@@ -90,7 +89,7 @@ class Evosax:
         memory = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), memory)
         return state._replace(memory=memory)
 
-    def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Info]:
+    def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Record]:
         """Asks the algorithm for a generation, scores it and tells the algorithm."""
         ask_key, tell_key = jax.random.split(key)
         strategy, fixed = self._built(state.population.genes)
@@ -109,7 +108,7 @@ class Evosax:
         )
         counts = Counts(*map(jnp.int32, (self.num_offspring, self.num_offspring, 0)))
         state = advance(state, offspring, offspring, counts, memory)
-        return state, describe(state, jnp.sum(~finite), jnp.sum(finite))
+        return state, record(state, jnp.sum(~finite), jnp.sum(finite))
 
     def cost(self, num_examples: int) -> int:
         """Passes of an example through a network that a generation takes."""

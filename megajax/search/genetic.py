@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from megajax.errors import ConfigError, first_line
 from megajax.search import operators
-from megajax.search.loop import Counts, Info, State, advance, describe, start
+from megajax.search.loop import Counts, Record, State, advance, record, start
 from megajax.search.operators import (
     BLENDING,
     CROSSOVERS,
@@ -38,7 +38,7 @@ from megajax.search.operators import (
     Selection,
     Survival,
 )
-from megajax.types import Bound, Genes, Key, PyTree, bind
+from megajax.types import Bound, Genes, Key, Method, PyTree, bind
 
 __all__ = ["GeneticAlgorithm", "Race", "Space", "check_operators", "evaluated", "from_config"]
 
@@ -123,7 +123,7 @@ class GeneticAlgorithm:
         del key
         return start(evaluated(self.evaluate, problem, genes))
 
-    def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Info]:
+    def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Record]:
         """Makes one generation.
 
         Args:
@@ -145,7 +145,7 @@ class GeneticAlgorithm:
             counts = Counts(*map(jnp.int32, (self.num_offspring, finalists, self.num_offspring)))
         valid = jnp.sum(jnp.isfinite(offspring.fitness))
         state = advance(state, self.survive(survive_key, population, offspring), offspring, counts)
-        return state, describe(state, counts.full - valid, valid)
+        return state, record(state, counts.full - valid, valid)
 
     @property
     def partial_examples(self) -> int:
@@ -260,7 +260,7 @@ def from_config(
         cross=_crossover(names, space.gene_ndim),
         mutate=_mutation(mutation, config, space),
         survive=SURVIVALS[config.survival] if isinstance(config.survival, str) else config.survival,
-        repair=space.repair,
+        repair=Method(space, "repair"),
         race=race,
     )
 
@@ -289,8 +289,10 @@ def _mutation(mutation: Any, config: Any, space: Space) -> Mutation:
     if rate is None:
         rate = max(0.01, 1 / space.num_genes)
     known = {
-        "gaussian": bind(space.noise, rate=rate, scale=config.mutation_scale),
-        "reset": bind(operators.reset, rate=rate, sample=space.sample, gene_ndim=space.gene_ndim),
+        "gaussian": bind(Method(space, "noise"), rate=rate, scale=config.mutation_scale),
+        "reset": bind(
+            operators.reset, rate=rate, sample=Method(space, "sample"), gene_ndim=space.gene_ndim
+        ),
     }
     names = (mutation,) if isinstance(mutation, str) else mutation
     chosen = tuple(known[name] for name in names)

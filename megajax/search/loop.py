@@ -6,8 +6,9 @@ argument of the compiled program, never part of it: one program serves all probl
 
 from __future__ import annotations
 
+import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,17 @@ from megajax.errors import SearchError
 from megajax.search.operators import Population, take
 from megajax.types import Genes, Key, PyTree
 
-__all__ = ["Counts", "Info", "Limits", "Search", "State", "check_alive", "examples_scored", "run"]
+__all__ = [
+    "Counts",
+    "Info",
+    "Limits",
+    "Record",
+    "Search",
+    "State",
+    "check_alive",
+    "examples_scored",
+    "run",
+]
 
 
 class Counts(NamedTuple):
@@ -57,14 +68,36 @@ class State(NamedTuple):
     memory: PyTree = ()
 
 
-class Info(NamedTuple):
-    """What a generation has to tell; float32 unless stated. Statistics are over finite fitnesses.
+class Record(NamedTuple):
+    """What a generation notes on the device.
 
     Attributes:
         generation: its number, from 1; 0 is the first population. int32.
-        evaluations: networks scored up to and including it, int32.
-        completed: networks scored on all examples up to and including it, int32.
-        partial: cheaper looks up to and including it, int32; see `Counts`.
+        counts: what the search has cost up to and including it.
+        best_ever: best fitness seen so far, float32.
+        fitness: of the population, `[P]`.
+        diversity: standard deviation of a gene over the population, mean over the genes, float32.
+        invalid: networks of this generation without a finite fitness, int32.
+        valid: networks of this generation with one, int32.
+    """
+
+    generation: jax.Array
+    counts: Counts
+    best_ever: jax.Array
+    fitness: jax.Array
+    diversity: jax.Array
+    invalid: jax.Array
+    valid: jax.Array
+
+
+class Info(NamedTuple):
+    """What generations have to tell: NumPy, leaves `[G]`. Statistics are over finite fitnesses.
+
+    Attributes:
+        generation: its number, from 1; 0 is the first population.
+        evaluations: networks scored up to and including it.
+        completed: networks scored on all examples up to and including it.
+        partial: cheaper looks up to and including it; see `Counts`.
         best_ever: best fitness seen so far.
         best: best fitness in the population.
         median: median fitness in the population.
@@ -72,24 +105,24 @@ class Info(NamedTuple):
         std: standard deviation of the fitness in the population.
         worst: worst fitness in the population.
         diversity: standard deviation of a gene over the population, mean over the genes.
-        invalid: networks of this generation whose fitness was not a finite number, int32; of those
-            that lost a race it is not known.
-        valid: networks of this generation whose fitness is a finite number, int32.
+        invalid: networks of this generation whose fitness was not a finite number; of those that
+            lost a race it is not known.
+        valid: networks of this generation whose fitness is a finite number.
     """
 
-    generation: jax.Array
-    evaluations: jax.Array
-    completed: jax.Array
-    partial: jax.Array
-    best_ever: jax.Array
-    best: jax.Array
-    median: jax.Array
-    mean: jax.Array
-    std: jax.Array
-    worst: jax.Array
-    diversity: jax.Array
-    invalid: jax.Array
-    valid: jax.Array
+    generation: np.ndarray
+    evaluations: np.ndarray
+    completed: np.ndarray
+    partial: np.ndarray
+    best_ever: np.ndarray
+    best: np.ndarray
+    median: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+    worst: np.ndarray
+    diversity: np.ndarray
+    invalid: np.ndarray
+    valid: np.ndarray
 
 
 class Search(Protocol):
@@ -106,7 +139,7 @@ class Search(Protocol):
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
         """Scores the first population."""
 
-    def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Info]:
+    def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Record]:
         """Makes one generation."""
 
     def cost(self, num_examples: int) -> int:
@@ -186,17 +219,23 @@ def run(
             break
         if limits.seconds is not None and time.monotonic() - started >= limits.seconds:
             break
-        state, infos = _generations(search, limits.per_call, key, state, np.int32(last), problem)
-        infos = _first(jax.device_get(infos), last - int(done))
+        state, noted = _generations(search, limits.per_call, key, state, np.int32(last), problem)
+        noted, new = jax.device_get(noted), slice(last - int(done))
+        infos = describe(jax.tree.map(operator.itemgetter(new), noted))
         history.append(infos)
         stop = callback is not None and callback(state, infos)
         check_alive(infos)
         if stop:
             break
-    if not history:
-        nothing = jax.eval_shape(search.step, key, state, problem)[1]
-        history = [jax.tree.map(lambda leaf: np.zeros(0, leaf.dtype), nothing)]
-    return state, jax.tree.map(lambda *leaves: np.concatenate(leaves), *history)
+    return state, joined(history)
+
+
+def joined(history: Sequence[Info]) -> Info:
+    """The figures of all generations of several calls, one after the other."""
+    whole = {"generation", "evaluations", "completed", "partial", "invalid", "valid"}
+    types = [np.int32 if name in whole else np.float32 for name in Info._fields]
+    nothing = Info(*(np.zeros(0, kind) for kind in types))
+    return Info(*map(np.concatenate, zip(nothing, *history, strict=True)))
 
 
 def first_state(search: Search, key: Key, genes: Genes, problem: PyTree) -> State:
@@ -283,44 +322,58 @@ def advance(
     )
 
 
-def describe(state: State, invalid: jax.Array, valid: jax.Array) -> Info:
-    """The figures of a state, as `step` reports them.
+def record(state: State, invalid: jax.Array, valid: jax.Array) -> Record:
+    """What `step` notes of a generation.
 
     Args:
-        state: after a generation.
-        invalid: networks of the generation without a finite fitness, int32.
-        valid: networks of the generation with one, int32.
+        state: after it.
+        invalid: networks of the generation without a finite fitness.
+        valid: networks of the generation with one.
     """
-    fitness = state.population.fitness
-    known = jnp.where(jnp.isfinite(fitness), fitness, jnp.nan)
     leaves = jax.tree.leaves(state.population.genes)
     spread = [_std(leaf).sum() for leaf in leaves]
+    return Record(
+        state.generation,
+        state.counts,
+        state.best.fitness,
+        state.population.fitness,
+        sum(spread, jnp.float32(0)) / sum(leaf[0].size for leaf in leaves),
+        jnp.asarray(invalid, jnp.int32),
+        jnp.asarray(valid, jnp.int32),
+    )
+
+
+def describe(records: Record) -> Info:
+    """The figures of generations, from what they noted.
+
+    Args:
+        records: leaves `[G, ...]`, on the device or not.
+    """
+    noted: Record = jax.device_get(records)
+    fitness = np.where(np.isfinite(noted.fitness), noted.fitness, np.nan)
+    fitness[~np.isfinite(noted.fitness).any(axis=1)] = -np.inf  # nothing to describe
+    with np.errstate(invalid="ignore"):
+        figures = [
+            np.asarray(figure(fitness, axis=1), np.float32)
+            for figure in (np.nanmax, np.nanmedian, np.nanmean, np.nanstd, np.nanmin)
+        ]
     return Info(
-        generation=state.generation,
-        evaluations=state.counts.networks,
-        completed=state.counts.full,
-        partial=state.counts.partial,
-        best_ever=state.best.fitness,
-        best=jnp.nanmax(known),
-        median=jnp.nanmedian(known),
-        mean=jnp.nanmean(known),
-        std=jnp.nanstd(known),
-        worst=jnp.nanmin(known),
-        diversity=sum(spread, jnp.float32(0)) / sum(leaf[0].size for leaf in leaves),
-        invalid=jnp.asarray(invalid, jnp.int32),
-        valid=jnp.asarray(valid, jnp.int32),
+        noted.generation,
+        noted.counts.networks,
+        noted.counts.full,
+        noted.counts.partial,
+        noted.best_ever,
+        *figures,
+        noted.diversity,
+        noted.invalid,
+        noted.valid,
     )
 
 
 def first_info(state: State) -> Info:
-    """The figures of a first population."""
-    finite = jnp.isfinite(state.population.fitness)
-    return _describe(state, jnp.sum(~finite), jnp.sum(finite))
-
-
-def _first(infos: Info, count: int) -> Info:
-    cut: Info = jax.tree.map(lambda leaf: leaf[:count], infos)
-    return cut
+    """The figures of a first population, leaves `[1]`."""
+    noted = _first_record(state)
+    return describe(jax.tree.map(lambda leaf: leaf[None], jax.device_get(noted)))
 
 
 def _std(genes: jax.Array) -> jax.Array:
@@ -346,7 +399,11 @@ def _std(genes: jax.Array) -> jax.Array:
 
 # The compiled programs: what is static is a value, what is large is an argument -------------------
 
-_describe = jax.jit(describe)
+
+@jax.jit
+def _first_record(state: State) -> Record:
+    finite = jnp.isfinite(state.population.fitness)
+    return record(state, jnp.sum(~finite), jnp.sum(finite))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -357,17 +414,17 @@ def _init(search: Search, key: Key, genes: Genes, problem: PyTree) -> State:
 @partial(jax.jit, static_argnums=(0, 1))
 def _generations(
     search: Search, length: int, key: Key, state: State, last: jax.Array, problem: PyTree
-) -> tuple[State, Info]:
-    """Generations until `last`, at most `length`; the infos of those not done are zeros."""
+) -> tuple[State, Record]:
+    """Generations until `last`, at most `length`; the records of those not done are zeros."""
     shapes = jax.eval_shape(search.step, key, state, problem)[1]
-    infos = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), shapes)
+    records = jax.tree.map(lambda leaf: jnp.zeros((length, *leaf.shape), leaf.dtype), shapes)
 
-    def generation(i: jax.Array, carry: tuple[State, Info]) -> tuple[State, Info]:
-        state, infos = carry
-        state, info = search.step(jax.random.fold_in(key, state.generation), state, problem)
-        return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), infos, info)
+    def generation(i: jax.Array, carry: tuple[State, Record]) -> tuple[State, Record]:
+        state, records = carry
+        state, noted = search.step(jax.random.fold_in(key, state.generation), state, problem)
+        return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), records, noted)
 
-    done: tuple[State, Info] = jax.lax.fori_loop(
-        0, last - state.generation, generation, (state, infos)
+    done: tuple[State, Record] = jax.lax.fori_loop(
+        0, last - state.generation, generation, (state, records)
     )
     return done

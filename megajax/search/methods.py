@@ -9,15 +9,23 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import Field
-
 from megajax.search import evosax, genetic, sampling
 from megajax.search.genetic import Evaluate, Race, Space
 from megajax.search.loop import Limits, Search
 from megajax.search.operators import CROSSOVERS, SELECTIONS, SURVIVALS
-from megajax.sections import Section, one_of
+from megajax.sections import Section, at_least, between, one_of
 
 __all__ = ["METHODS", "EvolutionConfig", "limits_of", "make_search"]
+
+
+METHODS: dict[str, Callable[[Any, Space, Evaluate, Race | None], Search]] = {
+    "genetic": genetic.from_config,
+    "random": sampling.from_config,
+    "cma_es": partial(evosax.from_config, algorithm="CMA_ES"),
+    "sep_cma_es": partial(evosax.from_config, algorithm="Sep_CMA_ES"),
+    "differential_evolution": partial(evosax.from_config, algorithm="DifferentialEvolution"),
+}
+"""The searches by the names that the configuration gives them."""
 
 
 class EvolutionConfig(Section):
@@ -48,12 +56,12 @@ class EvolutionConfig(Section):
     """
 
     section = "evolution"
-    method: Annotated[str, one_of(lambda: METHODS)] = "genetic"
-    population_size: Annotated[int, Field(ge=2)] = 32
-    generations: Annotated[int, Field(ge=0)] = 60
-    elites: Annotated[int, Field(ge=0)] = 1
+    method: Annotated[str, one_of(METHODS)] = "genetic"
+    population_size: Annotated[int, at_least(2)] = 32
+    generations: Annotated[int, at_least(0)] = 60
+    elites: Annotated[int, at_least(0)] = 1
     selection: Annotated[str, one_of(SELECTIONS)] | Callable[..., Any] = "tournament"
-    tournament_size: Annotated[int, Field(ge=1)] = 3
+    tournament_size: Annotated[int, at_least(1)] = 3
     crossover: (
         Annotated[str, one_of(CROSSOVERS)]
         | tuple[Annotated[str, one_of(CROSSOVERS)], ...]
@@ -66,15 +74,15 @@ class EvolutionConfig(Section):
         | Callable[..., Any]
         | None
     ) = None
-    mutation_rate: Annotated[float, Field(ge=0, le=1)] | None = None
-    mutation_scale: Annotated[float, Field(ge=0)] = 0.3
+    mutation_rate: Annotated[float, between(0, 1)] | None = None
+    mutation_scale: Annotated[float, at_least(0)] = 0.3
     survival: Annotated[str, one_of(SURVIVALS)] | Callable[..., Any] = "plus"
-    generations_per_chunk: Annotated[int, Field(ge=1)] = 1
-    patience: Annotated[int, Field(ge=1)] | None = None
-    time_budget: Annotated[float, Field(ge=0)] | None = None
-    evaluation_budget: Annotated[int, Field(ge=0)] | None = None
+    generations_per_chunk: Annotated[int, at_least(1)] = 1
+    patience: Annotated[int, at_least(1)] | None = None
+    time_budget: Annotated[float, at_least(0)] | None = None
+    evaluation_budget: Annotated[int, at_least(0)] | None = None
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raises ConfigError for values that cannot work together."""
         size = self.population_size
         self.require(size > self.elites, "population_size", f"{self.elites} elites leave no child")
@@ -117,13 +125,3 @@ def limits_of(config: EvolutionConfig, num_examples: int) -> Limits:
         examples=None if budget is None else budget * num_examples,
         per_call=config.generations_per_chunk,
     )
-
-
-METHODS: dict[str, Callable[[Any, Space, Evaluate, Race | None], Search]] = {
-    "genetic": genetic.from_config,
-    "random": sampling.from_config,
-    "cma_es": partial(evosax.from_config, algorithm="CMA_ES"),
-    "sep_cma_es": partial(evosax.from_config, algorithm="Sep_CMA_ES"),
-    "differential_evolution": partial(evosax.from_config, algorithm="DifferentialEvolution"),
-}
-"""The searches by the names that the configuration gives them."""

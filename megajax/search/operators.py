@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from megajax.types import Genes, Key, PyTree, bind
 
@@ -129,14 +130,31 @@ def _distinct(key: Key, population_size: int, num: int, size: int) -> jax.Array:
     """`num` ordered draws of `size` distinct indices each, in O(num size^2)."""
     if size > population_size:
         raise ValueError(f"cannot draw {size} distinct from a population of {population_size}")
-    rest = population_size - jnp.arange(size)
     drawn: list[jax.Array] = []
-    for index in jax.random.randint(key, (num, size), 0, rest).T:
+    rest = [population_size - place for place in range(size)]
+    for index in uniform_integers(key, (num, size), np.array(rest)).T:
         # The index-th of those not drawn yet: step over the drawn ones in ascending order.
         for earlier in jnp.sort(jnp.stack(drawn), axis=0) if drawn else ():
             index = index + (index >= earlier)
         drawn.append(index)
     return jnp.stack(drawn, axis=1)
+
+
+def uniform_integers(key: Key, shape: tuple[int, ...], limit: Any) -> jax.Array:
+    """Integers drawn alike from 0 to `limit` - 1, int32; a third of `jax.random.randint` to compile.
+
+    Args:
+        key: PRNG key.
+        shape: of the result.
+        limit: a number below 2^16, or an array of them that broadcasts against the shape; some
+            results are more likely than others by a part of limit / 2^24.
+
+    Example:
+        >>> uniform_integers(jax.random.key(0), (4,), 1).tolist()
+        [0, 0, 0, 0]
+    """
+    drawn = (jax.random.uniform(key, shape) * limit).astype(jnp.int32)
+    return jnp.minimum(drawn, limit - 1)
 
 
 def roulette(key: Key, fitness: jax.Array, num: int) -> jax.Array:
@@ -351,7 +369,7 @@ def choose_one(key: Key, first: Genes, second: Genes, *, among: Sequence[Crossov
     """
     choice_key, *keys = jax.random.split(key, len(among) + 1)
     children = [cross(k, first, second) for k, cross in zip(keys, among, strict=True)]
-    choice = jax.random.randint(choice_key, (_size(first),), 0, len(among))
+    choice = uniform_integers(choice_key, (_size(first),), len(among))
     return jax.tree.map(
         lambda *leaves: jnp.stack(leaves)[choice, jnp.arange(choice.size)], *children
     )
@@ -487,7 +505,7 @@ def _renewed(
     num_genes = math.prod(shape)
     hit_key, renew_key = jax.random.split(key)
     most = most_hits(rate, num_genes)
-    if 4 * most > num_genes:
+    if 4 * most > num_genes or leaf.size < _FEW:
         hit = jax.random.bernoulli(hit_key, rate, (size, *shape))
         return jnp.where(_expand(hit, leaf), renew(renew_key, leaf), leaf)
     gaps = jax.random.geometric(hit_key, rate, (size, most), jnp.int32)
@@ -497,6 +515,10 @@ def _renewed(
     new = renew(renew_key, rows.at[place].get(mode="clip"))
     rows = rows.at[place].set(new, mode="drop", unique_indices=True, indices_are_sorted=True)
     return rows.reshape(leaf.shape)
+
+
+_FEW = 2**18
+"""Numbers that are drawn faster than the genes hit among them are found."""
 
 
 def most_hits(rate: float, num_genes: int) -> int:
@@ -582,7 +604,7 @@ def _concatenate(first: Population, second: Population) -> Population:
 def _per_leaf(operator: Callable[..., jax.Array], key: Key, *trees: Genes) -> Genes:
     """Applies `operator(key, *leaves)` leaf by leaf, every leaf with a key of its own."""
     leaves, treedef = jax.tree.flatten(trees[0])
-    keys = jax.random.split(key, len(leaves))
+    keys = [key] if len(leaves) == 1 else jax.random.split(key, len(leaves))
     columns = zip(keys, *map(jax.tree.leaves, trees), strict=True)
     return jax.tree.unflatten(treedef, [operator(*column) for column in columns])
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from megajax.search import operators
 from megajax.search.genetic import Evaluate, Race, Space, evaluated
-from megajax.search.loop import Counts, Info, State, advance, describe, start
+from megajax.search.loop import Counts, Record, State, advance, record, start
 from megajax.types import Genes, Key, PyTree
 
 __all__ = ["RandomSearch", "from_config"]
@@ -33,8 +33,8 @@ class RandomSearch:
         >>> space = masks({"w": jnp.zeros(3)}, 2, granularity="element")
         >>> search = RandomSearch(lambda _, genes: genes[:, :, 0].min(axis=1), space, 8)
         >>> state = search.init(jax.random.key(0), space.init(jax.random.key(1), 8), None)
-        >>> state, info = search.step(jax.random.key(2), state, None)
-        >>> int(info.evaluations), float(info.best_ever)
+        >>> state, _ = search.step(jax.random.key(2), state, None)
+        >>> int(state.counts.networks), float(state.best.fitness)
         (16, 1.0)
     """
 
@@ -48,7 +48,7 @@ class RandomSearch:
         del key
         return start(evaluated(self.evaluate, problem, genes))
 
-    def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Info]:
+    def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Record]:
         """Scores as many again, drawn independently."""
         size = self.num_offspring
         drawn = self.space.init(key, 2 * size, None)  # parents and mean come first
@@ -58,7 +58,7 @@ class RandomSearch:
         valid = jnp.sum(jnp.isfinite(offspring.fitness))
         survivors = operators.plus(key, state.population, offspring)
         state = advance(state, survivors, offspring, counts)
-        return state, describe(state, size - valid, valid)
+        return state, record(state, size - valid, valid)
 
     def cost(self, num_examples: int) -> int:
         """Passes of an example through a network that a generation takes."""

@@ -9,11 +9,12 @@ distorts what TIES trims.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from megajax.baselines.given import Given, Result, baseline, best_of
 from megajax.baselines.leaves import combine, is_floating
 from megajax.errors import ConfigError
 from megajax.types import Key, PyTree
@@ -29,9 +30,6 @@ __all__ = [
     "ties",
     "trim",
 ]
-
-Consensus: TypeAlias = Callable[[Sequence[PyTree]], PyTree]
-"""Makes one task vector from several."""
 
 
 def task_vectors(parents: Sequence[PyTree], base: PyTree) -> list[PyTree]:
@@ -128,7 +126,6 @@ def dare(
     *,
     density: float = 0.5,
     scale: float = 0.4,
-    consensus: Consensus | None = None,
 ) -> PyTree:
     """Drops a random part of each task vector, rescales the rest, and adds up.
 
@@ -139,8 +136,6 @@ def dare(
         density: probability that an element is kept, one minus the paper's drop rate; 0 gives back
             the base, 1 keeps everything.
         scale: of the merged task vector.
-        consensus: how the sparse task vectors become one; None adds them up (task arithmetic),
-            `elect` makes it DARE with TIES.
 
     Returns:
         The merged network.
@@ -160,7 +155,7 @@ def dare(
     keys = jax.random.split(key, len(parents))
     vectors = task_vectors(parents, base)
     sparse = [drop(k, vector, density) for k, vector in zip(keys, vectors, strict=True)]
-    return apply_task_vector(base, (consensus or add_up)(sparse), scale)
+    return apply_task_vector(base, add_up(sparse), scale)
 
 
 def add_up(vectors: Sequence[PyTree]) -> PyTree:
@@ -280,3 +275,57 @@ def _widened(tree: PyTree) -> PyTree:
 def _check(density: float) -> None:
     if not 0 <= density <= 1:
         raise ConfigError(f"density is {density}: it must lie between 0 and 1")
+
+
+SCALES = tuple(i / 10 for i in range(1, 11))
+"""The scales of a task vector that validation chooses from."""
+
+
+def _arithmetic_at(parents: Sequence[PyTree], base: PyTree, scale: float) -> PyTree:
+    return task_arithmetic(parents, base, scale=scale)
+
+
+def _ties_at(parents: Sequence[PyTree], base: PyTree, scale: float) -> PyTree:
+    return ties(parents, base, scale=scale)
+
+
+def _dare_at(parents: Sequence[PyTree], base: PyTree, scale: float, key: Key) -> PyTree:
+    return dare(key, parents, base, scale=scale)
+
+
+def _scaled(given: Given, method: Callable[..., PyTree], *others: PyTree) -> Result:
+    """A method `(parents, base, scale, *others)`, its scale chosen on the validation data."""
+    networks = (given.merged(method, given.base, np.float32(s), *others) for s in SCALES)
+    variables, number, scores = best_of(networks, given.score)
+    detail = {"scale": SCALES[number], "fitness": scores[number]}
+    return Result(variables, len(scores), detail=detail)
+
+
+@baseline(
+    "task_arithmetic",
+    "the base plus the scaled sum of the task vectors",
+    "Ilharco et al., arXiv 2212.04089",
+    needs=("base",),
+)
+def _task_arithmetic(key: Key, given: Given) -> Result:
+    return _scaled(given, _arithmetic_at)
+
+
+@baseline(
+    "ties",
+    "task vectors trimmed to a fifth, merged where signs agree",
+    "Yadav et al., arXiv 2306.01708",
+    needs=("base",),
+)
+def _ties(key: Key, given: Given) -> Result:
+    return _scaled(given, _ties_at)
+
+
+@baseline(
+    "dare",
+    "task vectors with a random half dropped and the rest doubled, added up",
+    "Yu et al., arXiv 2311.03099",
+    needs=("base",),
+)
+def _dare(key: Key, given: Given) -> Result:
+    return _scaled(given, _dare_at, key)
