@@ -42,7 +42,8 @@ def fisher_information(
         DataError: there are no inputs, or they are not finite.
 
     Example:
-        >>> fisher_information(lambda w, x: x @ w, jnp.zeros((1, 2)), jnp.full((3, 1), 2.0)).tolist()
+        >>> x = jnp.full((3, 1), 2.0)
+        >>> fisher_information(lambda w, x: x @ w, jnp.zeros((1, 2)), x).tolist()
         [[1.0, 1.0]]
 
     Source: Matena and Raffel, "Merging models with Fisher-weighted averaging", NeurIPS 2022,

@@ -1,4 +1,4 @@
-"""One function that runs the baselines that apply, and the configuration section that names them."""
+"""One function that runs the baselines that apply, and the section that names them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from megajax.alignment import AlignConfig, align
 from megajax.baselines.given import BASELINES, NEEDS, Given, Result
 from megajax.errors import ConfigError, ParentsError
+from megajax.keys import named_key
 from megajax.merging.genome import Genome, GenomeConfig, make_genome
 from megajax.merging.merge import checked_parents, first_examples, problem_for, with_unmixed
 from megajax.merging.problem import FitnessConfig, Problem, RecalibrateConfig
@@ -21,7 +22,6 @@ from megajax.search import evosax
 from megajax.search.methods import EvolutionConfig
 from megajax.sections import Section, at_least, one_of
 from megajax.trees import check_parents, leaf_paths, on_host
-from megajax.keys import named_key
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["BaselinesConfig", "applicable", "run_baselines", "table"]

@@ -124,7 +124,6 @@ def straight_path(
         >>> path[0].accuracy, path[10].accuracy
         (1.0, 0.0)
     """
-
     path = []
     for share in shares:
         mixed = (

@@ -79,7 +79,8 @@ class Metric:
 
         count = valid.sum()
         sums = jax.tree.map(total, statistics)
-        return sums / count if self.finish is None else self.finish(sums, count)
+        score: jax.Array = sums / count if self.finish is None else self.finish(sums, count)
+        return score
 
 
 # Scores: one number for each example ---------------------------------------------------------------

@@ -192,7 +192,7 @@ def make_problem(
         batches=place(cut, mesh),
         calibration=place(calibration, mesh),
         weights=weights / max(weights.sum(), 1e-38),
-        reference=None if reference is None else np.asarray(reference, np.float32),
+        reference=None if reference is None else jnp.asarray(reference, jnp.float32),
         genome=genome,
         networks=networks,
         metrics=tuple(task.metric for task in tasks),
@@ -241,9 +241,10 @@ def evaluate(problem: Problem, genes: Genes) -> tuple[jax.Array, Aux]:
 
     def of_all(problem: Problem, genes: Genes) -> tuple[jax.Array, Aux]:
         score = _scorer(problem, genes)
-        return map_chunks(
+        found: tuple[jax.Array, Aux] = map_chunks(
             lambda one: score(express(problem, one)), genes, problem.layout.population_chunk
         )
+        return found
 
     mesh = problem.layout.mesh
     if mesh is None:
@@ -263,12 +264,13 @@ def scores_of(problem: Problem, variables: PyTree) -> tuple[jax.Array, Aux]:
         problem,
         parents=(),
         calibration=None,
-        genome=None,
+        genome=None,  # type: ignore[arg-type]
         layout=Layout(1, problem.layout.batch_size),
         faithful=(),
         prefix=False,
     )
-    return _scores(tasks, variables)
+    found: tuple[jax.Array, Aux] = _scores(tasks, variables)
+    return found
 
 
 @jax.jit
@@ -319,7 +321,8 @@ def sample(key: Key, problem: Problem, *, count: int, stratify: bool = True) -> 
         return rows.reshape(number, size, *leaf.shape[2:])
 
     counts = (jnp.arange(number * size) < count).reshape(number, size)
-    few = Batches(*jax.tree.map(cut, (data.inputs, data.targets)), counts)
+    inputs, targets = jax.tree.map(cut, (data.inputs, data.targets))
+    few = Batches(inputs, targets, counts)
     calibration = jax.tree.map(lambda leaf: leaf[:count], problem.calibration)
     return replace(problem, batches=(few,), calibration=calibration)
 
@@ -385,12 +388,11 @@ def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[j
             statistics, hits = jax.lax.map(pass_, of_task)
             scores.append(metric.of(statistics, of_task.valid))
             right.append(hits)
-        if len(scores) == 1:
-            fitness, each = scores[0], ()
-        else:
-            each = jnp.stack(scores)
-            fitness = problem.weights @ _relative(each, problem.reference)
         hits = right[0].reshape(-1) if problem.per_example else ()
+        if len(scores) == 1:
+            return scores[0].astype(jnp.float32), Aux((), hits)
+        each = jnp.stack(scores)
+        fitness = problem.weights @ _relative(each, problem.reference)
         return fitness.astype(jnp.float32), Aux(each, hits)
 
     return score
@@ -460,4 +462,5 @@ def _class_labels(data: Batches) -> jax.Array | None:
     one_each = hasattr(labels, "dtype") and labels.ndim == 2
     if not one_each or not jnp.issubdtype(labels.dtype, jnp.integer):
         return None
-    return labels.reshape(-1)
+    flat: jax.Array = labels.reshape(-1)
+    return flat

@@ -100,7 +100,8 @@ class TaskVectors:
 
     def rows(self, parents: PyTree) -> list[Any]:
         """For each leaf of a network the parents' `[K, ...]`, or None where it is not mixed."""
-        leaves = jax.tree.structure(self.labels.tree).flatten_up_to(parents)
+        structure: Any = jax.tree.structure(self.labels.tree)
+        leaves = structure.flatten_up_to(parents)
         networks = [leaf[0] if isinstance(leaf, tuple) else leaf for leaf in leaves]
         pairs = zip(mixed_leaves(self.labels.tree), networks, strict=True)
         return [leaf[1:] if mixed else None for mixed, leaf in pairs]

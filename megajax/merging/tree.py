@@ -129,7 +129,7 @@ class TreeResult(NamedTuple):
     layout: Layout | None
 
 
-def plan(num_parents: int, odd: str = "carry") -> tuple[tuple[Node, ...], ...]:
+def plan(num_parents: int, odd: Literal["carry", "drop"] = "carry") -> tuple[tuple[Node, ...], ...]:
     """Who meets whom when neighbours meet: 8 -> 4 -> 2 -> 1.
 
     Args:

@@ -203,9 +203,10 @@ def check_operators(search: Any, genes: Genes) -> None:
     size, children = jax.tree.leaves(genes)[0].shape[0], search.num_offspring
     genes = jax.eval_shape(lambda tree: tree, genes)
     few = jax.eval_shape(lambda tree: operators.take(tree, jnp.zeros(children, int)), genes)
-    key, fitness = jax.random.key(0), jax.ShapeDtypeStruct((size,), jnp.float32)
-    old = Population(genes, fitness)
-    new = Population(few, jax.ShapeDtypeStruct((children,), jnp.float32))
+    key = jax.random.key(0)
+    fitness: Any = jax.ShapeDtypeStruct((size,), jnp.float32)
+    of_few: Any = jax.ShapeDtypeStruct((children,), jnp.float32)
+    old, new = Population(genes, fitness), Population(few, of_few)
     chosen = jax.ShapeDtypeStruct((2 * children,), jnp.int32)
     _check("selection", lambda: search.select(key, _zeros(fitness), 2 * children), chosen)
     _check("crossover", lambda: search.cross(key, _zeros(few), _zeros(few)), few)
@@ -267,7 +268,8 @@ def from_config(
 
 def _selection(config: Any) -> Selection:
     if not isinstance(config.selection, str):
-        return config.selection
+        function: Selection = config.selection
+        return function
     if config.selection == "tournament":
         return bind(operators.tournament, size=config.tournament_size)
     return SELECTIONS[config.selection]

@@ -240,7 +240,8 @@ def joined(history: Sequence[Info]) -> Info:
 
 def first_state(search: Search, key: Key, genes: Genes, problem: PyTree) -> State:
     """The scored first population, compiled once for all problems of equal shapes."""
-    return _init(search, key, genes, problem)
+    state: State = _init(search, key, genes, problem)
+    return state
 
 
 def compiled_step(search: Search, per_call: int, key: Key, state: State, problem: PyTree) -> Any:
@@ -349,25 +350,25 @@ def describe(records: Record) -> Info:
     Args:
         records: leaves `[G, ...]`, on the device or not.
     """
-    noted: Record = jax.device_get(records)
+    noted: Any = jax.device_get(records)
     fitness = np.where(np.isfinite(noted.fitness), noted.fitness, np.nan)
     fitness[~np.isfinite(noted.fitness).any(axis=1)] = -np.inf  # nothing to describe
     with np.errstate(invalid="ignore"):
-        figures = [
-            np.asarray(figure(fitness, axis=1), np.float32)
-            for figure in (np.nanmax, np.nanmedian, np.nanmean, np.nanstd, np.nanmin)
-        ]
-    return Info(
-        noted.generation,
-        noted.counts.networks,
-        noted.counts.full,
-        noted.counts.partial,
-        noted.best_ever,
-        *figures,
-        noted.diversity,
-        noted.invalid,
-        noted.valid,
-    )
+        return Info(
+            generation=noted.generation,
+            evaluations=noted.counts.networks,
+            completed=noted.counts.full,
+            partial=noted.counts.partial,
+            best_ever=noted.best_ever,
+            best=np.nanmax(fitness, axis=1),
+            median=np.nanmedian(fitness, axis=1),
+            mean=np.nanmean(fitness, axis=1),
+            std=np.nanstd(fitness, axis=1),
+            worst=np.nanmin(fitness, axis=1),
+            diversity=noted.diversity,
+            invalid=noted.invalid,
+            valid=noted.valid,
+        )
 
 
 def first_info(state: State) -> Info:
