@@ -150,8 +150,8 @@ def on_host(tree: PyTree) -> PyTree:
     """A pytree with NumPy arrays, wherever its arrays were; PRNG keys stay what they are.
 
     Example:
-        >>> on_host({"w": jnp.ones(2), "n": 3})
-        {'w': array([1., 1.], dtype=float32), 'n': array(3)}
+        >>> on_host({"n": 3, "w": jnp.ones(2)})
+        {'n': array(3), 'w': array([1., 1.], dtype=float32)}
     """
 
     def fetch(leaf: Any) -> Any:

@@ -17,7 +17,7 @@ import jax
 
 from megajax.alignment.units import unit_labels
 from megajax.errors import ConfigError
-from megajax.merging.masks import GRANULARITIES, Masks, masks
+from megajax.merging.masks import GRANULARITIES, Masks, masks, mixed_leaves
 from megajax.merging.task_vectors import TaskVectors
 from megajax.merging.weights import Weights
 from megajax.program.batchnorm import find_statistics
@@ -211,11 +211,15 @@ def _weights(
     statistics = find_statistics(apply_fn, variables, inputs)
     variances = frozenset(one.variance for one in statistics)
     means = frozenset(one.mean for one in statistics)
+    layers = jax.tree.leaves(find_layers(apply_fn, variables, inputs))
+    evolves = [i for i, has in enumerate(mixed_leaves(line.labels.tree)) if has]
+    order = sorted(range(len(evolves)), key=lambda place: layers[evolves[place]])
     return Weights(
         Masks(line.labels, num_parents, 1, parents_first=config.parents_first),
         quiet=frozenset() if config.noise_on_statistics else variances | means,
         clipped=variances if config.clip_variances else frozenset(),
         relative_noise=config.relative_noise,
+        order=tuple(order),
     )
 
 

@@ -142,6 +142,18 @@ class Masks:
         """The Gaussian mutation of these genes."""
         return operators.gaussian(key, genes, rate=rate, scale=scale, gene_ndim=1)
 
+    def encode(self, genes: jax.Array) -> jax.Array:
+        """Logits of the coefficients, those on the border moved inside by a twentieth."""
+        room = 1 - self.num_parents * self.low
+        shares = (genes - self.low) / room
+        inside = 0.95 * shares + 0.05 / self.num_parents
+        return jnp.log(jnp.maximum(inside, 1e-6))
+
+    def decode(self, free: jax.Array) -> jax.Array:
+        """Coefficients of logits."""
+        room = 1 - self.num_parents * self.low
+        return self.low + room * jax.nn.softmax(free, axis=-1)
+
     def describe(self) -> dict[str, Any]:
         """What a report says of the genes."""
         return {"kind": "masks", "num_genes": self.num_genes, "binary": self.picks}

@@ -25,10 +25,11 @@ from megajax.merging.problem import (
     evaluate,
     expressed,
     make_problem,
+    objective,
     race_of,
     scores_of,
 )
-from megajax.merging.tasks import Task, as_tasks, check_inputs, check_task, output_shapes
+from megajax.merging.tasks import Task, as_tasks, check_inputs, check_task, output_shapes, with_teacher
 from megajax.program.memory import check_fits
 from megajax.search.genetic import check_operators
 from megajax.search.loop import (
@@ -44,6 +45,8 @@ from megajax.search.loop import (
     run,
 )
 from megajax.search.methods import EvolutionConfig, limits_of, make_search
+from megajax.search.operators import concatenate
+from megajax.search.pareto import NSGA2, non_dominated_rank
 from megajax.trees import (
     check_parents,
     is_mixable,
@@ -52,9 +55,30 @@ from megajax.trees import (
     leaves_by_path,
     on_host,
 )
-from megajax.types import ApplyFn, Key, PyTree
+from megajax.types import ApplyFn, Genes, Key, PyTree
 
-__all__ = ["MergeResult", "merge", "problem_for"]
+__all__ = ["Front", "MergeResult", "merge", "problem_for"]
+
+
+class Front(NamedTuple):
+    """Networks of which none is as good as another on all tasks and better on one.
+
+    Attributes:
+        genes: leaves `[F, ...]`.
+        scores: `[F, T]` on the validation data of each task, in ascending order of the first.
+        problem: what the genes mean.
+        parent: what unmixed leaves are taken from.
+    """
+
+    genes: Genes
+    scores: np.ndarray
+    problem: Problem
+    parent: PyTree
+
+    def network(self, number: int) -> PyTree:
+        """The variables of one of them."""
+        genes = jax.tree.map(lambda leaf: leaf[number], self.genes)
+        return with_unmixed(expressed(self.problem, genes), self.problem.genome, self.parent)
 
 
 class MergeResult(NamedTuple):
@@ -77,6 +101,8 @@ class MergeResult(NamedTuple):
         parents: the K parents as they were mixed, hidden units aligned.
         problem: what was searched; `megajax.merging.problem.expressed(problem, genes)` is a network.
         state: the search's last state, from which it can go on.
+        front: for `evolution.method="nsga2"`, the best compromises between the tasks that it knows;
+            `variables` is the one with the best weighted fitness. None for other methods.
     """
 
     variables: PyTree
@@ -93,6 +119,7 @@ class MergeResult(NamedTuple):
     parents: list[PyTree]
     problem: Problem
     state: State
+    front: Front | None = None
 
 
 def merge(
@@ -172,7 +199,7 @@ def merge(
     evolution = evolution or EvolutionConfig()
     align_key, genes_key, init_key, run_key = jax.random.split(key, 4)
     given = checked_parents(parents, keep)
-    tasks = _tasks(apply_fn, given[0], data, fitness)
+    tasks = _tasks(apply_fn, given, data, fitness)
     aligned, _ = _aligned(
         align_key, apply_fn, given, tasks[0].inputs, calibration, align, keep, base
     )
@@ -191,6 +218,7 @@ def merge(
     )
     problem, parent_fitness, parent_scores = _with_reference(problem, given, fitness)
     search = search_of(problem, evolution, fitness)
+    problem = _asked(problem, search)
     genes = _first_genes(problem.genome, evolution.population_size, genes_key, problem.parents)
     check_operators(search, genes)
 
@@ -237,6 +265,7 @@ def merge(
         parents=aligned,
         problem=problem,
         state=state,
+        front=_front(state, problem, aligned[0]) if isinstance(search, NSGA2) else None,
     )
 
 
@@ -285,7 +314,7 @@ def problem_for(
     """
     fitness, recalibrate = fitness or FitnessConfig(), recalibrate or RecalibrateConfig()
     checked = checked_parents(parents, keep)
-    tasks = _tasks(apply_fn, checked[0], data, fitness)
+    tasks = _tasks(apply_fn, checked, data, fitness)
     inputs = first_examples(tasks[0].inputs)
     if genome is None or isinstance(genome, GenomeConfig):
         frozen = tuple(keep or {})
@@ -320,13 +349,39 @@ def search_of(
 ) -> Search:
     """The search that configuration sections describe, for a problem."""
     race = race_of(fitness or FitnessConfig(), problem)
-    return make_search(evolution, problem.genome, evaluate, race)
+    return make_search(
+        evolution,
+        problem.genome,
+        evaluate,
+        race,
+        objective=objective,
+        num_examples=problem.num_examples,
+    )
+
+
+def _asked(problem: Problem, search: Search) -> Problem:
+    """The problem, its evaluation telling all that a search asks for."""
+    return replace(problem, per_example=getattr(search, "per_example", False))
+
+
+def _front(state: State, problem: Problem, parent: PyTree) -> Front:
+    """The front of the last population and the best ever, each point once."""
+    best = jax.tree.map(lambda leaf: leaf[None], state.best)
+    everyone = jax.device_get(concatenate(best, state.population))
+    scores = everyone.aux.tasks
+    there = np.isfinite(scores).all(axis=1)
+    rank = non_dominated_rank(jnp.where(there[:, None], scores, -jnp.inf))
+    _, first = np.unique(scores, axis=0, return_index=True)
+    chosen = first[((rank == 0) & there)[first]]
+    genes = jax.tree.map(lambda leaf: leaf[chosen], everyone.genes)
+    return Front(genes, scores[chosen], problem, parent)
 
 
 def searched(key: Key, problem: Problem, evolution: EvolutionConfig) -> State:
     """The last state of a search on a problem, from a first population of the genome's own."""
     genes_key, init_key, run_key = jax.random.split(key, 3)
     search = search_of(problem, evolution)
+    problem = _asked(problem, search)
     genes = _first_genes(problem.genome, evolution.population_size, genes_key, problem.parents)
     total = problem.num_examples
     return run(
@@ -367,14 +422,15 @@ def _checked_base(base: PyTree, parent: PyTree) -> PyTree:
 
 
 def _tasks(
-    apply_fn: ApplyFn, variables: PyTree, data: Any, fitness: FitnessConfig | None
+    apply_fn: ApplyFn, parents: Sequence[PyTree], data: Any, fitness: FitnessConfig | None
 ) -> list[Task]:
     """Checked tasks; `fitness.metric` is that of those without one of their own."""
     metric = fitness.metric if fitness is not None else None
     tasks = [
         task if task.metric is not None else task._replace(metric=metric) for task in as_tasks(data)
     ]
-    return [check_task(task, apply_fn, variables, number) for number, task in enumerate(tasks)]
+    tasks = [with_teacher(task, apply_fn, parents) for task in tasks]
+    return [check_task(task, apply_fn, parents[0], number) for number, task in enumerate(tasks)]
 
 
 def first_examples(inputs: PyTree) -> PyTree:

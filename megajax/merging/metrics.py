@@ -53,6 +53,7 @@ class Metric:
             For a plain metric that is the score `[b]`.
         finish: `finish(sums, count) -> score`, a number; None is the mean of a plain metric.
         name: what the report calls it.
+        smooth: the metric that stands for it where a gradient is needed; None is itself.
 
     Example:
         >>> rmse = Metric(lambda y, t: (y - t) ** 2, lambda total, n: -jnp.sqrt(total / n))
@@ -64,6 +65,7 @@ class Metric:
     statistics: Statistics
     finish: Callable[[PyTree, Any], jax.Array] | None = None
     name: str = "own"
+    smooth: Metric | None = None
 
     @property
     def plain(self) -> bool:
@@ -282,7 +284,7 @@ perplexity = Metric(
 )
 """Minus the perplexity: the exponential of the cross-entropy over all positions that count."""
 
-macro_f1 = Metric(_f1_statistics, _f1, "macro_f1")
+macro_f1 = Metric(_f1_statistics, _f1, "macro_f1", smooth=Metric(cross_entropy))
 """The mean over the classes of F1, classes that are neither predicted nor there left out
 (scikit-learn's `f1_score(average="macro")`)."""
 
@@ -299,9 +301,11 @@ reach if one number were fitted to its logits (Guo et al., arXiv 1706.04599)."""
 
 METRICS: dict[str, Metric] = {
     "cross_entropy": Metric(cross_entropy, name="cross_entropy"),
-    "accuracy": Metric(accuracy, name="accuracy"),
+    "accuracy": Metric(accuracy, name="accuracy", smooth=Metric(cross_entropy)),
     "binary_cross_entropy": Metric(binary_cross_entropy, name="binary_cross_entropy"),
-    "binary_accuracy": Metric(binary_accuracy, name="binary_accuracy"),
+    "binary_accuracy": Metric(
+        binary_accuracy, name="binary_accuracy", smooth=Metric(binary_cross_entropy)
+    ),
     "mean_squared_error": Metric(mean_squared_error, name="mean_squared_error"),
     "mean_absolute_error": Metric(mean_absolute_error, name="mean_absolute_error"),
     "r2": r2,

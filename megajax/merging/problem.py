@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from megajax.errors import ConfigError, DataError
 from megajax.merging.devices import Layout, choose_layout, over_population, place
 from megajax.merging.genome import Genome
-from megajax.merging.metrics import METRICS, Metric, accuracy
+from megajax.merging.metrics import METRICS, Metric, accuracy, binary_accuracy, default_metric
 from megajax.merging.tasks import Batches, Task, batches
 from megajax.program.batchnorm import recalibrate
 from megajax.program.convolutions import for_backend
@@ -117,7 +118,7 @@ class Problem:
         metrics: of each task.
         layout: how a population is cut for its evaluation.
         faithful: for each parent whether its unmixed leaves are those that every network has.
-        per_example: whether `evaluate` also says who is right on which example of the first task.
+        per_example: whether `evaluate` also says who is right on which example.
         prefix: whether layers that all individuals have in common are computed once for all.
     """
 
@@ -145,7 +146,8 @@ class Aux(NamedTuple):
 
     Attributes:
         tasks: `[P, T]`, the score on each task, or `()` where there is one task.
-        right: `[P, N]` bool, who is right on which example of the first task; `()` if not asked.
+        right: `[P, N]` bool, who is right on which example: of all tasks one after the other, in
+            the order of the batches (nobody is on their padding); `()` where nobody asked.
     """
 
     tasks: Any = ()
@@ -267,6 +269,7 @@ def scores_of(problem: Problem, variables: PyTree) -> tuple[jax.Array, Aux]:
         genome=None,  # type: ignore[arg-type]
         layout=Layout(1, problem.layout.batch_size),
         faithful=(),
+        per_example=False,
         prefix=False,
     )
     found: tuple[jax.Array, Aux] = _scores(tasks, variables)
@@ -327,6 +330,37 @@ def sample(key: Key, problem: Problem, *, count: int, stratify: bool = True) -> 
     return replace(problem, batches=(few,), calibration=calibration)
 
 
+def objective(key: Key, problem: Problem, genes: Genes, count: int) -> jax.Array:
+    """A differentiable score of one individual on examples drawn anew, for gradient searches.
+
+    Where statistics are measured anew, they are those of the drawn examples, as in training. A
+    metric without a gradient (accuracy, F1) is replaced by the cross-entropy.
+
+    Args:
+        key: PRNG key of the draw.
+        problem: the problem.
+        genes: of one individual.
+        count: examples to draw from each task.
+    """
+    variables = problem.genome.express(genes, problem.parents)
+    scores = []
+    rows = zip(problem.networks, problem.metrics, problem.batches, strict=True)
+    for number, (network, metric, data) in enumerate(rows):
+        few = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), data)
+        if count < few.valid.size:
+            own_key = jax.random.fold_in(key, number)
+            chosen = jax.random.randint(own_key, (count,), 0, few.valid.size)
+            few = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], few)
+        if problem.calibration is not None:
+            variables = recalibrate(network, variables, few.inputs)
+        smooth = metric.smooth or metric
+        statistics = smooth.statistics(network(variables, few.inputs), few.targets)
+        scores.append(smooth.of(statistics, few.valid))
+    if len(scores) == 1:
+        return scores[0]
+    return problem.weights @ _relative(jnp.stack(scores), problem.reference)
+
+
 def race_of(config: FitnessConfig, problem: Problem) -> Race | None:
     """How children race as a configuration says, or None.
 
@@ -382,13 +416,16 @@ def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[j
             def pass_(batch: Batches, network: Any = network, metric: Any = metric) -> Any:
                 outputs = network(variables, batch.inputs)
                 statistics = metric.statistics(outputs, batch.targets)
-                hits = accuracy(outputs, batch.targets) > 0 if problem.per_example else ()
-                return statistics, hits
+                if not problem.per_example:
+                    return statistics, ()
+                return statistics, _hits(outputs, batch.targets) & batch.valid
 
             statistics, hits = jax.lax.map(pass_, of_task)
             scores.append(metric.of(statistics, of_task.valid))
             right.append(hits)
-        hits = right[0].reshape(-1) if problem.per_example else ()
+        hits = ()
+        if problem.per_example:
+            hits = jnp.concatenate([of_task.reshape(-1) for of_task in right])
         if len(scores) == 1:
             return scores[0].astype(jnp.float32), Aux((), hits)
         each = jnp.stack(scores)
@@ -396,6 +433,20 @@ def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[j
         return fitness.astype(jnp.float32), Aux(each, hits)
 
     return score
+
+
+def _hits(outputs: Any, targets: Any) -> jax.Array:
+    """On which examples a network is right, on at least half of their positions: `[b]` bool.
+
+    Raises:
+        ConfigError: there are no labels to be right on.
+    """
+    known = {"cross_entropy": accuracy, "binary_cross_entropy": binary_accuracy}
+    try:
+        score = known[default_metric(outputs, targets)]
+    except (DataError, KeyError):
+        raise ConfigError("evolution.method is 'niches': it needs tasks with labels") from None
+    return score(outputs, targets) >= 0.5
 
 
 def _relative(scores: jax.Array, reference: jax.Array | None) -> jax.Array:

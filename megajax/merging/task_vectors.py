@@ -127,6 +127,23 @@ class TaskVectors:
         """The Gaussian mutation of these genes."""
         return operators.gaussian(key, genes, rate=rate, scale=scale, gene_ndim=1)
 
+    def encode(self, genes: jax.Array) -> jax.Array:
+        """Logits of where coefficients and densities lie between their bounds, moved inside."""
+        low, high = self._bounds
+        inside = 0.98 * (genes - low) / (high - low) + 0.01
+        return jnp.log(inside) - jnp.log1p(-inside)
+
+    def decode(self, free: jax.Array) -> jax.Array:
+        """Coefficients and densities of logits. Densities get no gradient: they are thresholds."""
+        low, high = self._bounds
+        return low + (high - low) * jax.nn.sigmoid(free)
+
+    @property
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        low, high = np.zeros(self._width, np.float32), np.ones(self._width, np.float32)
+        low[: self.num_parents], high[: self.num_parents] = self.low, self.high
+        return low, high
+
     def describe(self) -> dict[str, Any]:
         """What a report says of the genes."""
         return {"kind": "task_vectors", "num_genes": self.num_genes, "binary": False}

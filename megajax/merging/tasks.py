@@ -13,11 +13,12 @@ import numpy as np
 
 from megajax.errors import ConfigError, DataError, first_line
 from megajax.evaluation.batches import Batches, cut
+from megajax.evaluation.measures import predict
 from megajax.merging.metrics import IGNORED, Metric, as_metric, default_metric
 from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Batches", "Task", "as_tasks", "batches", "check_inputs", "check_task"]
+__all__ = ["Batches", "Task", "as_tasks", "batches", "check_inputs", "check_task", "with_teacher"]
 
 
 class Task(NamedTuple):
@@ -108,6 +109,30 @@ def check_inputs(inputs: PyTree, what: str, least: int = 1) -> int:
             if bad:
                 raise DataError(f"the {where[path]}: {bad} of {values.size} values are not finite")
     return int(count)
+
+
+def with_teacher(task: Task, apply_fn: ApplyFn, parents: Sequence[PyTree]) -> Task:
+    """A label-free task with its targets: the mean of the parents' predicted probabilities.
+
+    Args:
+        task: its metric is `distill`; other tasks, and those with targets, stay as they are.
+        apply_fn: the network of the merge.
+        parents: K variable pytrees, as they were given.
+
+    Example:
+        >>> task = Task(np.eye(2, dtype=np.float32), metric="distill")
+        >>> opposite = [np.float32([[50, -50], [50, -50]]), np.float32([[-50, 50], [-50, 50]])]
+        >>> with_teacher(task, lambda w, x: x @ w, opposite).targets.tolist()
+        [[0.5, 0.5], [0.5, 0.5]]
+    """
+    if task.targets is not None or getattr(task.metric, "name", task.metric) != "distill":
+        return task
+    check_inputs(task.inputs, "inputs")
+    network = task.apply_fn or apply_fn
+    outputs = [predict(network, parent, task.inputs) for parent in parents]
+    shifted = [np.exp(one - one.max(axis=-1, keepdims=True)) for one in outputs]
+    mean = np.mean([one / one.sum(axis=-1, keepdims=True) for one in shifted], axis=0)
+    return task._replace(targets=mean.astype(np.float32))
 
 
 def check_task(task: Task, apply_fn: ApplyFn, variables: PyTree, number: int = 0) -> Task:

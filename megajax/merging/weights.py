@@ -39,6 +39,8 @@ class Weights:
         relative_noise: the scale of the noise is in units of the standard deviation of the leaf
             that it hits, because one absolute scale drowns a layer of small weights and does
             nothing to one of large weights.
+        order: numbers of the leaves that evolve, among themselves, in the order in which the
+            network's program uses them, for crossovers that cut it; empty for that of the tree.
 
     Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607; `megajax.mega_paper` sets all its choices.
@@ -48,6 +50,7 @@ class Weights:
     quiet: frozenset[int] = frozenset()
     clipped: frozenset[int] = frozenset()
     relative_noise: bool = True
+    order: tuple[int, ...] = ()
     gene_ndim: ClassVar[None] = None
     picks: ClassVar[bool] = False
 
@@ -128,6 +131,14 @@ class Weights:
         )
         new = dict(zip(noisy, mutated, strict=True))
         return self._by_leaf(genes, lambda i, leaf: new.get(i, leaf))
+
+    def encode(self, genes: PyTree) -> PyTree:
+        """The weights themselves."""
+        return genes
+
+    def decode(self, free: PyTree) -> PyTree:
+        """The weights themselves, variances repaired."""
+        return self.repair(free)
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the genes."""

@@ -323,6 +323,23 @@ def advance(
     )
 
 
+def scored(
+    state: State, survivors: Population, offspring: Population, memory: PyTree = ()
+) -> tuple[State, Record]:
+    """What `step` returns after a generation whose offspring were all scored on all examples.
+
+    Args:
+        state: before it.
+        survivors: who survived it.
+        offspring: whom it scored.
+        memory: what the search carries on.
+    """
+    size = jnp.int32(offspring.fitness.size)
+    state = advance(state, survivors, offspring, Counts(size, size, jnp.int32(0)), memory)
+    valid = jnp.sum(jnp.isfinite(offspring.fitness))
+    return state, record(state, size - valid, valid)
+
+
 def record(state: State, invalid: jax.Array, valid: jax.Array) -> Record:
     """What `step` notes of a generation.
 

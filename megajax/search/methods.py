@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any
 
-from megajax.search import evosax, genetic, sampling
+from megajax.search import binary, evosax, genetic, gradient, niches, pareto, sampling
 from megajax.search.genetic import Evaluate, Race, Space
 from megajax.search.loop import Limits, Search
 from megajax.search.operators import CROSSOVERS, SELECTIONS, SURVIVALS
@@ -20,7 +20,12 @@ __all__ = ["METHODS", "EvolutionConfig", "limits_of", "make_search"]
 
 METHODS: dict[str, Callable[[Any, Space, Evaluate, Race | None], Search]] = {
     "genetic": genetic.from_config,
+    "gradient": gradient.from_config,
     "random": sampling.from_config,
+    "niches": niches.from_config,
+    "nsga2": pareto.from_config,
+    "one_plus_one": binary.one_plus_one,
+    "pbil": binary.pbil,
     "cma_es": partial(evosax.from_config, algorithm="CMA_ES"),
     "sep_cma_es": partial(evosax.from_config, algorithm="Sep_CMA_ES"),
     "differential_evolution": partial(evosax.from_config, algorithm="DifferentialEvolution"),
@@ -51,6 +56,15 @@ class EvolutionConfig(Section):
         generations_per_chunk: generations in one compiled call, between two looks of the host.
         patience: stop after so many generations without a better best; None never does.
         time_budget: stop after so many seconds; None never does. Not reproducible by nature.
+        learning_rate: of Adam on the genes, for `gradient`; of the probabilities, for `pbil`.
+        gradient_examples: of the mini-batch of a gradient. A gradient costs three passes of it.
+        offspring: children of a generation, for `niches` and `one_plus_one`; None is as many as the
+            population.
+        sharing: for `niches`: an example that n members are right on is worth 1 / n^sharing to each
+            of them; 0 is no competition.
+        matchmaker: for `niches`: draw the second of a pair by where the first is wrong.
+        parents_only: for `niches`: only the parents are scored at first, and children fill the
+            other places of the population.
         evaluation_budget: stop before more than so many networks are scored; None never does. What
             counts is the cost: a network scored on a tenth of the examples is a tenth of a network.
     """
@@ -80,6 +94,12 @@ class EvolutionConfig(Section):
     generations_per_chunk: Annotated[int, at_least(1)] = 1
     patience: Annotated[int, at_least(1)] | None = None
     time_budget: Annotated[float, at_least(0)] | None = None
+    learning_rate: Annotated[float, between(1e-9, 1e3)] = 0.1
+    gradient_examples: Annotated[int, at_least(1)] = 256
+    offspring: Annotated[int, at_least(1)] | None = None
+    sharing: Annotated[float, at_least(0)] = 1.0
+    matchmaker: bool = True
+    parents_only: bool = False
     evaluation_budget: Annotated[int, at_least(0)] | None = None
 
     def _check(self) -> None:
@@ -96,7 +116,13 @@ class EvolutionConfig(Section):
 
 
 def make_search(
-    config: EvolutionConfig, space: Space, evaluate: Evaluate, race: Race | None = None
+    config: EvolutionConfig,
+    space: Space,
+    evaluate: Evaluate,
+    race: Race | None = None,
+    *,
+    objective: gradient.Objective | None = None,
+    num_examples: int = 1,
 ) -> Search:
     """The search that a configuration section describes.
 
@@ -105,6 +131,8 @@ def make_search(
         space: what is known of the genes.
         evaluate: `evaluate(problem, genes [M, ...]) -> fitness [M]` or `(fitness, aux)`.
         race: how children race, or None.
+        objective: for searches by gradient; see `megajax.search.gradient`.
+        num_examples: that a full scoring passes through a network.
 
     Returns:
         The search, equal to others with the same choices.
@@ -112,6 +140,9 @@ def make_search(
     Raises:
         ConfigError: the choices do not fit the genes.
     """
+    if config.method == "gradient":
+        assert objective is not None
+        return gradient.from_config(config, space, evaluate, race, objective, num_examples)
     return METHODS[config.method](config, space, evaluate, race)
 
 

@@ -13,7 +13,8 @@ axes of a leaf belong to ONE gene: 0 where each number is a gene, 1 where a gene
 mask's coefficients over the parents), None where the whole leaf is one gene (a weight tensor).
 
 Source of the classical operators: Eiben and Smith, Introduction to Evolutionary Computing (2015);
-BLX-alpha: Eshelman and Schaffer (1993); linear ranking: Baker (1985).
+BLX-alpha: Eshelman and Schaffer (1993); linear ranking: Baker (1985); SBX and
+polynomial mutation: Deb and Agrawal (1995), Deb and Goyal (1996), bounded as in NSGA-II's code.
 """
 
 from __future__ import annotations
@@ -44,13 +45,17 @@ __all__ = [
     "best",
     "blx_alpha",
     "choose_one",
+    "flip",
     "gaussian",
     "generational",
     "one_point",
     "plus",
+    "polynomial",
     "rank",
     "reset",
     "roulette",
+    "sbx",
+    "split_point",
     "take",
     "tournament",
     "two_point",
@@ -350,6 +355,144 @@ def blx_alpha(
     return _per_leaf(cross, key, first, second)
 
 
+def sbx(
+    key: Key,
+    first: Genes,
+    second: Genes,
+    *,
+    eta: float = 20.0,
+    rate: float = 0.9,
+    low: float = -math.inf,
+    high: float = math.inf,
+    gene_ndim: int | None = 0,
+) -> Genes:
+    """Simulated binary crossover: genes near one of the pair's, the nearer the closer the pair.
+
+    With probability `rate` a child is made so: half of its genes come from `first`; the others lie
+    on the line through the pair, around either of the two with equal probability. Otherwise the
+    child is `first`.
+
+    Args:
+        key: PRNG key.
+        first: genes of the first of each pair, leaves `[N, ...]`.
+        second: genes of the second, alike.
+        eta: distribution index; the larger, the nearer children are to the pair.
+        rate: probability in [0, 1] that a child is crossed at all.
+        low: no number of a child lies below it, if none of its pair does.
+        high: nor above it.
+        gene_ndim: trailing axes of one gene; see the module.
+
+    Returns:
+        Children, alike.
+
+    Example:
+        >>> child = sbx(jax.random.key(0), jnp.zeros((1, 99)), jnp.ones((1, 99)), low=0, high=1)
+        >>> bool(((child >= 0) & (child <= 1)).all()), bool(abs(child - 0.5).min() > 0.1)
+        (True, True)
+    """
+    whole_key, genes_key = jax.random.split(key)
+    crossed = jax.random.bernoulli(whole_key, rate, (_size(first),))
+    power = 1 / (eta + 1)
+
+    def cross(key: Key, a: jax.Array, b: jax.Array) -> jax.Array:
+        shape = _gene_shape(a, gene_ndim)
+        spread_key, side_key, hit_key = jax.random.split(key, 3)
+        drawn = _expand(jax.random.uniform(spread_key, shape, a.dtype), a)
+        way = jnp.where(_expand(_coins(side_key, shape), a), b - a, a - b)
+        gap = abs(way)
+        room = jnp.where(way > 0, high - jnp.maximum(a, b), jnp.minimum(a, b) - low)
+        # The tail beyond the bound is cut off: `total` is what is left of twice the probability.
+        total = 2 - (1 + 2 * room / jnp.where(gap > 0, gap, 1)) ** -(eta + 1)
+        inner = drawn * total
+        spread = jnp.where(inner <= 1, inner, 1 / (2 - jnp.maximum(inner, 1))) ** power
+        child = jnp.clip((a + b + spread * way) / 2, low, high)
+        hit = _expand(_coins(hit_key, shape), a) & _expand(crossed, a) & (gap > 0)
+        return jnp.where(hit, child, a)
+
+    return _per_leaf(cross, genes_key, first, second)
+
+
+def split_point(
+    key: Key,
+    first: Genes,
+    second: Genes,
+    *,
+    spherical: bool = False,
+    gene_ndim: int | None = 0,
+    order: tuple[int, ...] = (),
+) -> Genes:
+    """Genes before a random cut are mixed one way, those behind it the other way round (M2N2).
+
+    Before the cut a child is `(1 - w) first + w second` with one w ~ U(0, 1), from the cut on
+    `w first + (1 - w) second`. The cut comes before any gene with equal probability. Where a gene
+    is a whole leaf, the cut may fall inside a leaf all the same.
+
+    Args:
+        key: PRNG key.
+        first: genes of the first of each pair, leaves `[N, ...]`.
+        second: genes of the second, alike.
+        spherical: mix on the arc between the two, both taken as one long vector, instead of on the
+            straight line.
+        gene_ndim: trailing axes of one gene; see the module.
+        order: numbers of the leaves in the order that is cut; empty for the order of the tree.
+
+    Returns:
+        Children, alike.
+
+    Example:
+        >>> child = split_point(jax.random.key(1), jnp.zeros((1, 9)), jnp.ones((1, 9)))
+        >>> len(set(child[0].tolist())), round(float(child[0, 0] + child[0, -1]), 6)
+        (2, 1.0)
+
+    Source: Abrantes, Lange and Tang, "Competition and attraction improve model fusion",
+    arXiv 2508.16204, equation 2.
+    """
+    leaves, treedef = jax.tree.flatten(first)
+    order = order or tuple(range(len(leaves)))
+    one = [leaves[i] for i in order]
+    other = [jax.tree.leaves(second)[i] for i in order]
+    cut_key, share_key = jax.random.split(key)
+    num_genes = _num_genes(one, gene_ndim or 0)
+    cut = jax.random.randint(cut_key, (_size(first),), 0, num_genes)
+    share = jax.random.uniform(share_key, cut.shape)
+    mix = _on_the_arc if spherical else _on_the_line
+    before, behind = mix(one, other, share), mix(one, other, 1 - share)
+    children = _splice(before, behind, cut, jnp.full_like(cut, num_genes), gene_ndim or 0)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return jax.tree.unflatten(treedef, [children[i] for i in back])
+
+
+def _on_the_line(first: Genes, second: Genes, share: jax.Array) -> Genes:
+    """`(1 - share) first + share second`."""
+    return jax.tree.map(lambda a, b: _blend(b, a, share), first, second)
+
+
+def _on_the_arc(first: Genes, second: Genes, share: jax.Array) -> Genes:
+    """Spherical interpolation of whole individuals; on the line where they are parallel."""
+
+    def dot(one: Genes, other: Genes) -> jax.Array:
+        def of_leaf(a: jax.Array, b: jax.Array) -> jax.Array:
+            return (a * b).sum(axis=range(1, a.ndim))
+
+        return sum(jax.tree.leaves(jax.tree.map(of_leaf, one, other)), jnp.float32(0))
+
+    lengths = jnp.sqrt(dot(first, first)) * jnp.sqrt(dot(second, second))
+    cosine = dot(first, second) / jnp.where(lengths > 0, lengths, 1)
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    sine = jnp.sin(angle)
+    parallel = sine <= 1e-6
+    sine = jnp.where(parallel, 1, sine)
+    of_first = jnp.where(parallel, 1 - share, jnp.sin((1 - share) * angle) / sine)
+    of_second = jnp.where(parallel, share, jnp.sin(share * angle) / sine)
+    return jax.tree.map(
+        lambda a, b: (
+            _expand(of_first, a).astype(a.dtype) * a + _expand(of_second, b).astype(b.dtype) * b
+        ),
+        first,
+        second,
+    )
+
+
 def choose_one(key: Key, first: Genes, second: Genes, *, among: Sequence[Crossover]) -> Genes:
     """Each child is made by one of several crossovers, drawn with equal probability.
 
@@ -469,6 +612,72 @@ def reset(
     return _per_leaf(partial(_renewed, renew, rate, gene_ndim), key, genes)
 
 
+def polynomial(
+    key: Key,
+    genes: Genes,
+    *,
+    rate: float = 0.05,
+    eta: float = 20.0,
+    low: float = 0.0,
+    high: float = 1.0,
+    gene_ndim: int | None = 0,
+) -> Genes:
+    """Moves the numbers of a gene within bounds, most often a little; `rate` for each gene.
+
+    Args:
+        key: PRNG key.
+        genes: leaves `[N, ...]`, numbers between the bounds.
+        rate: probability in [0, 1].
+        eta: distribution index: moves are of the order of (high - low) / eta.
+        low: lower bound.
+        high: upper bound.
+        gene_ndim: trailing axes of one gene; see the module.
+
+    Returns:
+        Genes, alike; those not hit are unchanged bit for bit.
+
+    Example:
+        >>> genes = polynomial(jax.random.key(0), jnp.zeros((1, 99)), rate=1.0)
+        >>> bool(((genes >= 0) & (genes <= 1)).all()), bool(genes.mean() < 0.05)
+        (True, True)
+    """
+
+    def renew(key: Key, hit: jax.Array) -> jax.Array:
+        drawn = jax.random.uniform(key, hit.shape, hit.dtype, -1, 1)
+        room = jnp.where(drawn < 0, hit - low, high - hit) / (high - low)
+        away = 1 - abs(drawn)  # of twice the probability, what lies beyond the move
+        step = 1 - (away + (1 - away) * (1 - room) ** (eta + 1)) ** (1 / (eta + 1))
+        return jnp.clip(hit + jnp.sign(drawn) * step * (high - low), low, high)
+
+    return _per_leaf(partial(_renewed, renew, rate, gene_ndim), key, genes)
+
+
+def flip(key: Key, genes: Genes, *, rate: float = 0.05) -> Genes:
+    """Lets a gene that picks one parent pick another one, with probability `rate` for each gene.
+
+    Standard bit mutation, where there are two parents.
+
+    Args:
+        key: PRNG key.
+        genes: leaves `[N, ..., K]`, one-hot along the last axis.
+        rate: probability in [0, 1].
+
+    Returns:
+        Genes, alike.
+
+    Example:
+        >>> flip(jax.random.key(0), jnp.array([[[1.0, 0.0], [0.0, 1.0]]]), rate=1.0).tolist()
+        [[[0.0, 1.0], [1.0, 0.0]]]
+    """
+
+    def renew(key: Key, hit: jax.Array) -> jax.Array:
+        K = hit.shape[-1]
+        step = 1 + uniform_integers(key, hit.shape[:-1], K - 1)
+        return jax.nn.one_hot((jnp.argmax(hit, axis=-1) + step) % K, K, dtype=hit.dtype)
+
+    return _per_leaf(partial(_renewed, renew, rate, 1), key, genes)
+
+
 def apply_all(key: Key, genes: Genes, *, mutations: Sequence[Mutation]) -> Genes:
     """Several mutations in turn, each with a key of its own.
 
@@ -557,7 +766,7 @@ def generational(key: Key, population: Population, offspring: Population) -> Pop
     """
     del key
     elites = best(population, _size(population) - _size(offspring))
-    return _concatenate(elites, offspring)
+    return concatenate(elites, offspring)
 
 
 def plus(key: Key, population: Population, offspring: Population) -> Population:
@@ -578,7 +787,7 @@ def plus(key: Key, population: Population, offspring: Population) -> Population:
         [2, 4]
     """
     del key
-    return best(_concatenate(population, offspring), _size(population))
+    return best(concatenate(population, offspring), _size(population))
 
 
 def best(population: Population, num: int) -> Population:
@@ -593,7 +802,7 @@ def best(population: Population, num: int) -> Population:
     return survivors
 
 
-def _concatenate(first: Population, second: Population) -> Population:
+def concatenate(first: Population, second: Population) -> Population:
     joined: Population = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
     return joined
 
@@ -649,7 +858,10 @@ CROSSOVERS: dict[str, Crossover] = {
     "one_point": one_point,
     "two_point": two_point,
     "blx_alpha": blx_alpha,
+    "sbx": sbx,
+    "split_lerp": split_point,
+    "split_slerp": bind(split_point, spherical=True),
 }
-BLENDING = frozenset({"arithmetic", "arithmetic_per_gene", "blx_alpha"})
+BLENDING = frozenset(CROSSOVERS) - {"uniform", "one_point", "two_point"}
 """The crossovers that make new numbers, which genes that pick one parent cannot have."""
 SURVIVALS: dict[str, Survival] = {"plus": plus, "generational": generational}

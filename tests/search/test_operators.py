@@ -15,7 +15,6 @@ from megajax.search import operators as ops
 KEY = jax.random.key(7)
 SELECTIONS = {
     "tournament": ops.tournament,
-    "tournament_replace": partial(ops.tournament, replace=True),
     "roulette": ops.roulette,
     "rank": ops.rank,
 }
@@ -130,16 +129,12 @@ def assert_frequencies(indices, expected, sigmas=5):
     assert (np.abs(frequency(indices, len(expected)) - expected) <= sigmas * error + 1e-9).all()
 
 
-@pytest.mark.parametrize("replace", [False, True])
-def test_tournament_probabilities_have_their_closed_form(replace):
+def test_tournament_probabilities_have_their_closed_form():
     P, size, num = 7, 3, 40_000
     fitness = jax.random.permutation(KEY, jnp.arange(P, dtype=jnp.float32))
-    winners = jax.jit(partial(ops.tournament, num=num, size=size, replace=replace))(KEY, fitness)
+    winners = jax.jit(partial(ops.tournament, num=num, size=size))(KEY, fitness)
     below = np.arange(P + 1)  # probability that all contestants are among the i worst
-    if replace:
-        cumulative = (below / P) ** size
-    else:
-        cumulative = below * (below - 1) * (below - 2) / (P * (P - 1) * (P - 2))
+    cumulative = below * (below - 1) * (below - 2) / (P * (P - 1) * (P - 2))
     expected = np.diff(cumulative)[np.asarray(fitness).astype(int)]
     assert_frequencies(winners, expected)
 
@@ -174,7 +169,7 @@ def test_roulette_of_equal_fitness_is_uniform_over_the_finite_ones():
     assert_frequencies(indices, np.array([0.5, 0.0, 0.5]))
 
 
-@pytest.mark.parametrize("pressure", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("pressure", [1.0, 1.7, 2.0])
 def test_rank_probabilities_are_bakers(pressure):
     fitness = jnp.array([0.3, -5.0, 1e6, 7.0, 0.4])
     indices = ops.rank(KEY, fitness, 40_000, pressure=pressure)
@@ -186,8 +181,26 @@ def test_rank_probabilities_are_bakers(pressure):
 
 @pytest.mark.parametrize("select", [ops.roulette, ops.rank])
 def test_an_individual_without_fitness_is_never_selected(select):
-    fitness = jnp.full(1000, -jnp.inf).at[::10].set(jnp.linspace(1.0, 1.0 + 1e-6, 100))
-    assert (select(KEY, fitness, 100_000) % 10 == 0).all()
+    fitness = np.full(1000, -np.inf, np.float32)
+    fitness[::10] = np.linspace(1.0, 1.0 + 1e-6, 100)
+    assert (jax.jit(select, static_argnums=2)(KEY, fitness, 10_000) % 10 == 0).all()
+
+
+@pytest.mark.parametrize("limit", [1, 7, 1000, 2**16 - 1])
+def test_uniform_integers_are_alike_and_below_their_limit(limit):
+    drawn = np.asarray(ops.uniform_integers(KEY, (200_000,), limit))
+    assert drawn.dtype == np.int32
+    assert drawn.min() >= 0
+    assert drawn.max() < limit
+    counts = np.histogram(drawn, bins=min(limit, 50), range=(0, limit))[0]
+    edges = np.ceil(np.linspace(0, limit, min(limit, 50) + 1))  # whole numbers in each bin
+    expected = 200_000 * np.diff(edges) / limit
+    assert (np.abs(counts - expected) <= 5 * np.sqrt(expected)).all()
+
+
+def test_uniform_integers_of_a_rounded_one_stay_below_their_limit(monkeypatch):
+    monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.full(shape, 1.0))
+    assert ops.uniform_integers(KEY, (3,), np.array([1, 2, 3])).tolist() == [0, 1, 2]
 
 
 # Crossover ------------------------------------------------------------------------------------
@@ -374,6 +387,11 @@ def test_generational_keeps_the_elites_and_all_offspring():
     kept = ops.generational(KEY, old, new)
     np.testing.assert_array_equal(kept.fitness[:3], np.sort(old.fitness)[::-1][:3])
     chex.assert_trees_all_equal(ops.take(kept, jnp.arange(3, 10)), new)
+
+
+def test_best_are_the_fittest_the_first_of_equals_first():
+    population = ops.Population(jnp.arange(5), jnp.array([1.0, 3.0, 3.0, -jnp.inf, 2.0]))
+    assert ops.best(population, 4).genes.tolist() == [1, 2, 4, 0]
 
 
 def test_an_individual_without_fitness_is_never_an_elite():
