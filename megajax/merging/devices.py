@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -181,7 +182,6 @@ def over_population(
         Leaves `[P, ...]`, whole on every device.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), (POPULATION, NETWORK))
         >>> over_population(lambda a, x: a * x, mesh, 2.0, jnp.arange(3.0)).tolist()
         [0.0, 2.0, 4.0]
@@ -246,7 +246,7 @@ def place(tree: PyTree, mesh: Mesh | None, *, split: bool = False) -> PyTree:
 
     Args:
         tree: arrays, equal in all processes.
-        mesh: None leaves them where they are.
+        mesh: None is the default device.
         split: along `network` (see `network_specs`); otherwise every device gets all.
 
     Returns:
@@ -257,7 +257,7 @@ def place(tree: PyTree, mesh: Mesh | None, *, split: bool = False) -> PyTree:
         [0, 1]
     """
     if mesh is None:
-        return tree
+        return jax.tree.map(jnp.asarray, tree)
     specs = network_specs(tree, mesh) if split else jax.tree.map(lambda _: _WHOLE, tree)
     return jax.tree.map(
         lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
