@@ -7,7 +7,7 @@ examples and what follows from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from megajax.errors import ConfigError, DataError
-from megajax.types import PyTree
+from megajax.types import PyTree, bind
 
 __all__ = [
     "IGNORED",
@@ -85,7 +85,7 @@ class Metric:
         return score
 
 
-# Scores: one number for each example ---------------------------------------------------------------
+# Scores: one number for each example --------------------------------------------------------------
 
 
 def accuracy(logits: jax.Array, targets: Any) -> jax.Array:
@@ -96,7 +96,7 @@ def accuracy(logits: jax.Array, targets: Any) -> jax.Array:
     Args:
         logits: `[b, ..., C]`.
         targets: labels `[b, ...]`, `IGNORED` where a position does not count; or a pair of labels
-            and weights of the positions.
+            and weights: of the positions, or `[b]`, which `METRICS` takes a weighted mean with.
 
     Returns:
         `[b]` float32, in [0, 1].
@@ -172,7 +172,8 @@ def mean_squared_error(outputs: jax.Array, targets: Any) -> jax.Array:
 
     Args:
         outputs: `[b, ...]`.
-        targets: of the same shape (or `[b]` for `[b, 1]`); or a pair of these and weights.
+        targets: of the same shape (or `[b]` for `[b, 1]`); or a pair of these and weights, of the
+            outputs or of the examples, as for `accuracy`.
 
     Returns:
         `[b]` float32, at most 0.
@@ -210,7 +211,7 @@ def distill(logits: jax.Array, targets: Any) -> jax.Array:
 
     Args:
         logits: `[b, ..., C]`.
-        targets: probabilities of the same shape, or a pair of these and weights `[b, ...]`.
+        targets: probabilities of the same shape, or a pair of these and weights as for `accuracy`.
 
     Returns:
         `[b]` float32, mean over an example's positions.
@@ -219,13 +220,46 @@ def distill(logits: jax.Array, targets: Any) -> jax.Array:
         >>> distill(jnp.zeros((1, 2)), jnp.array([[1.0, 0.0]])).round(2)
         Array([-0.69], dtype=float32)
     """
-    wanted, weights = targets if isinstance(targets, tuple) else (targets, None)
+    wanted, weights = _parts(targets)
+    _check_shape(wanted, (logits.shape,))
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
     gaps = jnp.where(wanted > 0, wanted * (jnp.log(jnp.maximum(wanted, 1e-38)) - log_q), 0.0)
+    if weights is not None:
+        weights = _spread(weights, logits.ndim - 1)
     return _mean(-gaps.sum(axis=-1), weights)
 
 
-# Metrics of the whole set ---------------------------------------------------------------------------
+# Metrics of the whole set -------------------------------------------------------------------------
+
+
+def _averaged(score: Statistics, smooth: Metric | None = None) -> Metric:
+    """The mean of a score over the examples, by their weights where the targets have any."""
+    name = getattr(score, "__name__", "own")
+    return Metric(bind(_weighted_score, score=score), _weighted_mean, name, smooth)
+
+
+def _weighted_score(outputs: Any, targets: Any, *, score: Statistics) -> PyTree:
+    """Scores `[b, ...]` times the weights of their examples, and those weights `[b]`.
+
+    Weights of positions count within an example; the example itself then counts as one, or not at
+    all if none of its positions does.
+    """
+    scores = score(outputs, targets)
+    _, weights = _parts(targets)
+    if weights is None:
+        share = jnp.ones(scores.shape[0])
+    elif weights.size == weights.shape[0]:
+        share = weights.reshape(-1).astype(jnp.float32)
+    else:
+        share = (weights > 0).any(axis=range(1, weights.ndim)).astype(jnp.float32)
+    spread = _spread(share, scores.ndim)
+    return jnp.where(spread > 0, scores * spread, 0.0), share
+
+
+def _weighted_mean(sums: PyTree, count: Any) -> jax.Array:
+    del count
+    mean: jax.Array = sums[0] / sums[1]
+    return mean
 
 
 def _perplexity_statistics(logits: jax.Array, targets: Any) -> PyTree:
@@ -264,19 +298,22 @@ def _r2_statistics(outputs: jax.Array, targets: Any) -> PyTree:
 def _r2(sums: PyTree, count: Any) -> jax.Array:
     del count
     error, total, squares, weight = sums
-    return 1 - error / (squares - total**2 / weight)
+    # Far from zero the difference loses its digits; below zero it would turn the order around.
+    spread = jnp.maximum(squares - total**2 / weight, 1e-6 * squares)
+    score: jax.Array = 1 - error / jnp.maximum(spread, np.finfo(np.float32).tiny)
+    return score
 
 
 _TEMPERATURES = np.geomspace(0.25, 8.0, 41).astype(np.float32)
 
 
-def _calibrated_statistics(logits: jax.Array, targets: Any) -> PyTree:
+def _at_temperatures(logits: jax.Array, targets: Any) -> jax.Array:
+    """The cross-entropy at each temperature, `[b, T]`."""
     labels, weights = _positions(targets)
-    scores = [
-        _mean(_log_likelihood(logits.astype(jnp.float32) / t, labels), weights)
-        for t in _TEMPERATURES
-    ]
-    return jnp.stack(scores, axis=-1)
+    wide = logits.astype(jnp.float32)
+    return jax.lax.map(
+        lambda t: _mean(_log_likelihood(wide / t, labels), weights), jnp.asarray(_TEMPERATURES)
+    ).T
 
 
 perplexity = Metric(
@@ -284,7 +321,7 @@ perplexity = Metric(
 )
 """Minus the perplexity: the exponential of the cross-entropy over all positions that count."""
 
-macro_f1 = Metric(_f1_statistics, _f1, "macro_f1", smooth=Metric(cross_entropy))
+macro_f1 = Metric(_f1_statistics, _f1, "macro_f1", smooth=_averaged(cross_entropy))
 """The mean over the classes of F1, classes that are neither predicted nor there left out
 (scikit-learn's `f1_score(average="macro")`)."""
 
@@ -292,29 +329,36 @@ r2 = Metric(_r2_statistics, _r2, "r2")
 """The share of the targets' variance that the outputs explain, all outputs taken together."""
 
 calibrated_cross_entropy = Metric(
-    _calibrated_statistics,
-    lambda sums, count: (sums / count).max(),
+    bind(_weighted_score, score=_at_temperatures),
+    lambda sums, count: _weighted_mean(sums, count).max(),
     "calibrated_cross_entropy",
 )
 """The negative cross-entropy at the best of 41 temperatures from 1/4 to 8: what a network would
 reach if one number were fitted to its logits (Guo et al., arXiv 1706.04599)."""
 
 METRICS: dict[str, Metric] = {
-    "cross_entropy": Metric(cross_entropy, name="cross_entropy"),
-    "accuracy": Metric(accuracy, name="accuracy", smooth=Metric(cross_entropy)),
-    "binary_cross_entropy": Metric(binary_cross_entropy, name="binary_cross_entropy"),
-    "binary_accuracy": Metric(
-        binary_accuracy, name="binary_accuracy", smooth=Metric(binary_cross_entropy)
-    ),
-    "mean_squared_error": Metric(mean_squared_error, name="mean_squared_error"),
-    "mean_absolute_error": Metric(mean_absolute_error, name="mean_absolute_error"),
+    "cross_entropy": _averaged(cross_entropy),
+    "accuracy": _averaged(accuracy, smooth=_averaged(cross_entropy)),
+    "binary_cross_entropy": _averaged(binary_cross_entropy),
+    "binary_accuracy": _averaged(binary_accuracy, smooth=_averaged(binary_cross_entropy)),
+    "mean_squared_error": _averaged(mean_squared_error),
+    "mean_absolute_error": _averaged(mean_absolute_error),
     "r2": r2,
     "perplexity": perplexity,
     "macro_f1": macro_f1,
     "calibrated_cross_entropy": calibrated_cross_entropy,
-    "distill": Metric(distill, name="distill"),
+    "distill": _averaged(distill),
 }
-"""The metrics by the names that the configuration gives them."""
+"""The metrics by the names that the configuration gives them. Where targets are a pair of wanted
+values and weights, means over the examples are weighted."""
+
+OF_LABELS = frozenset(
+    {"cross_entropy", "accuracy", "perplexity", "macro_f1", "calibrated_cross_entropy"}
+)
+"""Those whose targets are class numbers."""
+
+OF_PROBABILITIES = frozenset({"binary_cross_entropy", "binary_accuracy", "distill"})
+"""Those whose targets lie in [0, 1]."""
 
 
 def as_metric(metric: Any) -> Metric:
@@ -378,17 +422,38 @@ def default_metric(outputs: PyTree, targets: PyTree) -> str:
 
 def _positions(targets: Any) -> tuple[jax.Array, jax.Array]:
     """Labels, and the weight of each position: 0 where it is ignored."""
-    labels, weights = targets if isinstance(targets, tuple) else (targets, None)
+    labels, weights = _parts(targets)
+    labels = labels.astype(jnp.int32)  # in eight bits without sign, 156 is -100
     counts = labels != IGNORED
-    weights = counts.astype(jnp.float32) if weights is None else jnp.where(counts, weights, 0.0)
+    if weights is None:
+        weights = counts.astype(jnp.float32)
+    weights = jnp.where(counts, _spread(weights, labels.ndim), 0.0)
     return jnp.where(counts, labels, 0), weights
 
 
 def _like(outputs: jax.Array, targets: Any) -> tuple[jax.Array, jax.Array]:
     """Targets and weights of the outputs' shape."""
-    wanted, weights = targets if isinstance(targets, tuple) else (targets, 1.0)
-    wanted = wanted.reshape(outputs.shape).astype(jnp.float32)
-    return wanted, jnp.broadcast_to(weights, outputs.shape)
+    wanted, weights = _parts(targets)
+    _check_shape(wanted, (outputs.shape, outputs.shape[:-1] if outputs.shape[-1] == 1 else None))
+    weights = jnp.ones(()) if weights is None else _spread(weights, outputs.ndim)
+    return wanted.reshape(outputs.shape).astype(jnp.float32), jnp.broadcast_to(
+        weights, outputs.shape
+    )
+
+
+def _parts(targets: Any) -> tuple[Any, Any]:
+    """What is wanted, and weights or None."""
+    return targets if isinstance(targets, tuple) else (targets, None)
+
+
+def _spread(weights: jax.Array, ndim: int) -> jax.Array:
+    """Appends axes of length one up to `ndim`."""
+    return weights.reshape(weights.shape + (1,) * (ndim - weights.ndim))
+
+
+def _check_shape(wanted: jax.Array, allowed: Sequence[tuple[int, ...] | None]) -> None:
+    if wanted.shape not in allowed:
+        raise ValueError(f"targets of shape {list(allowed[0] or ())} are needed")
 
 
 def _log_likelihood(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ Knows inputs, targets and metrics; nothing of parents, genes or searches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,15 @@ import numpy as np
 from megajax.errors import ConfigError, DataError, first_line
 from megajax.evaluation.batches import Batches, cut
 from megajax.evaluation.measures import predict
-from megajax.merging.metrics import IGNORED, Metric, as_metric, default_metric
+from megajax.merging.metrics import (
+    IGNORED,
+    METRICS,
+    OF_LABELS,
+    OF_PROBABILITIES,
+    Metric,
+    as_metric,
+    default_metric,
+)
 from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn, PyTree
 
@@ -103,12 +112,16 @@ def check_inputs(inputs: PyTree, what: str, least: int = 1) -> int:
     if count < least:
         raise DataError(f"the {what} are {count}: at least {least} are needed")
     for path, leaf in leaves.items():
-        if jnp.issubdtype(leaf.dtype, jnp.inexact):
-            values = np.asarray(leaf)
-            bad = values.size - int(np.isfinite(values.astype(np.complex128)).sum())
-            if bad:
-                raise DataError(f"the {where[path]}: {bad} of {values.size} values are not finite")
+        _check_finite(leaf, f"the {where[path]}")
     return int(count)
+
+
+def _check_finite(leaf: Any, where: str) -> None:
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+        values = np.asarray(leaf)
+        bad = values.size - int(np.isfinite(values.astype(np.complex128)).sum())
+        if bad:
+            raise DataError(f"{where}: {bad} of {values.size} values are not finite")
 
 
 def with_teacher(task: Task, apply_fn: ApplyFn, parents: Sequence[PyTree]) -> Task:
@@ -161,29 +174,43 @@ def check_task(task: Task, apply_fn: ApplyFn, variables: PyTree, number: int = 0
     inputs = jax.tree.map(np.asarray, task.inputs)
     targets = jax.tree.map(np.asarray, task.targets)
     for path, leaf in leaves_by_path(targets).items():
+        which = f"targets{f' {path}' if path else ''}"
         if leaf.ndim == 0 or len(leaf) != count:
-            shape = f"shape {leaf.shape}"
-            raise DataError(
-                f"{count} examples but targets{f' {path}' if path else ''} of {shape} ({name})"
-            )
+            raise DataError(f"{count} examples but {which} of shape {leaf.shape} ({name})")
+        _check_finite(leaf, f"the {which} of {name}")
     network = task.apply_fn or apply_fn
-    few = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), inputs)
-    outputs = output_shapes(network, variables, few)
-    told = jax.tree.map(lambda leaf: leaf[:2], targets) if count > 1 else targets
+    outputs = output_shapes(network, variables, _of_length(2, inputs))
     metric = task.metric
     if metric is None:
-        metric = default_metric(
-            outputs, jax.tree.map(lambda leaf: np.zeros((2, *leaf.shape[1:]), leaf.dtype), told)
-        )
+        metric = default_metric(outputs, _of_length(2, targets))
     metric = as_metric(metric)
-    if metric.name in ("cross_entropy", "accuracy", "perplexity", "macro_f1") or (
-        metric.name == "calibrated_cross_entropy"
-    ):
-        check_labels(targets, outputs, name)
+    if metric == METRICS.get(metric.name):
+        _check_targets(metric, targets, outputs, name)
     _check_metric(metric, outputs, targets, name)
     if not (np.isfinite(task.weight) and task.weight >= 0):
         raise ConfigError(f"the weight of {name} is {task.weight!r}: it must be at least 0")
     return Task(inputs, targets, metric, network, float(task.weight), name)
+
+
+def _of_length(count: int, tree: PyTree) -> PyTree:
+    """Shapes and dtypes of so many examples."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), tree
+    )
+
+
+def _check_targets(metric: Metric, targets: PyTree, outputs: PyTree, name: str) -> None:
+    """Checks what a metric of the library's own cannot see in a compiled program."""
+    wanted, weights = targets if isinstance(targets, tuple) and len(targets) == 2 else (targets, 0)
+    if metric.name in OF_LABELS:
+        check_labels(targets, outputs, name)
+    elif metric.name in OF_PROBABILITIES and not 0 <= np.min(wanted) <= np.max(wanted) <= 1:
+        raise DataError(
+            f"targets of {name} run from {np.min(wanted)} to {np.max(wanted)}: {metric.name} takes "
+            "those from 0 to 1"
+        )
+    if wanted is not targets and (np.min(weights) < 0 or not np.any(weights)):
+        raise DataError(f"weights of {name}: none may be negative, nor all of them 0")
 
 
 def output_shapes(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree) -> PyTree:
@@ -251,32 +278,40 @@ def check_labels(targets: PyTree, outputs: Any, name: str = "") -> None:
 
 
 def _check_metric(metric: Metric, outputs: PyTree, targets: PyTree, name: str) -> None:
-    """One `eval_shape` of the metric before anything runs."""
-    few = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype), targets)
+    """One `eval_shape` of the metric before anything runs, for each of two numbers of examples.
 
+    Two, lest another axis happens to be as long as there are examples.
+    """
+    for count in (2, 3):
+        few, told = _of_length(count, targets), _of_length(count, outputs)
+        _check_shapes(metric, told, few, count, f"metric {metric.name} of {name}")
+
+
+def _check_shapes(metric: Metric, outputs: PyTree, targets: PyTree, count: int, own: str) -> None:
     def score(outputs: PyTree, targets: PyTree) -> tuple[PyTree, Any]:
         statistics = metric.statistics(outputs, targets)
-        return statistics, metric.of(statistics, jnp.ones(2, bool))
+        return statistics, metric.of(statistics, jnp.ones(count, bool))
 
-    own = f"metric {metric.name} of {name}"
     try:
-        statistics = jax.eval_shape(metric.statistics, outputs, few)
-        shapes = {path: leaf.shape for path, leaf in leaves_by_path(statistics).items()}
-        if metric.plain and list(shapes.values()) != [(2,)]:
-            told = "nothing" if not shapes else ", ".join(map(str, shapes.values()))
+        statistics = jax.eval_shape(metric.statistics, outputs, targets)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(statistics)]
+        if metric.plain and shapes != [(count,)]:
+            told = "nothing" if not shapes else ", ".join(map(str, shapes))
             raise ConfigError(
-                f"{own} gives {told} for 2 examples: scores [b] are needed, one for each example"
+                f"{own} gives {told} for {count} examples: scores [b] are needed, one for each "
+                "example"
             )
-        short = [shape for shape in shapes.values() if shape[:1] != (2,)]
+        short = [shape for shape in shapes if shape[:1] != (count,)]
         if short:
             raise ConfigError(
-                f"{own} gives statistics {short[0]} for 2 examples: one entry for each is needed"
+                f"{own} gives statistics {short[0]} for {count} examples: one entry for each is "
+                "needed"
             )
-        value = jax.eval_shape(score, outputs, few)[1]
+        value = jax.eval_shape(score, outputs, targets)[1]
     except ConfigError:
         raise
     except Exception as error:  # whatever a user's own function raises
-        told = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", (outputs, few))
+        told = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", (outputs, targets))
         raise ConfigError(
             f"{own} does not take outputs {told[0]} and targets {told[1]}: {first_line(error)}"
         ) from error

@@ -57,12 +57,11 @@ def widened(apply_fn: ApplyFn) -> ApplyFn:
         True
     """
 
-    def apply(variables: PyTree, inputs: jax.Array) -> jax.Array:
+    def apply(variables: PyTree, inputs: PyTree) -> PyTree:
         program = trace(apply_fn, variables, inputs)
-        leaves = [*jax.tree.leaves(variables), inputs]
-        (logits,) = walk(program.closed, leaves, _visit, lambda constant: constant)
-        result: jax.Array = logits
-        return result
+        structure: Any = jax.tree.structure(jax.eval_shape(apply_fn, variables, inputs))
+        leaves = jax.tree.leaves((variables, inputs))
+        return structure.unflatten(walk(program.closed, leaves, _visit, lambda constant: constant))
 
     return apply
 

@@ -46,10 +46,10 @@ def own_leaves(
         same numbers.
 
     Example:
-        >>> from megajax.merging.genome import masks
-        >>> parents = {"u": jax.numpy.ones((2, 3)), "v": jax.numpy.ones((2, 3))}
-        >>> genome = masks(parents, granularity="leaf", freeze="u")
-        >>> own_leaves(genome.express, jax.numpy.ones((1, 2)), parents)
+        >>> from megajax.merging.masks import masks
+        >>> one = {"u": jax.numpy.ones(3), "v": jax.numpy.ones(3)}
+        >>> genome = masks(one, 2, granularity="leaf", freeze="u")
+        >>> own_leaves(genome.express, jax.numpy.ones((1, 2)), genome.stack([one, one]))
         [False, True]
     """
     program = trace(express, genes, context)
@@ -127,7 +127,9 @@ def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]
         walk(program.closed, [known(value) for value in values], keep, known)
         return [found[place]() for place in places]
 
-    def rest(variables: PyTree, inputs: Any) -> jax.Array:
+    structure: Any = jax.tree.structure(jax.eval_shape(apply_fn, variables, inputs))
+
+    def rest(variables: PyTree, inputs: Any) -> PyTree:
         images, features = inputs
         there = {place: known(value) for place, value in zip(places, features, strict=True)}
 
@@ -136,9 +138,8 @@ def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]
             return [there.get((number, index), output) for index, output in enumerate(outputs)]
 
         values = [*jax.tree.leaves(variables), *jax.tree.leaves(images)]
-        (logits,) = walk(program.closed, [known(value) for value in values], replace, known)
-        result: jax.Array = logits()
-        return result
+        outputs = walk(program.closed, [known(value) for value in values], replace, known)
+        return structure.unflatten([output() for output in outputs])
 
     return Split(first, rest)
 

@@ -69,7 +69,7 @@ def test_weights_cannot_be_drawn():
     class Whole:
         gene_ndim = None
 
-    with pytest.raises(ConfigError, match="evolution.method is 'random': weights cannot be drawn"):
+    with pytest.raises(ConfigError, match=r"evolution.method is 'random': weights cannot"):
         make_search(EvolutionConfig(method="random"), Whole(), planted, None)
 
 
@@ -178,7 +178,7 @@ def test_binary_genes_stay_binary():
         ),
         ({"algorithm": "Open_ES", "num_offspring": 7}, "searcher Open_ES: .*must be even"),
         ({"parameters": (("sigma", 1.0),)}, "searcher CMA_ES: .*sigma"),
-        ({"num_offspring": 9}, "first population has 8 individuals: this search needs as many .* 9"),
+        ({"num_offspring": 9}, "first population has 8 individuals: this search needs .* 9"),
     ],
 )
 def test_what_evosax_cannot_do_is_one_line(choices, message):

@@ -85,7 +85,6 @@ def examples_of(problem):
 
 def numbered(labels, batch_size=10) -> Problem:
     """A problem whose inputs are the examples' numbers."""
-    (data,) = PROBLEM.batches
     inputs = np.arange(len(labels), dtype=np.float32)[:, None] * np.ones(6, np.float32)
     return problem_of((inputs, labels), batch_size)
 
@@ -298,8 +297,8 @@ def test_the_default_search_has_the_bits_that_it_always_had():
 
     def select(key, fitness, num):  # the integers that `jax.random.randint` draws, as then
         size, drawn = len(fitness), []
-        index = jax.random.randint(key, (num, 3), 0, np.array([size, size - 1, size - 2]))
-        for index in index.T:
+        places = jax.random.randint(key, (num, 3), 0, np.array([size, size - 1, size - 2]))
+        for index in places.T:
             for earlier in jnp.sort(jnp.stack(drawn), axis=0) if drawn else ():
                 index = index + (index >= earlier)
             drawn.append(index)
