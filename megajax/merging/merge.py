@@ -323,6 +323,7 @@ def problem_for(
         )
     else:
         chosen = genome
+    own = chosen is genome
     by_vectors = isinstance(genome, GenomeConfig) and genome.kind == "task_vectors"
     if by_vectors and base is None:
         raise ConfigError("genome.kind is 'task_vectors': base, the network before, is needed")
@@ -332,12 +333,12 @@ def problem_for(
     if recalibrate.enabled:
         examples = _calibration(calibration, apply_fn, checked[0], "recalibrate", 2)
         examples = jax.tree.map(lambda leaf: leaf[: recalibrate.examples], examples)
-    _check_unmixed(checked, chosen, keep or {}, by_vectors)
+    _check_unmixed(checked, chosen)
     return make_problem(
         checked,
         tasks,
         chosen,
-        base=base if by_vectors else None,
+        base=base if by_vectors or own else None,
         calibration=examples,
         config=fitness,
         population_size=population_size,
@@ -430,7 +431,14 @@ def _tasks(
         task if task.metric is not None else task._replace(metric=metric) for task in as_tasks(data)
     ]
     tasks = [with_teacher(task, apply_fn, parents) for task in tasks]
-    return [check_task(task, apply_fn, parents[0], number) for number, task in enumerate(tasks)]
+    tasks = [check_task(task, apply_fn, parents[0], number) for number, task in enumerate(tasks)]
+    names = [task.name for task in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"two tasks are called {twice!r}: a name is for one")
+    if not any(task.weight for task in tasks):
+        raise ConfigError("the weights of all tasks are 0: nothing counts")
+    return tasks
 
 
 def first_examples(inputs: PyTree) -> PyTree:
@@ -473,11 +481,8 @@ def _aligned(
     )
 
 
-def _check_unmixed(
-    parents: list[PyTree], genome: Genome, keep: Mapping[str, int], by_vectors: bool
-) -> None:
-    """Leaves that cannot be mixed must be equal, unless the user said which one to take."""
-    del keep, by_vectors
+def _check_unmixed(parents: list[PyTree], genome: Genome) -> None:
+    """Leaves that cannot be mixed must be equal; those that are left to one parent are."""
     labels = jax.tree.leaves(genome.labels.tree)
     rows = zip(leaf_paths(parents[0]), labels, *map(jax.tree.leaves, parents), strict=True)
     differ = [
@@ -512,7 +517,8 @@ def _with_reference(
     scores = np.stack([aux.tasks for _, aux in found])
     if fitness is not None and fitness.combine == "raw":
         return problem, values, scores
-    problem = replace(problem, reference=scores.max(axis=0))
+    best = np.where(np.isfinite(scores), scores, -np.inf).max(axis=0)
+    problem = replace(problem, reference=jnp.asarray(best))
     values = np.array([scores_of(problem, parent)[0] for parent in given], np.float32)
     return problem, values, scores
 

@@ -5,7 +5,7 @@ Knows inputs, targets and metrics; nothing of parents, genes or searches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +93,8 @@ def check_inputs(inputs: PyTree, what: str, least: int = 1) -> int:
         >>> check_inputs(np.ones((3, 2)), "calibration inputs")
         3
     """
+    if isinstance(inputs, Iterator):
+        raise DataError(f"{what} is a {type(inputs).__name__}: an array is needed")
     leaves = leaves_by_path(inputs)
     where = {path: f"{what}{f', leaf {path},' if path else ''}" for path in leaves}
     if not leaves:
@@ -316,7 +318,8 @@ def _check_shapes(metric: Metric, outputs: PyTree, targets: PyTree, count: int, 
             f"{own} does not take outputs {told[0]} and targets {told[1]}: {first_line(error)}"
         ) from error
     if getattr(value, "shape", None) != ():
-        raise ConfigError(f"{own} gives {value}: a single number is needed")
+        told = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", value)
+        raise ConfigError(f"{own} gives {told}: a single number is needed")
 
 
 def batches(task: Task, batch_size: int) -> Batches:
