@@ -23,8 +23,10 @@ from megajax.merging.metrics import METRICS, Metric, accuracy, binary_accuracy, 
 from megajax.merging.tasks import Batches, Task, batches
 from megajax.program.batchnorm import recalibrate
 from megajax.program.convolutions import for_backend
+from megajax.program.gradients import with_fast_gradients
 from megajax.program.prefix import own_leaves, split
 from megajax.search.genetic import Race
+from megajax.search.gradient import Descent
 from megajax.sections import Section, at_least, between, one_of
 from megajax.trees import is_mixable
 from megajax.types import ApplyFn, Genes, Key, PyTree, bind
@@ -193,7 +195,7 @@ def make_problem(
         parents=place(stacked, mesh, split=True),
         batches=place(cut, mesh),
         calibration=place(calibration, mesh),
-        weights=weights / max(weights.sum(), 1e-38),
+        weights=place(weights / max(weights.sum(), 1e-38), mesh),
         reference=None if reference is None else jnp.asarray(reference, jnp.float32),
         genome=genome,
         networks=networks,
@@ -202,9 +204,8 @@ def make_problem(
         faithful=_faithful(parents, genome),
         per_example=per_example,
     )
-    if calibration is None and len(tasks) == 1 and _shares_layers(problem):
-        problem = replace(problem, prefix=True)
-    return problem
+    shares_layers = calibration is None and len(tasks) == 1 and _has_frozen(parents[0], genome)
+    return replace(problem, prefix=shares_layers)
 
 
 def express(problem: Problem, genes: Genes) -> PyTree:
@@ -352,13 +353,35 @@ def objective(key: Key, problem: Problem, genes: Genes, count: int) -> jax.Array
             chosen = jax.random.randint(own_key, (count,), 0, few.valid.size)
             few = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], few)
         if problem.calibration is not None:
-            variables = recalibrate(network, variables, few.inputs)
-        smooth = metric.smooth or metric
-        statistics = smooth.statistics(network(variables, few.inputs), few.targets)
+            measure = with_fast_gradients(partial(recalibrate, network))
+            variables = measure(variables, few.inputs)
+        smooth, fast = metric.smooth or metric, with_fast_gradients(network)
+        statistics = smooth.statistics(fast(variables, few.inputs), few.targets)
         scores.append(smooth.of(statistics, few.valid))
     if len(scores) == 1:
         return scores[0]
     return problem.weights @ _relative(jnp.stack(scores), problem.reference)
+
+
+def improved(key: Key, problem: Problem, genes: Genes, *, descent: Descent) -> Genes:
+    """Every individual of a population after some steps of gradient ascent of its own.
+
+    Args:
+        key: PRNG key.
+        problem: the problem.
+        genes: leaves `[P, ...]`.
+        descent: the steps.
+    """
+    size = jax.tree.leaves(genes)[0].shape[0]
+
+    def of_all(problem: Problem, xs: tuple[Key, Genes]) -> Genes:
+        chunk = problem.layout.population_chunk
+        return map_chunks(lambda one: descent.improved(one[0], one[1], problem), xs, chunk)
+
+    keys = jax.random.split(key, size)
+    if problem.layout.mesh is None:
+        return of_all(problem, (keys, genes))
+    return over_population(of_all, problem.layout.mesh, problem, (keys, genes))
 
 
 def race_of(config: FitnessConfig, problem: Problem) -> Race | None:
@@ -466,22 +489,22 @@ def _after_prefix(problem: Problem, genes: Genes) -> tuple[ApplyFn, Batches]:
     parts = split(_network(problem, 0), variables, few, own)
     if parts is None:
         return _network(problem, 0), data
+    each = jax.tree.leaves(jax.eval_shape(parts.first, variables, few))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in each) * len(data.valid)
+    if size > _MOST_FEATURES:
+        return _network(problem, 0), data
     features = jax.lax.map(partial(parts.first, variables), data.inputs)
     return parts.rest, data._replace(inputs=(data.inputs, features))
 
 
-def _shares_layers(problem: Problem) -> bool:
-    """Whether frozen first layers are worth computing once, and what they give is small enough."""
-    frozen = [
-        (label < 0).all()
-        for label, leaf in zip(
-            jax.tree.leaves(problem.genome.labels.tree),
-            jax.tree.leaves(problem.parents),
-            strict=False,
-        )
-        if is_mixable(leaf)
-    ]
-    return any(frozen)
+_MOST_FEATURES = 1e9
+"""Bytes of what frozen first layers may give for all examples; more is computed each time."""
+
+
+def _has_frozen(parent: PyTree, genome: Genome) -> bool:
+    """Whether leaves that could be mixed are the same in all individuals."""
+    rows = zip(jax.tree.leaves(genome.labels.tree), jax.tree.leaves(parent), strict=True)
+    return any((label < 0).all() and is_mixable(leaf) for label, leaf in rows)
 
 
 def _is_parent(problem: Problem, variables: PyTree) -> jax.Array:

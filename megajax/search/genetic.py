@@ -101,6 +101,9 @@ class GeneticAlgorithm:
         survive: survival.
         repair: puts genes back into the search space.
         race: how children race; None scores all of them on all examples.
+        improve: `improve(key, problem, genes) -> genes` of children before they are scored, which
+            inherit what they learn (Lamarck); None leaves them as they are.
+        improve_cost: passes of an example through a network that this takes for each child.
     """
 
     evaluate: Evaluate
@@ -111,6 +114,8 @@ class GeneticAlgorithm:
     survive: Survival = operators.plus
     repair: Callable[[Genes], Genes] = operators.unchanged
     race: Race | None = None
+    improve: Callable[[Key, PyTree, Genes], Genes] | None = None
+    improve_cost: int = 0
 
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
         """Scores the first population.
@@ -131,33 +136,33 @@ class GeneticAlgorithm:
             state: after the one before.
             problem: what the evaluation takes beside the genes.
         """
-        select_key, cross_key, mutate_key, survive_key, race_key = jax.random.split(key, 5)
+        select_key, cross_key, mutate_key, survive_key, score_key = jax.random.split(key, 5)
         population = state.population
         pairs = self.select(select_key, population.fitness, 2 * self.num_offspring)
         first, second = (operators.take(population.genes, half) for half in jnp.split(pairs, 2))
         genes = self.repair(self.mutate(mutate_key, self.cross(cross_key, first, second)))
+        full, size = self.num_offspring, self.num_offspring
         if self.race is None:
+            if self.improve is not None:
+                genes = self.improve(score_key, problem, genes)
             offspring = evaluated(self.evaluate, problem, genes)
-            counts = Counts(*map(jnp.int32, (self.num_offspring, self.num_offspring, 0)))
         else:
-            offspring = self._raced(self.race, race_key, problem, genes)
-            finalists = self.race.finalists(self.num_offspring)
-            counts = Counts(*map(jnp.int32, (self.num_offspring, finalists, self.num_offspring)))
+            offspring = self._raced(self.race, score_key, problem, genes)
+            full = self.race.finalists(size)
+        counts = Counts(*map(jnp.int32, (size, full, size if self.partial_examples else 0)))
         valid = jnp.sum(jnp.isfinite(offspring.fitness))
         state = advance(state, self.survive(survive_key, population, offspring), offspring, counts)
-        return state, record(state, counts.full - valid, valid)
+        return state, record(state, size - valid, valid)
 
     @property
     def partial_examples(self) -> int:
-        """Examples in the sample of a race."""
-        return 0 if self.race is None else self.race.examples
+        """Passes that a child takes beside its full scoring: a race's sample, or its learning."""
+        return self.improve_cost if self.race is None else self.race.examples
 
     def cost(self, num_examples: int) -> int:
         """Passes of an example through a network that a generation takes."""
-        if self.race is None:
-            return self.num_offspring * num_examples
-        finalists = self.race.finalists(self.num_offspring)
-        return self.num_offspring * self.race.examples + finalists * num_examples
+        full = self.num_offspring if self.race is None else self.race.finalists(self.num_offspring)
+        return self.num_offspring * self.partial_examples + full * num_examples
 
     def _raced(self, race: Race, key: Key, problem: PyTree, genes: Genes) -> Population:
         """All children on a sample, the best on all examples; -inf for those that are out."""

@@ -207,8 +207,8 @@ def returning(shape):
         ),
         (
             "mean_squared_error",
-            r"metric mean_squared_error of task_0 does not take outputs float32\[2, 3\] and targets "
-            r"int64\[2\]: targets of shape \[2, 3\] are needed$",
+            r"metric mean_squared_error of task_0 does not take outputs float32\[2, 3\] and "
+            r"targets int64\[2\]: targets of shape \[2, 3\] are needed$",
         ),
         ("soup", "metric is 'soup': choose one of cross_entropy, accuracy"),
     ],
@@ -262,7 +262,7 @@ def test_outputs_have_an_example_axis(network, message):
 
 def test_enough_examples():
     assert check_inputs(X, "calibration inputs") == N
-    with pytest.raises(DataError, match="^the calibration inputs are 9: at least 10 are needed$"):
+    with pytest.raises(DataError, match="calibration inputs are 9: at least 10 are"):
         check_inputs(X, "calibration inputs", least=10)
 
 

@@ -6,8 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from optax.losses import softmax_cross_entropy_with_integer_labels as softmax_cross_entropy
 from searches import assert_it_goes_on_bit_identical, started
 from sklearn.datasets import load_digits
 
@@ -83,7 +83,7 @@ def specialists(hidden=32):
     inputs, labels = inputs[:400].astype(np.float32), labels[:400]
     grad = jax.jit(
         jax.grad(
-            lambda v, x, y: optax.losses.softmax_cross_entropy_with_integer_labels(mlp(v, x), y).mean()
+            lambda v, x, y: softmax_cross_entropy(mlp(v, x), y).mean()
         )
     )
 
@@ -350,9 +350,7 @@ def test_it_is_a_value_and_compiles_once():
     "genome",
     [
         {},
-        {"granularity": "element"},
         {"granularity": "layer", "binary": True},
-        {"low": -0.2},
         {"kind": "task_vectors"},
         {"kind": "weights"},
     ],
@@ -411,9 +409,9 @@ def test_a_mesh_finds_the_same(digits):
         fitness = mj.FitnessConfig(metric="accuracy", devices=devices)
         return mj.merge(KEY, mlp, parents, data, fitness=fitness, evolution=evolution)
 
-    one, four = genes_on(1), genes_on(4)
-    np.testing.assert_allclose(one.state.population.fitness, four.state.population.fitness)
-    np.testing.assert_allclose(one.genes, four.genes, rtol=1e-6)
+    one, three = genes_on(1), genes_on(3)
+    np.testing.assert_allclose(one.state.population.fitness, three.state.population.fitness)
+    np.testing.assert_allclose(one.genes, three.genes, rtol=1e-6)
 
 
 def test_what_cannot_work_is_refused(digits):

@@ -1,0 +1,120 @@
+"""Gradients of convolutions as a CPU computes them fast, inside compiled loops too.
+
+XLA brings a convolution into the form that its fast kernels take only outside loops; the gradients
+that JAX writes are in another form, so that in a loop they are computed number by number, 30 to 400
+times slower. Here they are written in that form from the start: the same sums, term by term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core
+
+from megajax.program.jaxprs import run_equation, walk
+
+__all__ = ["with_fast_gradients"]
+
+_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+_LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def with_fast_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, its convolutions' gradients written as a CPU likes them.
+
+    Convolutions of images with channels last, as Flax has them, without groups and dilation; others
+    stay as they are, and so does everything where there is no CPU.
+
+    Args:
+        function: any function of pytrees of arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def loss(w, x):
+        ...     y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=_LAYOUT)
+        ...     return (y**2).sum()
+        >>> x, w = jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 5))
+        >>> fast, slow = jax.grad(with_fast_gradients(loss))(w, x), jax.grad(loss)(w, x)
+        >>> bool((fast == slow).all())
+        True
+    """
+    if jax.default_backend() != "cpu":
+        return function
+
+    def fast(*arguments: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        results = walk(closed, jax.tree.leaves(arguments), _visit, lambda constant: constant)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return fast
+
+
+def _visit(number: int, equation: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
+    del number
+    params = equation.params
+    if equation.primitive.name != "conv_general_dilated":
+        return run_equation(equation, operands)
+    plain = (
+        params["dimension_numbers"] == _NHWC
+        and params["feature_group_count"] == params["batch_group_count"] == 1
+        and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) == {1}
+    )
+    if not plain:
+        return run_equation(equation, operands)
+    x, kernel = operands
+    rest = (params["precision"], params["preferred_element_type"])
+    return [_convolve(x, kernel, params["window_strides"], tuple(params["padding"]), *rest)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _convolve(
+    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any, dtype: Any
+) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        padding,
+        dimension_numbers=_LAYOUT,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+
+
+def _forward(x: jax.Array, kernel: jax.Array, *static: Any) -> Any:
+    return _convolve(x, kernel, *static), (x, kernel)
+
+
+def _backward(
+    strides: Any, padding: Any, precision: Any, dtype: Any, kept: Any, slope: jax.Array
+) -> Any:
+    x, kernel = kept
+    of_kernel, of_x = [], []
+    sizes = zip(x.shape[1:3], kernel.shape[:2], slope.shape[1:3], strides, padding, strict=True)
+    for size, width, made, stride, (low, _) in sizes:
+        spread = (made - 1) * stride + 1
+        of_kernel.append((low, width - 1 + spread - size - low))
+        of_x.append((width - 1 - low, size - spread + low))
+    convolve = partial(
+        lax.conv_general_dilated,
+        window_strides=(1, 1),
+        dimension_numbers=_LAYOUT,
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    kernel_slope = convolve(
+        x.transpose(3, 1, 2, 0),
+        slope.transpose(1, 2, 0, 3),
+        padding=of_kernel,
+        rhs_dilation=strides,
+    ).transpose(1, 2, 0, 3)
+    turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
+    x_slope = convolve(slope, turned, padding=of_x, lhs_dilation=strides)
+    return x_slope.astype(x.dtype), kernel_slope.astype(kernel.dtype)
+
+
+_convolve.defvjp(_forward, _backward)
