@@ -299,7 +299,9 @@ def test_recalibrated_candidates_have_their_own_statistics_and_parents_keep_thei
     networks = jax.jit(jax.vmap(express, (None, 0)))(problem, genes)
     plain = jax.vmap(problem.genome.express, (0, None))(genes, problem.parents)
     for i in range(4):
-        found, before = (jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (networks, plain))
+        found, before = (
+            jax.tree.map(lambda leaf, i=i: leaf[i], tree) for tree in (networks, plain)
+        )
         statistics = found["batch_stats"]["BatchNorm_0"]
         if i < 2:
             expected = jax.tree.map(np.asarray, NORMAL_PARENTS[i])
