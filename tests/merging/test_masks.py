@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from optax.projections import projection_simplex
+from scipy.optimize import LinearConstraint, minimize
+from searches import started
 
-from megajax.config import GRANULARITIES, EvolutionConfig
 from megajax.errors import ConfigError
-from megajax.merging.genome import FROZEN, mask_labels, masks, nearest_on_simplex
-from megajax.merging.merge import algorithm_for
-from megajax.merging.shares import channel_shares, parent_shares
+from megajax.merging.masks import FROZEN, GRANULARITIES, mask_labels, masks, nearest_on_simplex
+from megajax.merging.shares import channel_shares
 from megajax.program.layers import find_layers
-from megajax.search.genetic import run
-from megajax.trees import leaf_paths, stack_parents
+from megajax.search.loop import Limits, run
+from megajax.search.methods import EvolutionConfig, make_search
 
 KEY = jax.random.key(0)
 X = jnp.ones((1, 8, 8, 2))
@@ -39,13 +39,16 @@ def random_parent(seed):
 
 
 def parents_of(K):
-    return stack_parents([random_parent(k) for k in range(K)])
+    """As a genome without frozen leaves stacks them."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(random_parent, range(K)))
 
 
-def genome_of(parents, granularity, **options):
-    one = jax.tree.map(lambda leaf: leaf[0], parents)
-    layers = find_layers(Net().apply, one, X)
-    return masks(parents, granularity=granularity, layers=layers, **options)
+ONE = random_parent(0)
+LAYERS = find_layers(Net().apply, ONE, X)
+
+
+def genome_of(K, granularity, **options):
+    return masks(ONE, K, granularity=granularity, layers=LAYERS, **options)
 
 
 def bits(tree):
@@ -59,7 +62,7 @@ NUM_GENES = {"global": 1, "layer": 2, "leaf": 8, "channel": 4 + 3, "element": 72
 @pytest.mark.parametrize("K", [2, 5])
 def test_one_hot_masks_give_back_a_parent_bit_for_bit(granularity, K):
     parents = parents_of(K)
-    genome = genome_of(parents, granularity)
+    genome = genome_of(K, granularity)
     assert genome.num_genes == NUM_GENES[granularity]
     for k in range(K):
         genes = jnp.zeros((genome.num_genes, K)).at[:, k].set(1.0)
@@ -70,7 +73,7 @@ def test_one_hot_masks_give_back_a_parent_bit_for_bit(granularity, K):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_equal_coefficients_give_the_average_and_any_others_the_labelled_mix(granularity):
     parents = parents_of(3)
-    genome = genome_of(parents, granularity)
+    genome = genome_of(3, granularity)
     average = genome.express(jnp.full((genome.num_genes, 3), 1 / 3), parents)
     chex.assert_trees_all_close(
         average, jax.tree.map(lambda leaf: leaf.mean(0), parents), atol=1e-6
@@ -82,18 +85,18 @@ def test_equal_coefficients_give_the_average_and_any_others_the_labelled_mix(gra
         coefficients = genes[np.broadcast_to(label, leaf.shape[1:])]
         return np.einsum("...k,k...->...", coefficients, np.asarray(leaf, np.float64))
 
-    expected = jax.tree.map(oracle, genome.labels, parents)
+    expected = jax.tree.map(oracle, genome.labels.tree, parents)
     chex.assert_trees_all_close(mixed, jax.tree.map(jnp.float32, expected), atol=1e-5)
     assert (mixed["batch_stats"]["norm"]["var"] >= 0).all()
 
 
 def test_a_layers_leaves_share_a_gene_and_a_channels_numbers_do():
-    labels = genome_of(parents_of(2), "layer").labels
+    labels = genome_of(2, "layer").labels.tree
     assert {int(labels["params"]["conv"]["kernel"].flat[0])} == {
         int(leaf.flat[0])
         for leaf in jax.tree.leaves([labels["params"]["norm"], labels["batch_stats"]["norm"]])
     }
-    labels = genome_of(parents_of(2), "channel").labels
+    labels = genome_of(2, "channel").labels.tree
     channels = [0, 1, 2, 3]
     assert labels["params"]["conv"]["kernel"].shape == (1, 1, 1, 4)
     for leaf in jax.tree.leaves([labels["params"]["conv"], labels["batch_stats"]["norm"]]):
@@ -104,7 +107,7 @@ def test_a_layers_leaves_share_a_gene_and_a_channels_numbers_do():
 @pytest.mark.parametrize("binary", [False, True])
 @pytest.mark.parametrize("K", [2, 4])
 def test_first_population_holds_parents_and_mean_and_lies_on_the_simplex(binary, K):
-    genome = genome_of(parents_of(K), "channel", binary=binary)
+    genome = genome_of(K, "channel", binary=binary)
     genes = np.asarray(genome.init(KEY, 40))
     assert genes.shape == (40, 7, K)
     np.testing.assert_array_equal(genes[:K], np.repeat(np.eye(K)[:, None], 7, axis=1))
@@ -120,7 +123,7 @@ def test_first_population_holds_parents_and_mean_and_lies_on_the_simplex(binary,
 
 
 def test_repair_is_the_nearest_point_of_the_simplex():
-    genome = genome_of(parents_of(3), "channel")
+    genome = genome_of(3, "channel")
     genes = jax.random.normal(KEY, (200, 7, 3)) * 2
     repaired = np.asarray(genome.repair(genes))
     assert (repaired >= 0).all()
@@ -135,7 +138,7 @@ def test_repair_is_the_nearest_point_of_the_simplex():
 
 
 def test_binary_repair_picks_the_largest():
-    genome = genome_of(parents_of(3), "layer", binary=True)
+    genome = genome_of(3, "layer", binary=True)
     assert genome.repair(jnp.array([[0.2, 0.5, 0.3]])).tolist() == [[0.0, 1.0, 0.0]]
 
 
