@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megajax.errors import ConfigError
+from megajax.errors import ConfigError, first_line
 from megajax.search import operators
 from megajax.trees import Static, is_mixable, leaf_paths
 from megajax.types import Genes, Key, PyTree
@@ -276,7 +276,7 @@ def mask_labels(variables: PyTree, granularity: str, layers: PyTree | None = Non
     labels: list[np.ndarray] = [np.array(FROZEN, np.int32)] * len(leaves)
     of_layer = jax.tree.leaves(layers)
     for i in sorted(range(len(leaves)), key=lambda i: (of_layer[i], i)):
-        shape, layer = tuple(leaves[i].shape), of_layer[i]
+        shape, layer = np.shape(leaves[i]), of_layer[i]
         if granularity == "global":
             group: Any = ()
             inside: tuple[int, ...] = ()
@@ -300,25 +300,26 @@ def _broadcastable(labels: PyTree, variables: PyTree) -> PyTree:
     try:
         full = jax.tree.broadcast(labels, variables)
     except ValueError as error:
-        raise ConfigError(f"labels is no prefix of the variables: {error}") from None
+        raise ConfigError(f"labels is no prefix of the variables: {first_line(error)}") from None
     paths, leaves = leaf_paths(variables), jax.tree.leaves(variables)
     result = []
     for path, label, leaf in zip(paths, jax.tree.leaves(full), leaves, strict=True):
         array = np.asarray(label)
         if not np.issubdtype(array.dtype, np.integer):
             raise ConfigError(f"labels of leaf {path} are {array.dtype}: integers are needed")
+        shape = np.shape(leaf)
         try:
-            fits = np.broadcast_shapes(array.shape, leaf.shape) == tuple(leaf.shape)
+            fits = np.broadcast_shapes(array.shape, shape) == shape
         except ValueError:
             fits = False
         if not fits:
             raise ConfigError(
                 f"labels of leaf {path} have shape {array.shape}, which does not broadcast to "
-                f"{tuple(leaf.shape)}"
+                f"{shape}"
             )
         if array.min(initial=FROZEN) < FROZEN:
             raise ConfigError(f"labels of leaf {path} go down to {array.min()}: -1 is the lowest")
-        rank = (1,) * (len(leaf.shape) - array.ndim)
+        rank = (1,) * (len(shape) - array.ndim)
         result.append(array.astype(np.int32).reshape(rank + array.shape))
     return jax.tree.unflatten(jax.tree.structure(variables), result)
 
@@ -365,17 +366,23 @@ def _mix(genes: jax.Array, label: np.ndarray, leaf: Any) -> Any:
     """One leaf of one individual: `leaf [K, ...]` mixed with `genes [G, K]` as the label says."""
     if (label == FROZEN).all():
         return leaf
+    leaf = jnp.asarray(leaf)
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     coefficients = jnp.moveaxis(look_up(genes, label), -1, 0).astype(wide)
     # One parent after the other: a reduction over so short an axis is hundreds of times slower
     # where XLA makes a loop of it for each element.
     parts = [share * one.astype(wide) for share, one in zip(coefficients, leaf, strict=True)]
-    mixed = reduce(jnp.add, parts).astype(leaf.dtype)
-    # Products with 0 and 1 already give a parent's numbers; this gives its bits (-0.0 too).
-    for share, one in zip(coefficients, leaf, strict=True):
-        mixed = jnp.where(share == 1, one, mixed)
+    mixed = exact(reduce(jnp.add, parts).astype(leaf.dtype), coefficients, leaf)
     frozen = label == FROZEN
     return jnp.where(frozen, leaf[0], mixed) if frozen.any() else mixed
+
+
+def exact(mixed: jax.Array, coefficients: Sequence[jax.Array], leaves: Any) -> jax.Array:
+    """A mix with the bits of a leaf, -0.0 too, where its coefficient is 1 and all others are 0."""
+    for k, leaf in enumerate(leaves):
+        others = [share == 0 for j, share in enumerate(coefficients) if j != k]
+        mixed = jnp.where(reduce(jnp.logical_and, others, coefficients[k] == 1), leaf, mixed)
+    return mixed
 
 
 def look_up(genes: jax.Array, label: np.ndarray) -> jax.Array:

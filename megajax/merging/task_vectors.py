@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megajax.errors import ConfigError
-from megajax.merging.masks import FROZEN, look_up, mixed_leaves
+from megajax.merging.masks import FROZEN, exact, look_up, mixed_leaves
 from megajax.search import operators
 from megajax.trees import Static
 from megajax.types import Genes, Key, PyTree
@@ -154,6 +154,7 @@ class TaskVectors:
             return unmixed
         K = self.num_parents
         networks, ranks = leaf if self.trim else (leaf, None)
+        networks = jnp.asarray(networks)
         wide = jnp.promote_types(networks.dtype, jnp.float32)
         numbers = jnp.moveaxis(look_up(genes, label), -1, 0)
         scales = list(numbers[:K].astype(wide))
@@ -163,11 +164,9 @@ class TaskVectors:
         total = base
         for scale, other in zip(scales, others, strict=True):
             total = total + scale * (other - base)
-        result = total.astype(networks.dtype)
-        # The sum gives a parent's numbers up to rounding; this gives its bits, as for masks.
-        for k, network in enumerate(networks[1:]):
-            rest = [scale == 0 for j, scale in enumerate(scales) if j != k]
-            result = jnp.where(reduce(jnp.logical_and, rest, scales[k] == 1), network, result)
+        result = exact(total.astype(networks.dtype), scales, networks[1:])
+        nothing = reduce(jnp.logical_and, [scale == 0 for scale in scales])
+        result = jnp.where(nothing, networks[0], result)
         frozen = label == FROZEN
         return jnp.where(frozen, networks[1], result) if frozen.any() else result
 
