@@ -67,7 +67,9 @@ def parents_of(data: Any) -> list[Any]:
     inputs, labels = data
     first = labels < 5
     keys = jax.random.split(jax.random.PRNGKey(42))
-    return [train(key, inputs[of], labels[of]) for key, of in zip(keys, (first, ~first), strict=True)]
+    return [
+        train(key, inputs[of], labels[of]) for key, of in zip(keys, (first, ~first), strict=True)
+    ]
 
 
 def accuracy(variables: Any, data: Any) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from megajax.errors import ConfigError
 from megajax.search import operators
 from megajax.search.genetic import Evaluate, Race, Space, evaluated
 from megajax.search.loop import Record, State, scored, start
@@ -107,7 +108,17 @@ class PBIL:
     partial_examples: int = 0
 
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
-        """Scores the first population and learns from it."""
+        """Scores the first population and learns from it.
+
+        Raises:
+            ConfigError: it has not as many individuals as a generation.
+        """
+        size = jax.tree.leaves(genes)[0].shape[0]
+        if size != self.num_offspring:
+            raise ConfigError(
+                f"the first population has {size} individuals: this search needs as many as "
+                f"offspring, {self.num_offspring}"
+            )
         population = evaluated(self.evaluate, problem, genes)
         even = jax.tree.map(lambda leaf: jnp.full_like(leaf[0], 1 / leaf.shape[-1]), genes)
         return start(population, self._learnt(key, even, population))

@@ -471,10 +471,9 @@ def _on_the_arc(first: Genes, second: Genes, share: jax.Array) -> Genes:
     """Spherical interpolation of whole individuals; on the line where they are parallel."""
 
     def dot(one: Genes, other: Genes) -> jax.Array:
-        def of_leaf(a: jax.Array, b: jax.Array) -> jax.Array:
-            return (a * b).sum(axis=range(1, a.ndim))
-
-        return sum(jax.tree.leaves(jax.tree.map(of_leaf, one, other)), jnp.float32(0))
+        pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        total: jax.Array = sum((a * b).sum(axis=range(1, a.ndim)) for a, b in pairs)
+        return total
 
     lengths = jnp.sqrt(dot(first, first)) * jnp.sqrt(dot(second, second))
     cosine = dot(first, second) / jnp.where(lengths > 0, lengths, 1)

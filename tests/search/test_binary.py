@@ -1,5 +1,7 @@
 """Searches for genes that pick: flips, planted optima, probabilities, what is refused."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ def planted(num_genes=40, K=2):
     return jax.random.randint(jax.random.key(9), (num_genes,), 0, K)
 
 
-def genes_of(size=8, num_genes=40, K=2):
+def genes_of(size=16, num_genes=40, K=2):
     return jax.nn.one_hot(jax.random.randint(KEY, (size, num_genes), 0, K), K)
 
 
@@ -39,7 +41,7 @@ def one_plus(size=1, num_genes=40):
 SEARCHES = [one_plus(), one_plus(8), PBIL(agreement, 16)]
 
 
-# Flips ---------------------------------------------------------------------------------------------
+# Flips --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("K", [2, 3, 5])
@@ -66,7 +68,7 @@ def test_one_gene_in_n_flips_on_average_and_none_in_a_third_of_the_children(num_
     assert abs(flips.var() - 1) < 0.3
 
 
-# The searches --------------------------------------------------------------------------------------
+# The searches -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -80,7 +82,7 @@ def test_a_planted_optimum_is_found(search, K):
 
 
 def test_the_time_to_the_optimum_is_the_theorys():
-    """(1+1) on OneMax: e n ln n is its order; 0.85 to 1 of it over many runs (Doerr et al. 2011)."""
+    """(1+1) on OneMax takes e n ln n + O(n) on average (Droste, Jansen and Wegener 2002)."""
     n, search = 40, one_plus()
     zeros, target = jax.nn.one_hot(jnp.zeros((1, n), jnp.int32), 2), jnp.ones(n, jnp.int32)
 
@@ -143,6 +145,8 @@ def test_a_generation_of_pbil_is_that_of_its_paper():
     differ = (best != worst).any(axis=-1)
     expected[differ] = expected[differ] * (1 - 0.075) + 0.075 * best[differ]
     np.testing.assert_allclose(after.memory, expected, rtol=1e-5)
+    with pytest.raises(ConfigError, match=r"has 5 individuals.*as many as offspring, 16"):
+        started(search, genes_of(5), target)
     # Draws follow the probabilities.
     chance = jnp.array([[0.9, 0.1], [0.25, 0.75]])
     drawn = PBIL(agreement, 4_000)._drawn(KEY, chance)
@@ -154,26 +158,22 @@ def test_a_generation_of_pbil_is_that_of_its_paper():
 def test_what_is_no_number_never_wins_and_teaches_nothing(search):
     def broken(target, genes):
         fitness = agreement(target, genes)
-        return jnp.where(fitness > 0.6, jnp.nan, fitness)
+        return jnp.where(fitness > 0.61, jnp.nan, fitness)
 
-    search = type(search)(broken, **{k: getattr(search, k) for k in kept(search)})
+    search = replace(search, evaluate=broken)
     target = planted()
     state, infos = run(
         KEY, search, started(search, genes_of(6), target), target, Limits(100, per_call=50)
     )
     assert infos.invalid.sum() > 0
-    assert 0 < float(state.best.fitness) <= 0.6
-    dead = type(search)(dead_end, **{k: getattr(search, k) for k in kept(search)})
+    assert 0 < float(state.best.fitness) < 0.61
+    dead = replace(search, evaluate=dead_end)
     start = started(dead, genes_of(6), target)
     after, noted = dead.step(KEY, start, target)
     assert int(noted.invalid) == 6
     assert np.isneginf(after.best.fitness)
     if isinstance(search, PBIL):
         assert np.isfinite(after.memory).all()
-
-
-def kept(search):
-    return ["num_offspring"] + (["mutate"] if isinstance(search, OnePlusOne) else [])
 
 
 def dead_end(target, genes):
@@ -193,11 +193,11 @@ def test_it_is_a_value_and_compiles_once(make):
     assert hash(make()) == hash(make())
     before = _generations._cache_size()
     for target in (planted(), 1 - planted()):
-        run(KEY, make(), started(make(), genes_of(5), target), target, Limits(7, per_call=7))
+        run(KEY, make(), started(make(), genes_of(12), target), target, Limits(7, per_call=7))
     assert _generations._cache_size() == before + 1
 
 
-# Through the configuration -------------------------------------------------------------------------
+# Through the configuration ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["one_plus_one", "pbil"])

@@ -1,5 +1,6 @@
 """Niches: against a NumPy transliteration of M2N2's description, and what the search promises."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import chex
@@ -38,7 +39,7 @@ TARGET = jnp.ones(12)
 HALVES = jnp.stack([jnp.arange(12) < 6, jnp.arange(12) >= 6]).astype(jnp.float32)
 
 
-# M2N2, transliterated ------------------------------------------------------------------------------
+# M2N2, transliterated -----------------------------------------------------------------------------
 
 
 def m2n2_mating(scores, alpha=1.0):
@@ -81,11 +82,7 @@ def specialists(hidden=32):
     """Digits, and two networks that know five of them each."""
     inputs, labels = load_digits(return_X_y=True)
     inputs, labels = inputs[:400].astype(np.float32), labels[:400]
-    grad = jax.jit(
-        jax.grad(
-            lambda v, x, y: softmax_cross_entropy(mlp(v, x), y).mean()
-        )
-    )
+    grad = jax.jit(jax.grad(lambda v, x, y: softmax_cross_entropy(mlp(v, x), y).mean()))
 
     def trained(key, chosen):
         shapes = [(64, hidden), (hidden,), (hidden, 10), (10,)]
@@ -138,7 +135,7 @@ def test_the_preset_is_m2n2_generation_by_generation(digits):
     assert np.isneginf(first.population.fitness[2:]).all()
 
     replaced = []
-    for generation, (before, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
+    for generation, (before, after) in enumerate(pairwise(states)):
         pair_key, cross_key, _ = jax.random.split(jax.random.fold_in(run_key, generation), 3)
         first_key, second_key = jax.random.split(pair_key)
         cut_key, share_key = jax.random.split(cross_key)
@@ -147,7 +144,8 @@ def test_the_preset_is_m2n2_generation_by_generation(digits):
         scores = np.asarray(scores & alive[:, None], np.float64)
         with np.errstate(divide="ignore"):
             first_chance, gains = m2n2_mating(scores)
-            a = int(jax.random.categorical(first_key, np.log(np.float32(first_chance)), shape=(1,))[0])
+            logits = np.log(np.float32(first_chance))
+            a = int(jax.random.categorical(first_key, logits, shape=(1,))[0])
             b = int(jax.random.categorical(second_key, np.log(np.float32(gains[a]))[None])[0])
         num_weights = flat(before.population.genes, 0).size
         split = int(jax.random.randint(cut_key, (1,), 0, num_weights)[0])
@@ -178,7 +176,9 @@ def test_the_preset_is_m2n2_generation_by_generation(digits):
             np.testing.assert_allclose(
                 flat(after.population.genes, worst), child, rtol=1e-4, atol=1e-5
             )
-            assert np.mean(after.population.aux.right[worst][: len(labels)] != right(network)) < 0.01
+            assert (
+                np.mean(after.population.aux.right[worst][: len(labels)] != right(network)) < 0.01
+            )
         replaced += changed
     assert replaced[:18] == list(range(2, 20))  # empty places first
     assert len(replaced) > 25  # and others later
@@ -196,7 +196,7 @@ def test_shared_fitness_and_attraction_are_the_published_sums():
     np.testing.assert_allclose(shared_fitness(jnp.array(right), 0.0), right.sum(axis=1))
 
 
-# The crossover -------------------------------------------------------------------------------------
+# The crossover ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [(), (1, 0)])
@@ -240,12 +240,12 @@ def test_a_mask_of_the_pair_stays_a_mask_on_the_line():
     assert np.nanmax(np.nanmax(share, axis=-1) - np.nanmin(share, axis=-1)) < 1e-3
 
 
-# The search ----------------------------------------------------------------------------------------
+# The search ---------------------------------------------------------------------------------------
 
 
 def test_specialists_mate_with_who_is_right_where_they_are_wrong():
     search = Niches(near, 200)
-    # Three copies of one specialist, and one of the other: within a kind nobody has anything to add.
+    # Three copies of one specialist, and one of the other: only the other kind can add anything.
     genes = HALVES[jnp.array([0, 0, 0, 1])]
     state = started(search, genes, TARGET)
     first, second = search._pairs(KEY, state.population)
@@ -259,7 +259,9 @@ def test_specialists_mate_with_who_is_right_where_they_are_wrong():
 
 def test_clones_mate_with_each_other_and_one_alone_with_itself():
     search = Niches(near, 50)
-    first, second = search._pairs(KEY, started(search, HALVES[jnp.zeros(3, int)], TARGET).population)
+    first, second = search._pairs(
+        KEY, started(search, HALVES[jnp.zeros(3, int)], TARGET).population
+    )
     assert (first != second).all()
     alone = Niches(near, 50, founders=1)
     first, second = alone._pairs(KEY, started(alone, HALVES[jnp.zeros(3, int)], TARGET).population)
@@ -343,7 +345,7 @@ def test_it_is_a_value_and_compiles_once():
     assert _generations._cache_size() == before + 1
 
 
-# Through `merge` -----------------------------------------------------------------------------------
+# Through `merge` ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -418,10 +420,10 @@ def test_what_cannot_work_is_refused(digits):
     parents, (inputs, _) = digits
     evolution = mj.EvolutionConfig(method="niches", population_size=6, generations=1)
     targets = np.zeros((400, 10), np.float32)
-    with pytest.raises(ConfigError, match="niches.*needs tasks with labels"):
+    with pytest.raises(ConfigError, match=r"niches.*needs tasks with labels"):
         mj.merge(KEY, mlp, parents, (inputs, targets), evolution=evolution)
+    racing = mj.FitnessConfig(racing_examples=100)
     with pytest.raises(ConfigError, match="only the genetic algorithm races"):
-        racing = mj.FitnessConfig(racing_examples=100)
         mj.merge(KEY, mlp, *digits, fitness=racing, evolution=evolution)
 
 

@@ -1,4 +1,4 @@
-"""Pareto fronts: ranks and distances against loops, known fronts, and two tasks of real networks."""
+"""Pareto fronts: ranks and distances against loops, known fronts, two tasks of real networks."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Aux(NamedTuple):
     tasks: jax.Array
 
 
-# Ranks, distances, areas ---------------------------------------------------------------------------
+# Ranks, distances, areas --------------------------------------------------------------------------
 
 
 def dominates(a, b):
@@ -67,7 +67,9 @@ def crowding_by_loops(scores, rank):
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 6), st.integers(0, 10**6))
 def test_ranks_and_distances_are_those_of_the_paper(size, tasks, levels, seed):
     scores = np.random.default_rng(seed).integers(0, levels, (size, tasks)).astype(np.float32)
-    padded = np.concatenate([scores, np.full((12 - size, tasks), -9, np.float32)])  # one compilation
+    padded = np.concatenate(
+        [scores, np.full((12 - size, tasks), -9, np.float32)]
+    )  # one compilation
     rank = np.asarray(non_dominated_rank(jnp.array(padded)))
     expected = ranks_by_peeling(padded)
     np.testing.assert_array_equal(rank, expected)
@@ -99,11 +101,11 @@ def test_hypervolume_is_for_two_scores():
         hypervolume(np.zeros((4, 3)), np.zeros(3))
 
 
-# The paper's operators -----------------------------------------------------------------------------
+# The paper's operators ----------------------------------------------------------------------------
 
 
 def test_sbx_spreads_children_as_published():
-    """The spread |c - middle| / half the gap has the density 0.5 (eta + 1) b^eta, or b^-(eta + 2)."""
+    """The spread b, in halves of the gap, has density (eta + 1) / 2 times b^eta or b^-(eta + 2)."""
     eta, n = 2.0, 200_000
     a, b = jnp.zeros((1, n)), jnp.full((1, n), 2.0)
     child = np.asarray(sbx(KEY, a, b, eta=eta, rate=1.0))[0]
@@ -164,7 +166,7 @@ def test_sbx_keeps_what_a_gene_sums_to():
     assert not np.array_equal(child, first)
 
 
-# Known fronts --------------------------------------------------------------------------------------
+# Known fronts -------------------------------------------------------------------------------------
 
 
 def zdt(problem, genes):
@@ -238,7 +240,7 @@ def drawn(key, genes, *, seed):
 def test_survivors_are_the_first_fronts_and_the_least_crowded():
     search = NSGA2(schaffer, 40, mutate=bind(drawn, seed=3))
     before = start_of(search)
-    after, _ = search.step(KEY, before, jnp.ones(3))
+    after, _ = run(KEY, search, before, jnp.ones(3), Limits(1, per_call=1))
     children = jax.random.normal(jax.random.key(3), (40, 3))
     everyone = np.concatenate([before.population.genes, children])
     scores = np.asarray(schaffer(jnp.ones(3), jnp.array(everyone))[1].tasks)
@@ -282,7 +284,7 @@ def test_it_is_a_value_and_compiles_once():
     assert _generations._cache_size() == before + 1
 
 
-# Two tasks of real networks ------------------------------------------------------------------------
+# Two tasks of real networks -----------------------------------------------------------------------
 
 
 def mlp(variables, inputs):
@@ -296,11 +298,7 @@ def specialists():
     inputs, labels = load_digits(return_X_y=True)
     inputs = np.float32(inputs[:600] / 16)
     labels = labels[:600]
-    grad = jax.jit(
-        jax.grad(
-            lambda v, x, y: softmax_cross_entropy(mlp(v, x), y).mean()
-        )
-    )
+    grad = jax.jit(jax.grad(lambda v, x, y: softmax_cross_entropy(mlp(v, x), y).mean()))
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(64, 24), (24,), (24, 10), (10,)]
     first = [0.2 * jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
