@@ -25,6 +25,7 @@ __all__ = [
     "leaf_owners",
     "leaf_paths",
     "leaves_by_path",
+    "not_finite",
     "num_parents",
     "on_host",
     "one_of",
@@ -96,14 +97,11 @@ def check_parents(parents: Sequence[PyTree]) -> None:
             )
     for k, of_one in enumerate(leaves):
         for path, leaf in of_one.items():
-            if is_mixable(leaf):
-                values = np.asarray(leaf)
-                wide = np.complex128 if np.iscomplexobj(values) else np.float64
-                bad = values.size - int(np.isfinite(values.astype(wide)).sum())
-                if bad:
-                    raise ParentsError(
-                        f"leaf {path} of parent {k}: {bad} of {values.size} values are not finite"
-                    )
+            bad = not_finite(leaf) if is_mixable(leaf) else 0
+            if bad:
+                raise ParentsError(
+                    f"leaf {path} of parent {k}: {bad} of {np.size(leaf)} values are not finite"
+                )
 
 
 def _check_forms(parents: Any) -> None:
@@ -121,12 +119,15 @@ def _check_forms(parents: Any) -> None:
         if not leaves:
             raise ParentsError(f"parent {k} has no leaves: its variables are empty")
         for path, leaf in leaves.items():
-            number = isinstance(leaf, (bool, int, float, complex))
-            if number or (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+            dtype = getattr(leaf, "dtype", None) if hasattr(leaf, "shape") else None
+            kinds = (np.number, np.bool_, jax.dtypes.prng_key)
+            array = dtype is not None and any(jnp.issubdtype(dtype, kind) for kind in kinds)
+            if array or isinstance(leaf, (bool, int, float, complex)):
                 continue
             hint = "; of a Flax NNX model take mj.from_nnx(model).variables" if not path else ""
+            kind = type(leaf).__name__ + (f" of {dtype}" if dtype is not None else "")
             raise ParentsError(
-                f"leaf {path or '(the whole tree)'} of parent {k} is a {type(leaf).__name__}: "
+                f"leaf {path or '(the whole tree)'} of parent {k} is a {kind}: "
                 f"arrays or numbers are needed{hint}"
             )
 
@@ -144,6 +145,20 @@ def is_mixable(leaf: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.inexact)) and (
         dtype.itemsize > 1 or jnp.issubdtype(dtype, jnp.complexfloating)
     )
+
+
+def not_finite(leaf: Any) -> int:
+    """How many numbers of a floating-point array are not finite as a device holds them.
+
+    Example:
+        >>> not_finite(np.array([1.0, np.nan, 1e300]))  # the last is for 64 bits
+        2
+    """
+    values = np.asarray(leaf)
+    with np.errstate(over="ignore"):
+        held = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
+    wide = np.complex128 if np.iscomplexobj(held) else np.float64
+    return values.size - int(np.isfinite(held.astype(wide)).sum())
 
 
 def on_host(tree: PyTree) -> PyTree:

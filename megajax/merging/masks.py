@@ -44,7 +44,8 @@ class Masks:
         num_genes: G.
         picks: each gene picks one parent.
         low: least coefficient; below 0 a gene may lie beyond a parent.
-        parents_first: the first population begins with the parents and their mean.
+        parents_first: the first population begins with the parents and their mean; otherwise it
+            is random all over.
     """
 
     labels: Static
@@ -66,11 +67,11 @@ class Masks:
         """
         del parents
         K, G = self.num_parents, self.num_genes
+        if not self.parents_first:
+            return self.sample(key, (size, G, K), jnp.float32)
         founders = np.eye(K, dtype=np.float32)
         if not self.picks:
             founders = np.concatenate([founders, np.full((1, K), 1 / K, np.float32)])
-        if not self.parents_first:
-            founders = founders[:0]
         if size < len(founders):
             raise ConfigError(
                 f"evolution.population_size is {size}: the first population holds the "

@@ -24,7 +24,7 @@ from megajax.merging.metrics import (
     as_metric,
     default_metric,
 )
-from megajax.trees import leaves_by_path
+from megajax.trees import leaves_by_path, not_finite
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Batches", "Task", "as_tasks", "batches", "check_inputs", "check_task", "with_teacher"]
@@ -119,11 +119,8 @@ def check_inputs(inputs: PyTree, what: str, least: int = 1) -> int:
 
 
 def _check_finite(leaf: Any, where: str) -> None:
-    if jnp.issubdtype(leaf.dtype, jnp.inexact):
-        values = np.asarray(leaf)
-        bad = values.size - int(np.isfinite(values.astype(np.complex128)).sum())
-        if bad:
-            raise DataError(f"{where}: {bad} of {values.size} values are not finite")
+    if jnp.issubdtype(leaf.dtype, jnp.inexact) and (bad := not_finite(leaf)):
+        raise DataError(f"{where}: {bad} of {leaf.size} values are not finite")
 
 
 def with_teacher(task: Task, apply_fn: ApplyFn, parents: Sequence[PyTree]) -> Task:

@@ -28,7 +28,7 @@ from megajax.program.batchnorm import find_statistics
 from megajax.search.loop import Info, State
 from megajax.search.methods import EvolutionConfig
 from megajax.sections import Section
-from megajax.trees import check_parents, is_mixable
+from megajax.trees import check_parents, is_mixable, keep_leaves, leaf_owners, leaf_paths
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
@@ -240,7 +240,8 @@ def merge_tree(
     Algorithm", arXiv 2406.04607.
     """
     hierarchy, evolution = hierarchy or HierarchyConfig(), evolution or EvolutionConfig()
-    check_parents(parents)
+    keep = options.get("keep") or {}
+    check_parents(keep_leaves(parents, keep) if keep else parents)
     tasks = as_tasks(data)
     num_examples = sum(check_inputs(task.inputs, "inputs") for task in tasks)
     count = len(parents)
@@ -265,7 +266,7 @@ def merge_tree(
             found = load(node) if load is not None else None
             pair = [networks[k] for k in node.parents]
             if found is not None:
-                _check_loaded(node, found, pair[0])
+                _check_loaded(node, found, keep_leaves(pair, keep)[0])
             else:
                 spent = sum(result.examples_scored for result in results)
                 merged = merge(
@@ -313,6 +314,7 @@ def weight_similarity(
     *,
     calibration: PyTree | None = None,
     config: AlignConfig | None = None,
+    keep: Mapping[str, int] | None = None,
 ) -> np.ndarray:
     """How alike the weights of networks are, two by two, once their hidden units are aligned.
 
@@ -326,10 +328,11 @@ def weight_similarity(
         inputs: one batch.
         calibration: training inputs, to match activations on.
         config: how units are matched; None takes the defaults.
+        keep: leaves that one of two networks has for both, as for `megajax.merge`.
 
     Returns:
         `[n, n]` float64, symmetric: the cosines of the angles between all weights of two networks,
-        BatchNorm statistics apart.
+        BatchNorm statistics and kept leaves apart.
 
     Example:
         >>> def apply_fn(w, x):
@@ -342,12 +345,14 @@ def weight_similarity(
     """
     statistics = find_statistics(apply_fn, networks[0], inputs)
     ignore = {index for one in statistics for index in (one.mean, one.variance)}
+    paths = leaf_paths(networks[0])
+    ignore |= {paths.index(path) for path in leaf_owners(paths, keep or {}, 2)}
     similarity = np.eye(len(networks))
     for i, j in itertools.combinations(range(len(networks)), 2):
         own_key = jax.random.fold_in(jax.random.fold_in(key, i), j)
         pair = [networks[i], networks[j]]
         first, second = align(
-            own_key, apply_fn, pair, inputs, calibration=calibration, config=config
+            own_key, apply_fn, pair, inputs, calibration=calibration, config=config, keep=keep
         )[0]
         similarity[i, j] = similarity[j, i] = _cosine(first, second, ignore)
     return similarity
@@ -441,6 +446,7 @@ def _pairs(
         inputs,
         calibration=options.get("calibration"),
         config=options.get("align"),
+        keep=options.get("keep"),
     )
     return match_pairs(similarity)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import megajax as mj
-from megajax.merging.merge import genome_for
+from megajax.merging.genome import make_genome
 
 
 def network(w, x):
@@ -47,20 +47,21 @@ def test_kept_leaves_are_not_mixed():
 
 
 def genes_mix(result, leaf):
-    shares = np.asarray(result.genes)[result.genome.labels[leaf]]
+    shares = np.asarray(result.genes)[result.genome.labels.tree[leaf]]
     return sum(shares[..., k] * result.parents[k][leaf] for k in range(2))
 
 
 def test_freezing_and_keeping_go_together_and_each_must_match():
     parents = [parent(0, 3), parent(1, 4)]
-    stacked = mj.stack_parents(parents, keep={"head": 1})
-    genome = genome_for(network, stacked, X, mj.GenomeConfig(freeze="bias"), freeze=["head"])
-    mixed = genome.express(jnp.full((genome.num_genes, 2), 0.5), stacked)
+    kept = [{**one, "head": parents[1]["head"]} for one in parents]
+    config = mj.GenomeConfig(freeze="bias")
+    genome = make_genome(network, kept[0], X, 2, config, freeze=["head"])
+    mixed = genome.express(jnp.full((genome.num_genes, 2), 0.5), genome.stack(kept))
     np.testing.assert_array_equal(mixed["head"], parents[1]["head"])
     np.testing.assert_array_equal(mixed["bias"], parents[0]["bias"])
     np.testing.assert_allclose(mixed["body"], (parents[0]["body"] + parents[1]["body"]) / 2)
     with pytest.raises(mj.ConfigError, match=r"genome.freeze is 'bais': it matches no leaf"):
-        genome_for(network, stacked, X, mj.GenomeConfig(freeze="bais"), freeze=["head"])
+        make_genome(network, kept[0], X, 2, mj.GenomeConfig(freeze="bais"), freeze=["head"])
 
 
 def test_kept_leaves_move_with_their_own_parents_hidden_units():
@@ -80,8 +81,29 @@ def test_kept_leaves_move_with_their_own_parents_hidden_units():
     np.testing.assert_allclose(network(result.variables, X), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pairing", ["order", "similarity"])
+def test_a_tree_of_parents_with_other_heads(pairing):
+    parents = [parent(seed, classes) for seed, classes in enumerate((3, 4, 5))]
+    result = mj.merge_tree(
+        jax.random.key(0),
+        network,
+        parents,
+        (X, np.arange(len(X)) % 3),
+        keep={"head": 0},
+        hierarchy=mj.HierarchyConfig(pairing=pairing),
+        align=mj.AlignConfig(method="none"),
+        evolution=mj.EvolutionConfig(population_size=6, generations=0),
+    )
+    kept = result.nodes[-1].parents[0]  # of the first of two that meet
+    while kept >= 3:
+        kept = result.nodes[kept - 3].parents[0]
+    np.testing.assert_array_equal(result.variables["head"], parents[kept]["head"])
+    assert np.isfinite(result.parent_fitness).all()
+
+
 @pytest.mark.parametrize("kind", ["msgpack", "safetensors", "npz", "orbax"])
 def test_files_of_parents_with_other_heads(kind, tmp_path):
+    pytest.importorskip("megajax.formats", exc_type=ImportError)
     first, second = parent(0, 3), parent(1, 4)
     third = {name: leaf for name, leaf in parent(2, 5).items() if name != "head"}
     paths = [
@@ -94,10 +116,12 @@ def test_files_of_parents_with_other_heads(kind, tmp_path):
     for k, net in enumerate((first, second, third)):
         np.testing.assert_array_equal(loaded[k]["body"], net["body"])
         np.testing.assert_array_equal(loaded[k]["head"], second["head"])
-    mj.stack_parents(loaded)
+    mj.trees.check_parents(loaded)
 
 
 def test_state_dicts_with_other_heads_or_none(tmp_path):
+    pytest.importorskip("megajax.formats", exc_type=ImportError)
+
     def state(net):
         return {
             "body.weight": net["body"].T,

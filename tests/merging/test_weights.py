@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 import megajax as mj
-from megajax.config import GenomeConfig, from_dict
-from megajax.merging.genome import weights
-from megajax.merging.merge import algorithm_for, genome_for, shares_of
+from megajax.merging.genome import GenomeConfig, make_genome
+from megajax.merging.merge import search_of
 from megajax.merging.shares import projected_shares
-from megajax.program.batchnorm import find_statistics, recalibrate, recalibrated
+from megajax.search.genetic import check_operators
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(1).normal(size=(24, 5)).astype(np.float32)
@@ -36,12 +35,13 @@ def network(seed):
 
 
 def parents_of(K):
+    """As a genome without frozen leaves stacks them."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *[network(k) for k in range(K)])
 
 
-def genome_of(parents, **options):
-    one = jax.tree.map(lambda leaf: leaf[0], parents)
-    return weights(parents, statistics=find_statistics(apply_fn, one, X), **options)
+def genome_of(K=2, variables=None, **options):
+    config = GenomeConfig(kind="weights", **options)
+    return make_genome(apply_fn, variables or network(0), X, K, config)
 
 
 def first_population(genome, size, parents):
@@ -55,7 +55,7 @@ def bits(tree):
 def test_first_population_is_the_parents_their_mean_and_points_between_them():
     K = 3
     parents = parents_of(K)
-    genome = genome_of(parents)
+    genome = genome_of(K)
     assert genome.num_genes == 5
     genes = first_population(genome, 12, parents)
     for k in range(K):
@@ -75,7 +75,7 @@ def test_first_population_is_the_parents_their_mean_and_points_between_them():
 
 def test_random_points_of_the_segment_are_uniform_and_no_parent_is_among_them():
     parents = parents_of(2)
-    genome = genome_of(parents, parents_first=False)
+    genome = genome_of(parents_first=False)
     genes = first_population(genome, 400, parents)
     gap = np.asarray(parents["a"][1] - parents["a"][0], np.float64)
     share = np.tensordot(np.asarray(genes["a"]) - np.asarray(parents["a"][0]), gap, 2)
@@ -86,27 +86,36 @@ def test_random_points_of_the_segment_are_uniform_and_no_parent_is_among_them():
 
 
 def test_frozen_and_whole_number_leaves_have_no_gene_and_half_precision_evolves_in_float32():
+    def linear(w, x):
+        return x @ w["w"].astype(jnp.float32) + w["v"]
+
     trees = [
-        {"w": jnp.full(3, 1.0 + 2 * k, jnp.bfloat16), "v": jnp.full(2, float(k)), "n": k}
+        {
+            "w": np.full((5, 2), 1.0 + 2 * k, jnp.bfloat16),
+            "v": np.full(2, k, np.float32),
+            "n": np.array(k),
+        }
         for k in range(2)
     ]
-    parents = mj.stack_parents(trees)
-    genome = weights(parents, freeze="^v$")
+    genome = make_genome(linear, trees[0], X, 2, GenomeConfig(kind="weights", freeze="^v$"))
     assert genome.num_genes == 1
+    parents = jax.tree.map(jnp.asarray, genome.stack(trees))
+    assert parents["w"].shape == (2, 5, 2)
+    assert parents["v"].shape == (2,)
     genes = first_population(genome, 4, parents)
     assert genes["v"] is None
     assert genes["n"] is None
     assert genes["w"].dtype == jnp.float32
     for k in range(2):
         one = genome.express({"w": genes["w"][k], "v": None, "n": None}, parents)
-        chex.assert_trees_all_equal(one, trees[k] | {"v": trees[0]["v"], "n": parents["n"][0]})
+        chex.assert_trees_all_equal(one, trees[k] | {"v": trees[0]["v"], "n": trees[0]["n"]})
         assert one["w"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(("relative", "on_statistics"), [(True, False), (False, True)])
 def test_noise_hits_whole_leaves_at_its_rate_and_of_its_size(relative, on_statistics):
     parents = jax.tree.map(lambda leaf: 7 * leaf, parents_of(2))
-    genome = genome_of(parents, relative_noise=relative, noise_on_statistics=on_statistics)
+    genome = genome_of(relative_noise=relative, noise_on_statistics=on_statistics)
     one = jax.tree.map(lambda leaf: leaf[0], parents)
     genes = jax.tree.map(lambda leaf: np.repeat(leaf[None], 500, axis=0), one)
     noisy = jax.jit(lambda genes: genome.noise(KEY, genes, rate=0.2, scale=0.1))(genes)
@@ -125,37 +134,23 @@ def test_noise_hits_whole_leaves_at_its_rate_and_of_its_size(relative, on_statis
 def test_negative_variances_are_clipped_and_nothing_else_is():
     parents = parents_of(2)
     genes = jax.tree.map(lambda leaf: leaf - 10, parents)
-    repaired = genome_of(parents).repair(genes)
+    repaired = genome_of().repair(genes)
     assert (repaired.pop("d") == 0).all()
     chex.assert_trees_all_equal(repaired, {n: leaf for n, leaf in genes.items() if n != "d"})
-    as_published = genome_of(parents, clip_variances=False)
+    as_published = genome_of(clip_variances=False)
     chex.assert_trees_all_equal(as_published.repair(genes), genes)
 
 
-def test_recalibrated_candidates_have_their_own_statistics_and_parents_keep_theirs():
-    parents = parents_of(2)
-    plain = genome_of(parents)
-    genome = recalibrated(plain, apply_fn)
-    genes = first_population(genome, 5, parents)
-    networks = jax.jit(jax.vmap(genome.express, (0, None)))(genes, (parents, X))
-    for i, found in enumerate(mj.unstack_parents(networks)):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], genes)
-        if i < 2:
-            assert bits(found) == bits(network(i))
-        else:
-            expected = jax.jit(lambda one: recalibrate(apply_fn, one, X))(one)
-            chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
-            assert not np.allclose(found["c"], one["c"], atol=1e-3)
-
-
-@pytest.mark.slow
 def test_merging_weights_is_never_below_the_best_parent_and_its_fitness_is_its_own():
     trees = [network(k) for k in range(3)]
-    evolution = mj.EvolutionConfig(population_size=8, generations=4)
-    genome = GenomeConfig(kind="weights")
-    align = mj.AlignConfig(method="none")
     result = mj.merge(
-        KEY, apply_fn, trees, (X, LABELS), align=align, genome=genome, evolution=evolution
+        KEY,
+        apply_fn,
+        trees,
+        (X, LABELS),
+        align=mj.AlignConfig(method="none"),
+        genome=GenomeConfig(kind="weights"),
+        evolution=mj.EvolutionConfig(population_size=8, generations=4),
     )
     assert result.fitness > result.parent_fitness.max()
     chex.assert_trees_all_equal_shapes_and_dtypes(result.variables, trees[0])
@@ -165,57 +160,60 @@ def test_merging_weights_is_never_below_the_best_parent_and_its_fitness_is_its_o
     ]:
         nll = mj.measure(mj.predict(apply_fn, tree, X), LABELS).nll
         np.testing.assert_allclose(-nll, fitness, rtol=1e-5)
-    for shares in shares_of(result).values():
+    for shares in projected_shares(result.variables, result.parents).values():
         assert sum(shares) == pytest.approx(1)
 
 
 def test_projected_shares_are_the_coefficients_of_a_mix_and_the_nearest_ones_off_the_plane():
-    parents = parents_of(3)
-    mixed = jax.tree.map(lambda leaf: 0.7 * leaf[0] - 0.1 * leaf[1] + 0.4 * leaf[2], parents)
-    for found in projected_shares({"m": mixed}, {"m": parents}).values():
+    trees = [network(k) for k in range(3)]
+    mixed = jax.tree.map(lambda a, b, c: 0.7 * a - 0.1 * b + 0.4 * c, *trees)
+    for found in projected_shares({"m": mixed}, [{"m": tree} for tree in trees]).values():
         np.testing.assert_allclose(found, [0.7, -0.1, 0.4], atol=1e-5)
-    pair = {"m": {"k": jnp.array([[0.0, 0.0], [4.0, 0.0]]), "b": jnp.zeros((2, 1))}}
-    off = {"m": {"k": jnp.array([1.0, 9.0]), "b": jnp.array([5.0])}}
+    pair = [
+        {"m": {"k": np.array([0.0, 0.0]), "b": np.zeros(1), "n": np.array(k)}}
+        for k in (0, 1)
+    ]
+    pair[1]["m"]["k"] = np.array([4.0, 0.0])
+    off = {"m": {"k": np.array([1.0, 9.0]), "b": np.array([5.0]), "n": np.array(0)}}
     np.testing.assert_allclose(projected_shares(off, pair)["m"], [0.75, 0.25])
-    same = {"m": {"k": jnp.ones((2, 3))}}
-    np.testing.assert_allclose(projected_shares({"m": {"k": jnp.zeros(3)}}, same)["m"], [0.5, 0.5])
+    same = [{"m": {"k": np.ones(3)}}] * 2
+    np.testing.assert_allclose(projected_shares({"m": {"k": np.zeros(3)}}, same)["m"], [0.5, 0.5])
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"genome": {"kind": "genes"}}, "genome.kind is 'genes': choose one of masks, weights"),
+        ({"kind": "genes"}, "genome.kind is 'genes': 'masks' or 'task_vectors' or 'weights' is"),
+        ({"parents_first": False}, "parents_first is False: genome.kind 'masks' has no"),
+        ({"kind": "weights", "binary": True}, "binary is True: genome.kind 'weights'"),
         (
-            {"genome": {"parents_first": False}},
-            "parents_first is False: genome.kind 'masks' has no",
-        ),
-        ({"genome": {"kind": "weights", "binary": True}}, "binary is True: genome.kind 'weights'"),
-        (
-            {"genome": {"kind": "weights", "granularity": "leaf"}},
+            {"kind": "weights", "granularity": "leaf"},
             "granularity is 'leaf': genome.kind 'weights' has no such choice",
         ),
-        (
-            {"genome": {"kind": "weights"}, "evolution": {"mutation": ("gaussian", "reset")}},
-            "evolution.mutation is .*'reset'.*: genome.kind 'weights' has nothing",
-        ),
+        ({"kind": "weights", "low": -0.1}, "low is -0.1: genome.kind 'weights' has no such choice"),
     ],
 )
 def test_choices_that_the_kind_does_not_have_are_refused(values, message):
     with pytest.raises(mj.ConfigError, match=message) as error:
-        from_dict(values)
+        GenomeConfig(**values)
     assert "\n" not in str(error.value)
 
 
-def test_labels_and_reset_are_refused_where_only_the_library_could_know():
-    parents = parents_of(2)
+def test_labels_and_reset_are_refused():
+    parents = [network(k) for k in range(2)]
     config = GenomeConfig(kind="weights")
     with pytest.raises(mj.ConfigError, match="labels are for masks"):
-        genome_for(apply_fn, parents, X, config, labels=0)
-    genome = genome_for(apply_fn, parents, X, config)
-    ga = algorithm_for(
-        genome,
-        lambda genes: (genes["a"].sum((1, 2)), ()),
-        mj.EvolutionConfig(population_size=4, mutation="reset"),
-    )
-    with pytest.raises(mj.ConfigError, match="nothing to draw new genes from"):
-        jax.eval_shape(lambda: ga.step(KEY, ga.init(KEY, genome.init(KEY, 4, parents))))
+        make_genome(apply_fn, parents[0], X, 2, config, labels=0)
+    problem = mj.problem_for(apply_fn, parents, (X, LABELS), genome=config)
+    evolution = mj.EvolutionConfig(population_size=4, mutation="reset")
+    search = search_of(problem, evolution)
+    genes = jax.eval_shape(lambda: problem.genome.init(KEY, 4, problem.parents))
+    message = "evolution.mutation failed: genome.kind is 'weights': there is nothing to draw new"
+    with pytest.raises(mj.ConfigError, match=message):
+        check_operators(search, genes)
+
+
+def test_equal_choices_are_equal():
+    made = [[genome_of(), genome_of(3), genome_of(clip_variances=False)] for _ in range(2)]
+    assert made[0] == made[1]
+    assert len({*made[0], *made[1]}) == 3
