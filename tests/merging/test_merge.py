@@ -1,6 +1,6 @@
 """The main job: never worse than the best parent, reproducible, clear about bad input."""
 
-import dataclasses
+from dataclasses import dataclass
 from functools import partial
 
 import chex
@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 import megajax as mj
-from megajax.config import CROSSOVERS, GRANULARITIES, MUTATIONS, SELECTIONS, SURVIVALS
-from megajax.merging import merge as merging
+from megajax.merging.genome import GRANULARITIES, make_genome
+from megajax.merging.masks import Masks
+from megajax.merging.problem import expressed
+from megajax.search.operators import CROSSOVERS, SELECTIONS, SURVIVALS, Population
+from megajax.trees import Static
 
 KEY = jax.random.key(0)
 
@@ -25,81 +28,163 @@ def apply_fn(variables, x):
 
 
 def parent(seed):
-    keys = jax.random.split(jax.random.key(seed), 3)
+    rng = np.random.default_rng(seed)
     sizes = [(6, 16), (16, 16), (16, 3)]
     return [
-        (jax.random.normal(key, size) / size[0] ** 0.5, jnp.zeros(size[1]))
-        for key, size in zip(keys, sizes, strict=True)
+        ((rng.normal(size=size) / size[0] ** 0.5).astype(np.float32), np.zeros(size[1], np.float32))
+        for size in sizes
     ]
 
 
-INPUTS = jax.random.normal(jax.random.key(9), (120, 6))
-LABELS = np.asarray(jnp.argmax(apply_fn(parent(77), INPUTS), axis=-1))
+INPUTS = np.random.default_rng(9).normal(size=(120, 6)).astype(np.float32)
+LABELS = np.asarray(apply_fn(parent(77), INPUTS)).argmax(-1)
 PARENTS = [parent(0), parent(1)]
 NO_ALIGNMENT = mj.AlignConfig(method="none")
 SMALL = mj.EvolutionConfig(population_size=10, generations=6, tournament_size=3)
 
 
-def merge(key=KEY, parents=PARENTS, validation=(INPUTS, LABELS), evolution=SMALL, **options):
-    return mj.merge(key, apply_fn, parents, validation, evolution=evolution, **options)
+def merge(key=KEY, parents=PARENTS, data=(INPUTS, LABELS), evolution=SMALL, **options):
+    options = {"align": NO_ALIGNMENT, **options}
+    return mj.merge(key, apply_fn, parents, data, evolution=evolution, **options)
 
 
-@pytest.mark.parametrize("granularity", GRANULARITIES)
+def nll(variables):
+    return mj.measure(mj.predict(apply_fn, variables, INPUTS), LABELS).nll
+
+
+def assert_it_is_what_it_says(result, parents=PARENTS):
+    """No worse than the best parent (but for rounding), and every fitness its network's own."""
+    assert result.fitness >= result.parent_fitness.max() - 1e-5
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        jax.tree.map(jnp.asarray, result.variables), jax.tree.map(jnp.asarray, parents[0])
+    )
+    for variables, fitness in [
+        *zip(parents, result.parent_fitness, strict=True),
+        (result.variables, result.fitness),
+    ]:
+        np.testing.assert_allclose(fitness, -nll(variables), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def seen():
+    """What the callback of `whole` saw."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(seen):
+    """A merge that many tests look at."""
+    return merge(callback=lambda state, infos: seen.append((jax.device_get(state), infos)))
+
+
 @pytest.mark.parametrize("binary", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "granularity",
+    [g if g == "element" else pytest.param(g, marks=pytest.mark.slow) for g in GRANULARITIES],
+)
 def test_the_result_is_never_below_the_best_parent_and_its_fitness_is_its_own(granularity, binary):
-    result = merge(genome=mj.GenomeConfig(granularity=granularity, binary=binary))
-    assert result.fitness >= result.parent_fitness.max()
-    chex.assert_trees_all_equal_shapes_and_dtypes(result.variables, PARENTS[0])
-    for k, variables in enumerate([*PARENTS, result.variables]):
-        nll = mj.measure(mj.predict(apply_fn, variables, INPUTS), LABELS).nll
-        expected = result.fitness if k == 2 else result.parent_fitness[k]
-        np.testing.assert_allclose(-nll, expected, rtol=1e-5)
+    genome = mj.GenomeConfig(granularity=granularity, binary=binary)
+    assert_it_is_what_it_says(merge(genome=genome))
 
 
-def test_the_same_key_gives_the_same_bits_and_another_key_another_network():
-    first, again, other = merge(), merge(), merge(key=jax.random.key(1))
-    chex.assert_trees_all_equal(first.variables, again.variables)
-    chex.assert_trees_all_equal(first.history, again.history)
-    assert not np.array_equal(first.genes, other.genes)
+def test_aligned_parents_are_scored_as_they_were_given():
+    result = merge(align=mj.AlignConfig())
+    assert_it_is_what_it_says(result)
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), result.parents, PARENTS)
+    assert any(jax.tree.leaves(moved))
+    for given, aligned in zip(PARENTS, result.parents, strict=True):
+        np.testing.assert_allclose(apply_fn(aligned, INPUTS), apply_fn(given, INPUTS), atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("field", ["selection", "crossover", "mutation", "survival"])
-def test_every_operator_by_name(field):
-    choices = {
-        "selection": SELECTIONS,
-        "crossover": [*CROSSOVERS, CROSSOVERS],
-        "mutation": [*MUTATIONS, MUTATIONS],
-        "survival": SURVIVALS,
-    }
-    for choice in choices[field]:
-        result = merge(evolution=dataclasses.replace(SMALL, **{field: choice}))
-        assert result.fitness >= result.parent_fitness.max()
-        coefficients = np.asarray(result.state.population.genes)
-        assert (coefficients >= 0).all()
-        np.testing.assert_allclose(coefficients.sum(-1), 1, atol=1e-5)
+def test_a_result_tells_all_that_it_is_made_of(whole):
+    assert_it_is_what_it_says(whole)
+    assert whole.history.generation.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert whole.history.best_ever[0] >= whole.parent_fitness.max() - 1e-5
+    assert whole.history.best_ever[-1] == np.float32(whole.fitness)
+    assert whole.evaluations == 10 + 6 * 10
+    assert whole.examples_scored == 120 * whole.evaluations
+    assert whole.scores == {"task_0": whole.fitness}
+    np.testing.assert_array_equal(whole.parent_scores["task_0"], whole.parent_fitness)
+    assert whole.metrics == {"task_0": "cross_entropy"}
+    assert whole.genome == make_genome(apply_fn, PARENTS[0], INPUTS[:8], 2)
+    chex.assert_trees_all_equal(expressed(whole.problem, whole.genes), whole.variables)
+    chex.assert_trees_all_equal(whole.parents, PARENTS)
+    assert whole.front is None
 
 
-def test_evaluations_are_counted_and_elites_are_free():
-    assert merge().evaluations == 10 + 6 * 10
-    elites = dataclasses.replace(SMALL, survival="generational", elites=3)
+def test_the_same_key_gives_the_same_bits_and_another_key_another_network(whole):
+    again, other = merge(), merge(key=jax.random.key(1))
+    chex.assert_trees_all_equal(whole.variables, again.variables)
+    chex.assert_trees_all_equal(whole.history, again.history)
+    assert not np.array_equal(whole.genes, other.genes)
+    old_style = merge(key=jax.random.PRNGKey(0))
+    chex.assert_trees_all_equal(whole.variables, old_style.variables)
+
+
+def test_the_callback_sees_every_generation_and_may_stop_before_the_first(whole, seen):
+    infos = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(info for _, info in seen))
+    chex.assert_trees_all_equal(infos, whole.history)
+    chex.assert_trees_all_equal(seen[-1][0], jax.device_get(whole.state))
+    stopped = merge(callback=lambda state, infos: True)
+    assert stopped.evaluations == 10
+    assert_it_is_what_it_says(stopped)
+    later = merge(callback=lambda state, infos: infos.generation[-1] == 3)
+    assert later.history.generation.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("at", [0, 2, 6])
+def test_continued_from_a_state_it_ends_bit_identical_and_scores_nothing_again(whole, seen, at):
+    scored = []
+
+    def counting(logits, labels):
+        jax.debug.callback(lambda: scored.append(1))
+        return mj.merging.metrics.cross_entropy(logits, labels)
+
+    metric = mj.Metric(counting, name="cross_entropy")
+    rest = merge(state=seen[at][0], data=mj.Task(INPUTS, LABELS, metric))
+    jax.effects_barrier()
+    assert len(scored) == 2 + 10 * (6 - at)  # the parents, once, and the children still to come
+    chex.assert_trees_all_equal(rest.variables, whole.variables)
+    chex.assert_trees_all_equal(rest.state, whole.state)
+    np.testing.assert_array_equal(rest.parent_fitness, whole.parent_fitness)
+    assert rest.history.generation.tolist() == list(range(at + 1, 7))
+    assert rest.evaluations == whole.evaluations
+
+
+def test_the_state_of_another_search_is_refused(whole, seen):
+    state = seen[2][0]
+    smaller = state._replace(population=jax.tree.map(lambda leaf: leaf[:8], state.population))
+    message = r"^the state is of another search: population/genes is float32\[8, .* there, .*\[10, "
+    with pytest.raises(mj.ConfigError, match=message):
+        merge(state=smaller)
+    message = r"of another search: memory/\w+ is absent there, float32\[35\] here"
+    with pytest.raises(mj.ConfigError, match=message):
+        merge(state=state, evolution=SMALL.replace(method="cma_es"))
+
+
+def test_limits_end_a_search():
+    elites = SMALL.replace(survival="generational", elites=3)
     assert merge(evolution=elites).evaluations == 10 + 6 * 7
-    budget = dataclasses.replace(SMALL, evaluation_budget=35)
-    assert merge(evolution=budget).evaluations == 30
+    assert merge(evolution=SMALL.replace(evaluation_budget=35)).evaluations == 30
+    assert merge(evolution=SMALL.replace(time_budget=0.0)).evaluations == 10
+    flat = mj.Task(INPUTS, LABELS, constant)
+    patient = merge(data=flat, evolution=SMALL.replace(generations=50, patience=3))
+    assert int(patient.state.generation) == 3
+    chunked = merge(
+        data=flat, evolution=SMALL.replace(generations=50, patience=3, generations_per_chunk=2)
+    )
+    assert int(chunked.state.generation) == 4
 
 
-def test_history_begins_with_the_first_population():
-    result = merge()
-    assert result.history.generation.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert result.history.best_ever[0] >= result.parent_fitness.max()
-    assert result.history.best_ever[-1] == np.float32(result.fitness)
+def constant(outputs, targets):
+    del targets
+    return jnp.zeros(len(outputs))
 
 
-def test_callback_sees_every_generation_and_may_stop_before_the_first():
-    seen = []
-    merge(callback=lambda state, infos: seen.extend(infos.generation.tolist()))
-    assert seen == [0, 1, 2, 3, 4, 5, 6]
-    assert merge(callback=lambda state, infos: True).evaluations == 10
+def test_generations_in_one_call_change_no_bit(whole):
+    chunked = merge(evolution=SMALL.replace(generations_per_chunk=4))
+    chex.assert_trees_all_equal(chunked.variables, whole.variables)
+    chex.assert_trees_all_equal(chunked.history, whole.history)
 
 
 def test_many_parents_and_a_users_own_labels_and_metric():
@@ -113,7 +198,141 @@ def test_many_parents_and_a_users_own_labels_and_metric():
     assert result.genome.num_genes == 2
     assert result.genes.shape == (2, 5)
     chex.assert_trees_all_equal(result.variables[2], parents[0][2])
-    assert result.fitness >= result.parent_fitness.max()
+    assert result.fitness >= result.parent_fitness.max() - 1e-5
+
+
+# Operators and genomes of one's own -----------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", ["selection", "crossover", "mutation", "survival"])
+def test_every_operator_by_name(field):
+    choices = {
+        "selection": SELECTIONS,
+        "crossover": [*CROSSOVERS, tuple(CROSSOVERS)],
+        "mutation": ["gaussian", "reset", ("gaussian", "reset")],
+        "survival": SURVIVALS,
+    }
+    for choice in choices[field]:
+        result = merge(evolution=SMALL.replace(**{field: choice}))
+        assert result.fitness >= result.parent_fitness.max() - 1e-5
+        coefficients = np.asarray(result.state.population.genes)
+        assert (coefficients >= 0).all()
+        np.testing.assert_allclose(coefficients.sum(-1), 1, atol=1e-5)
+
+
+def own_select(key, fitness, num):
+    del key
+    return jnp.argsort(-fitness)[jnp.arange(num) % 3].astype(jnp.int32)
+
+
+def own_mutate(key, genes):
+    return genes + 0.1 * jax.random.normal(key, genes.shape)
+
+
+def own_survive(key, population, offspring):
+    del key
+    keep = len(population.fitness) - 1
+    best = jnp.argmax(population.fitness)
+    return Population(
+        *jax.tree.map(
+            lambda old, new: jnp.concatenate([old[best][None], new[:keep]]),
+            tuple(population),
+            tuple(offspring),
+        )
+    )
+
+
+def test_own_operators_of_the_documented_signatures():
+    result = merge(
+        evolution=SMALL.replace(
+            selection=own_select, crossover="uniform", mutation=own_mutate, survival=own_survive
+        )
+    )
+    assert_it_is_what_it_says(result)
+    genes = np.asarray(result.state.population.genes)
+    np.testing.assert_allclose(genes.sum(-1), 1, atol=1e-5)  # repaired
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (
+            {"selection": lambda key, fitness, num: jnp.zeros(3, jnp.int32)},
+            r"evolution.selection gives int32\[3\]: int32\[20\] is needed",
+        ),
+        (
+            {"crossover": lambda key, first, second: first[..., 0]},
+            r"evolution.crossover gives float32\[10, 35\]: float32\[10, 35, 2\] is needed",
+        ),
+        (
+            {"mutation": lambda key, genes: genes.astype(jnp.bfloat16)},
+            r"evolution.mutation gives bfloat16\[10, 35, 2\]: float32\[10, 35, 2\] is needed",
+        ),
+        (
+            {"survival": lambda key, population: population},
+            r"evolution.survival failed: .* positional arguments? but 3 were given",
+        ),
+    ],
+)
+def test_own_operators_that_return_something_else_are_refused_by_name(choice, message):
+    with pytest.raises(mj.ConfigError, match=f"^{message}") as error:
+        merge(evolution=SMALL.replace(**choice))
+    assert "\n" not in str(error.value)
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A genome of one's own: one number turns from parent 0 to parent 1."""
+
+    labels: Static
+    num_parents: int = 2
+    num_genes: int = 1
+    gene_ndim: int = 0
+    picks: bool = False
+
+    def init(self, key, size, parents):
+        ends = jnp.array([[0.0], [1.0]])
+        return jnp.concatenate([ends, jax.random.uniform(key, (size - 2, 1))])
+
+    def stack(self, parents, *base):
+        assert not base
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *parents)
+
+    def rows(self, parents):
+        return jax.tree.leaves(parents)
+
+    def express(self, genes, parents):
+        return jax.tree.map(lambda leaf: leaf[0] + genes[0] * (leaf[1] - leaf[0]), parents)
+
+    def repair(self, genes):
+        return jnp.clip(genes, 0, 1)
+
+    def sample(self, key, shape, dtype):
+        return jax.random.uniform(key, shape, dtype)
+
+    def noise(self, key, genes, *, rate, scale):
+        del rate
+        return genes + scale * jax.random.normal(key, genes.shape)
+
+
+def test_a_genome_of_ones_own():
+    dial = Dial(Static(jax.tree.map(lambda leaf: np.zeros([1] * leaf.ndim, int), PARENTS[0])))
+    result = merge(genome=dial, evolution=SMALL.replace(mutation=("gaussian", "reset")))
+    assert result.genome is dial
+    assert result.genes.shape == (1,)
+    assert_it_is_what_it_says(result)
+    turned = jax.tree.map(lambda a, b: a + result.genes[0] * (b - a), *PARENTS)
+    chex.assert_trees_all_close(result.variables, turned, atol=1e-6)
+
+
+def test_masks_may_be_given_as_the_genome(whole):
+    genome = make_genome(apply_fn, PARENTS[0], INPUTS[:8], 2)
+    assert isinstance(genome, Masks)
+    chex.assert_trees_all_equal(merge(genome=genome).variables, whole.variables)
+
+
+# What cannot work -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -125,20 +344,32 @@ def test_many_parents_and_a_users_own_labels_and_metric():
             mj.ParentsError,
             r"leaf 2/0: float32\[16,3\] in parent 0 but no such leaf in parent 1",
         ),
-        ({"validation": (INPUTS[:0], LABELS[:0])}, mj.DataError, "validation set is empty"),
-        ({"validation": (INPUTS, LABELS + 1)}, mj.DataError, "labels run from 1 to 3.* 3 classes"),
-        ({"validation": (INPUTS, LABELS - 1)}, mj.DataError, "labels run from -1 to 1"),
-        ({"validation": (INPUTS, LABELS * 1.0)}, mj.DataError, "labels are float"),
+        ({"data": (INPUTS[:0], LABELS[:0])}, mj.DataError, "the inputs are 0: at least 1 are"),
+        ({"data": (INPUTS, LABELS + 1)}, mj.DataError, "labels run from 1 to 3.* 3 classes"),
+        ({"data": (INPUTS, LABELS - 1)}, mj.DataError, "labels run from -1 to 1"),
+        ({"data": (INPUTS, LABELS * 1.0)}, mj.DataError, "no metric follows from outputs float32"),
+        ({"data": [INPUTS, LABELS]}, mj.DataError, "the data is a list: a pair"),
         (
-            {"evolution": mj.EvolutionConfig(population_size=3, elites=0), "parents": PARENTS * 2},
+            {"evolution": mj.EvolutionConfig(population_size=4, elites=0), "parents": PARENTS * 2},
             mj.ConfigError,
-            "evolution.population_size is 3: .* 4 parents and their mean, so at least 5",
+            "evolution.population_size is 4: .* 4 parents and their mean, so at least 5",
         ),
         (
-            {"evolution": dataclasses.replace(SMALL, evaluation_budget=9)},
-            mj.ConfigError,
-            "evolution.evaluation_budget is 9: the first population alone needs 10",
+            {"recalibrate": mj.RecalibrateConfig(enabled=True)},
+            mj.DataError,
+            "calibration inputs are missing: recalibrate needs them",
         ),
+        (
+            {"recalibrate": mj.RecalibrateConfig(enabled=True), "calibration": INPUTS[:1]},
+            mj.DataError,
+            "the calibration inputs are 1: at least 2 are needed",
+        ),
+        (
+            {"recalibrate": mj.RecalibrateConfig(enabled=True), "calibration": INPUTS[:, :5]},
+            mj.DataError,
+            r"the network does not take inputs float32\[8, 5\]",
+        ),
+        ({"keep": {"3": 0}}, mj.ParentsError, "keep '3' matches no leaf, such as 0/0"),
     ],
 )
 def test_what_cannot_work_is_named(options, error, message):
@@ -148,28 +379,10 @@ def test_what_cannot_work_is_named(options, error, message):
     assert "\n" not in str(caught.value)
 
 
-def test_continued_from_a_state_it_ends_bit_identical_and_another_searchs_state_is_refused():
-    parents = [{"kernel": jnp.diag(jnp.array(d))} for d in ([1.0, 1, 0], [0.0, 1, 1])]
-    merge = partial(
-        mj.merge,
-        KEY,
-        lambda variables, x: x @ variables["kernel"],
-        parents,
-        (jnp.eye(3), jnp.arange(3)),
-        align=NO_ALIGNMENT,
-        evolution=dataclasses.replace(SMALL, crossover="uniform"),
-    )
-    seen = []
-    whole = merge(callback=lambda state, infos: seen.append(jax.device_get(state)))
-    rest = merge(state=seen[2])
-    chex.assert_trees_all_equal(rest.variables, whole.variables)
-    chex.assert_trees_all_equal(rest.state, whole.state)
-    np.testing.assert_array_equal(rest.parent_fitness, whole.parent_fitness)
-    assert rest.history.generation.tolist() == [3, 4, 5, 6]
-    assert rest.evaluations == whole.evaluations
-    smaller = jax.tree.map(lambda leaf: leaf[:8], seen[2].population)
-    with pytest.raises(mj.ConfigError, match=r"population/genes is float32\[8, .* there, .*\[10, "):
-        merging._check_state(seen[2]._replace(population=smaller), seen[0])
+def test_a_budget_below_the_first_population_is_refused():
+    message = "evolution.evaluation_budget is 9: the first population alone needs 10"
+    with pytest.raises(mj.ConfigError, match=message):
+        SMALL.replace(evaluation_budget=9)
 
 
 def test_parents_without_finite_outputs_stop_before_the_search():
@@ -182,3 +395,18 @@ def test_parents_without_finite_outputs_stop_before_the_search():
             evolution=SMALL,
             align=NO_ALIGNMENT,
         )
+
+
+def test_a_partial_is_a_network_too(whole):
+    def scaled(scale, variables, x):
+        return scale * apply_fn(variables, x)
+
+    result = mj.merge(
+        KEY,
+        partial(scaled, 1.0),
+        PARENTS,
+        (INPUTS, LABELS),
+        align=NO_ALIGNMENT,
+        evolution=SMALL.replace(generations=1),
+    )
+    np.testing.assert_allclose(result.parent_fitness, whole.parent_fitness, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Parents whose leaves are not all plain weights: what is mixed, what is taken over, what refused."""
+"""Parents whose leaves are not all plain weights: what is mixed, taken over or refused."""
 
 import jax
 import jax.numpy as jnp

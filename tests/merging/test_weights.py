@@ -169,10 +169,7 @@ def test_projected_shares_are_the_coefficients_of_a_mix_and_the_nearest_ones_off
     mixed = jax.tree.map(lambda a, b, c: 0.7 * a - 0.1 * b + 0.4 * c, *trees)
     for found in projected_shares({"m": mixed}, [{"m": tree} for tree in trees]).values():
         np.testing.assert_allclose(found, [0.7, -0.1, 0.4], atol=1e-5)
-    pair = [
-        {"m": {"k": np.array([0.0, 0.0]), "b": np.zeros(1), "n": np.array(k)}}
-        for k in (0, 1)
-    ]
+    pair = [{"m": {"k": np.array([0.0, 0.0]), "b": np.zeros(1), "n": np.array(k)}} for k in (0, 1)]
     pair[1]["m"]["k"] = np.array([4.0, 0.0])
     off = {"m": {"k": np.array([1.0, 9.0]), "b": np.array([5.0]), "n": np.array(0)}}
     np.testing.assert_allclose(projected_shares(off, pair)["m"], [0.75, 0.25])
