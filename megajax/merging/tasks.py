@@ -334,9 +334,18 @@ def batches(task: Task, batch_size: int) -> Batches:
         >>> batches(task, 6).valid.sum(axis=1).tolist()
         [5, 5]
     """
+    return cut(task.inputs, task.targets, batch_size, counted(task))
+
+
+def counted(task: Task) -> np.ndarray:
+    """Which examples count, `[N]` bool: all but those whose labels are all ignored.
+
+    Example:
+        >>> counted(Task(np.zeros((3, 2)), np.array([1, IGNORED, 0]))).tolist()
+        [True, False, True]
+    """
     total = jax.tree.leaves(task.inputs)[0].shape[0]
     labels = task.targets[0] if isinstance(task.targets, tuple) else task.targets
-    valid = np.ones(total, bool)
-    if hasattr(labels, "dtype") and np.issubdtype(labels.dtype, np.integer):
-        valid = (labels != IGNORED).reshape(total, -1).any(axis=1)
-    return cut(task.inputs, task.targets, batch_size, valid)
+    if not hasattr(labels, "dtype") or not np.issubdtype(labels.dtype, np.integer):
+        return np.ones(total, bool)
+    return (np.asarray(labels) != IGNORED).reshape(total, -1).any(axis=1)

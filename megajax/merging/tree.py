@@ -23,7 +23,7 @@ from megajax.alignment import AlignConfig, align
 from megajax.errors import ConfigError, ParentsError
 from megajax.merging.devices import Layout
 from megajax.merging.merge import MergeResult, merge
-from megajax.merging.tasks import Task, as_tasks, check_inputs
+from megajax.merging.tasks import Task, as_tasks, check_inputs, counted
 from megajax.program.batchnorm import find_statistics
 from megajax.search.loop import Info, State
 from megajax.search.methods import EvolutionConfig
@@ -243,7 +243,9 @@ def merge_tree(
     keep = options.get("keep") or {}
     check_parents(keep_leaves(parents, keep) if keep else parents)
     tasks = as_tasks(data)
-    num_examples = sum(check_inputs(task.inputs, "inputs") for task in tasks)
+    for task in tasks:
+        check_inputs(task.inputs, "inputs")
+    num_examples = sum(int(counted(task).sum()) for task in tasks)
     count = len(parents)
     left = sum(map(len, plan(count, hierarchy.odd)))
     budget = evolution.evaluation_budget

@@ -1,31 +1,17 @@
-"""The tree: who meets whom, what it may cost, and that neither a stop nor company changes a bit."""
+"""The tree: who meets whom, what it may cost, and that no stop changes a bit."""
 
-import dataclasses
 import itertools
 from types import SimpleNamespace
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import megajax as mj
 from megajax.alignment import permute, random_permutations
-from megajax.merging import tree as hierarchy
-from megajax.merging.fitness import negative_cross_entropy
-from megajax.merging.tree import (
-    NodeResult,
-    match_pairs,
-    merge_tree,
-    node_key,
-    plan,
-    share_budget,
-    weight_similarity,
-)
-from megajax.run import store as workdir
-from megajax.search.genetic import GAInfo
-from megajax.zoo.networks import build
+from megajax.merging.metrics import cross_entropy
+from megajax.merging.tree import match_pairs, merge_tree, node_key, plan, weight_similarity
 
 KEY = jax.random.key(0)
 
@@ -34,7 +20,7 @@ KEY = jax.random.key(0)
 
 
 def expert(k, strength=8.0):
-    return {"head": {"kernel": jnp.diag(jnp.zeros(5).at[k].set(strength))}}
+    return {"head": {"kernel": strength * np.diag(np.eye(5, dtype=np.float32)[k])}}
 
 
 def apply_fn(variables, x):
@@ -43,14 +29,13 @@ def apply_fn(variables, x):
 
 EXPERTS = [expert(k) for k in range(5)]
 DATA = np.eye(5, dtype=np.float32), np.arange(5)
-TRACED, SCORED = [], []
+SCORED = []
 
 
 def counting(logits, labels):
-    """Counts how often it is traced, and how often it is run."""
-    TRACED.append(logits.shape)
+    """Counts how often it is run."""
     jax.debug.callback(lambda: SCORED.append(1))
-    return negative_cross_entropy(logits, labels)
+    return cross_entropy(logits, labels)
 
 
 # 93 evaluations for four nodes: 2, 3, 3 and 3 generations, and three evaluations are left over.
@@ -58,52 +43,34 @@ SMALL = mj.EvolutionConfig(
     population_size=6, evaluation_budget=93, generations_per_chunk=2, crossover="uniform"
 )
 IN_TURN = mj.FitnessConfig(metric=counting, population_chunk=1)
-SIDE_BY_SIDE = mj.FitnessConfig(metric=counting, population_chunk=6)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_once():
-    """Trees of one configuration share their setup, and so their programs, to save time."""
-    prepare, setups = hierarchy.prepare, {}
-
-    def prepare_once(apply_fn, parents, validation, **choices):
-        key = choices["fitness"], choices["evolution"]
-        if key not in setups:
-            setups[key] = prepare(apply_fn, parents, validation, **choices)
-        return setups[key]
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(hierarchy, "prepare", prepare_once)
-        yield
-
-
-def tree(parents=EXPERTS, fitness=IN_TURN, load=None, save=None, callback=None, **choices):
-    TRACED.clear()
+def tree(parents=EXPERTS, evolution=SMALL, fitness=IN_TURN, data=DATA, **choices):
     SCORED.clear()
+    hierarchy = {name: choices.pop(name) for name in ("pairing", "odd") if name in choices}
     result = merge_tree(
         KEY,
         apply_fn,
         parents,
-        DATA,
-        hierarchy=mj.HierarchyConfig(**choices),
+        data,
+        hierarchy=mj.HierarchyConfig(**hierarchy),
         fitness=fitness,
-        evolution=SMALL,
-        load=load,
-        save=save,
-        callback=callback,
+        evolution=evolution,
+        **choices,
     )
     jax.effects_barrier()
     return result
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """The five experts merged one node at a time, and what could be seen of it."""
-    seen = []
+def whole():
+    """The five experts merged, and what could be seen of it."""
+    seen, saved = [], []
     result = tree(
-        nodes_at_once=1, callback=lambda node, info: seen.append((node, info, len(TRACED)))
+        callback=lambda node, state, infos: seen.append((node, jax.device_get(state), infos)),
+        save=lambda node, found: saved.append((node, found)),
     )
-    return SimpleNamespace(result=result, seen=seen, scored=len(SCORED), traced=len(TRACED))
+    return SimpleNamespace(result=result, seen=seen, saved=saved, scored=len(SCORED))
 
 
 # The plan -------------------------------------------------------------------------------------
@@ -140,7 +107,7 @@ def test_neighbours_meet_and_the_odd_one_comes_last():
 def test_what_is_no_tree_is_named():
     with pytest.raises(mj.ConfigError, match="num_parents is 1"):
         plan(1)
-    with pytest.raises(mj.ConfigError, match=r"hierarchy.odd is 'keep': choose one of carry, drop"):
+    with pytest.raises(mj.ConfigError, match=r"hierarchy.odd is 'keep': 'carry' or 'drop' is"):
         plan(3, "keep")
     with pytest.raises(mj.ParentsError, match="1 parent given"):
         tree(EXPERTS[:1])
@@ -149,26 +116,47 @@ def test_what_is_no_tree_is_named():
 # The budget -----------------------------------------------------------------------------------
 
 
-def test_a_budget_is_spent_as_far_as_whole_generations_go_and_never_exceeded():
-    rng = np.random.default_rng(0)
-    for nodes, population in rng.integers((1, 2), (9, 12), (50, 2)).tolist():
-        offspring = int(rng.integers(1, population + 1))
-        budget = nodes * population + int(rng.integers(0, 200))
-        shared = share_budget(budget, nodes, population, offspring)
-        assert budget - offspring < shared.total <= budget
-        assert shared.total == sum(shared.evaluations)
-        assert shared.generations[-1] - shared.generations[0] <= 1
-        assert list(shared.generations) == sorted(shared.generations)
-        costs = [population + generations * offspring for generations in shared.generations]
-        assert list(shared.evaluations) == costs
-    with pytest.raises(mj.ConfigError, match=r"evaluation_budget is 79: .* of 4 nodes need 80"):
-        share_budget(79, 4, 20, 20)
+@pytest.mark.parametrize(
+    ("nodes", "budget", "fitness", "data"),
+    [
+        (1, 6, None, DATA),
+        (1, 40, None, DATA),
+        (2, 31, None, DATA),
+        (3, 18, None, DATA),
+        (3, 70, None, DATA),
+        (3, 40, mj.FitnessConfig(racing_examples=2, racing_finalists=0.3), DATA),
+        (3, 61, None, (np.eye(5, dtype=np.float32), np.array([0, -100, 2, -100, 4]))),
+        (2, 40, None, [mj.Task(*DATA, "accuracy"), mj.Task(DATA[0][:3], DATA[1][:3])]),
+    ],
+)
+def test_a_budget_is_spent_as_far_as_whole_generations_go_and_never_exceeded(
+    nodes, budget, fitness, data
+):
+    evolution = SMALL.replace(evaluation_budget=budget, generations=1000, crossover=None)
+    result = tree(EXPERTS[: nodes + 1], evolution, fitness or mj.FitnessConfig(), data)
+    tasks = [mj.Task(*data)] if isinstance(data, tuple) else data
+    examples = sum(int((task.targets >= 0).sum()) for task in tasks)
+    a_generation = 6 * examples
+    if fitness is not None:
+        a_generation = 6 * 2 + 2 * examples + examples  # a node's share is in whole networks
+    spent = sum(found.examples_scored for found in result.results)
+    assert result.examples_scored == spent
+    assert budget * examples - a_generation < spent <= budget * examples
+    if fitness is None:
+        assert spent == examples * result.evaluations
 
 
-def test_a_tree_and_one_search_of_all_parents_cost_the_same_up_to_a_generation():
-    # 7 * 20 + 97 * 19 = 1983 and 20 + 104 * 19 = 1996: one more generation would be too much.
-    assert share_budget(2000, 7, 20, 19).total == 1983
-    assert share_budget(2000, 1, 20, 19).total == 1996
+def test_a_budget_without_room_for_the_first_populations_is_refused():
+    evolution = SMALL.replace(evaluation_budget=23)
+    message = "evolution.evaluation_budget is 23: the first populations of 4 nodes need 24"
+    with pytest.raises(mj.ConfigError, match=message):
+        tree(evolution=evolution)
+
+
+def test_without_a_budget_each_node_has_all_generations():
+    result = tree(evolution=SMALL.replace(evaluation_budget=None, generations=2))
+    assert [found.evaluations for found in result.results] == [18] * 4
+    assert result.evaluations == 72
 
 
 # The search -----------------------------------------------------------------------------------
@@ -179,142 +167,147 @@ def known(variables):
     return [k for k in range(5) if logits[k].argmax() == k and logits[k, k] > 0]
 
 
-def test_the_root_knows_what_any_parent_knew(alone):
+def test_the_root_knows_what_any_parent_knew(whole):
     assert [known(parent) for parent in EXPERTS] == [[0], [1], [2], [3], [4]]
-    assert known(alone.result.variables) == [0, 1, 2, 3, 4]
-    assert alone.result.fitness > alone.result.parent_fitness.max()
+    assert known(whole.result.variables) == [0, 1, 2, 3, 4]
+    assert whole.result.fitness > whole.result.parent_fitness.max()
     nll = [mj.measure(np.asarray(apply_fn(parent, DATA[0])), DATA[1]).nll for parent in EXPERTS]
-    np.testing.assert_allclose(alone.result.parent_fitness, -np.array(nll), rtol=1e-5)
+    np.testing.assert_allclose(whole.result.parent_fitness, -np.array(nll), rtol=1e-5)
 
 
 def test_a_dropped_parent_leaves_nothing():
-    result = tree(odd="drop", nodes_at_once=1)
+    result = tree(odd="drop")
     assert known(result.variables) == [0, 1, 2, 3]
     assert np.isnan(result.parent_fitness).tolist() == [False] * 4 + [True]
     assert [node.parents for node in result.nodes] == [(0, 1), (2, 3), (5, 6)]
-    assert result.evaluations == len(SCORED) == 3 * 6 + 12 * 6
+    assert result.evaluations == 3 * 6 + 12 * 6
+    assert len(SCORED) == result.evaluations + 2 * 3  # and the two that meet in each node
 
 
-def test_what_a_tree_costs_is_what_was_scored(alone):
-    shared = share_budget(93, 4, 6, 6)
-    assert alone.scored == alone.result.evaluations == shared.total == 90
-    assert [result.evaluations for result in alone.result.results] == list(shared.evaluations)
-    lengths = [len(result.history.generation) for result in alone.result.results]
-    assert lengths == [1 + generations for generations in shared.generations]
+def test_what_a_tree_costs_is_what_was_scored(whole):
+    assert whole.result.evaluations == 90
+    assert whole.scored == 90 + 2 * 4
+    assert [found.evaluations for found in whole.result.results] == [18, 24, 24, 24]
+    lengths = [len(found.history.generation) for found in whole.result.results]
+    assert lengths == [3, 4, 4, 4]
+    assert whole.result.num_genes == 5
+    assert whole.result.layout.population_chunk == 1
 
 
-def test_results_tell_the_tree(alone):
-    result = alone.result
+def test_results_tell_the_tree(whole):
+    result = whole.result
     assert result.nodes == tuple(itertools.chain(*plan(5)))
+    assert [node for node, _ in whole.saved] == list(result.nodes)
+    chex.assert_trees_all_equal([found for _, found in whole.saved], list(result.results))
     fitness = dict(enumerate(result.parent_fitness))
     for node, found in zip(result.nodes, result.results, strict=True):
         met = [fitness[number] for number in node.parents]
         np.testing.assert_allclose(found.parent_fitness, met, rtol=1e-6)
         assert found.history.best_ever[-1] == np.float32(found.fitness)
-        assert found.fitness >= max(met)
+        assert found.fitness >= max(met) - 1e-6
         fitness[node.number] = found.fitness
-        seen = [info for of, info, _ in alone.seen if of == node]
+        infos = [info for of, _, info in whole.seen if of == node]
         chex.assert_trees_all_equal(
-            jax.tree.map(lambda *leaves: np.concatenate(leaves), *seen), found.history
+            jax.tree.map(lambda *leaves: np.concatenate(leaves), *infos), found.history
         )
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.variables))
 
 
-def test_a_node_is_a_merge_with_its_own_key(alone):
-    node, found = alone.result.nodes[2], alone.result.results[2]
+def test_a_node_is_a_merge_with_its_own_key(whole):
+    node, found = whole.result.nodes[2], whole.result.results[2]
     assert node.parents == (5, 6)
     merged = mj.merge(
         node_key(KEY, node),
         apply_fn,
-        [result.variables for result in alone.result.results[:2]],
+        [result.variables for result in whole.result.results[:2]],
         DATA,
         fitness=IN_TURN,
-        evolution=dataclasses.replace(SMALL, evaluation_budget=None, generations=3),
+        evolution=SMALL.replace(evaluation_budget=None, generations=3),
     )
-    chex.assert_trees_all_equal(merged.variables, found.variables)
+    chex.assert_trees_all_equal(jax.device_get(merged.variables), found.variables)
     chex.assert_trees_all_equal(merged.history, found.history)
 
 
-def test_in_turn_nodes_at_once_get_the_bits_they_get_alone_in_one_trace(alone):
-    together = tree(nodes_at_once=2)
-    assert_same(together, alone.result)
-    # Alone, the first node was traced and the others were not.
-    second = next(traced for node, _, traced in alone.seen if node.number == 6)
-    assert second == alone.traced
-    # The programs of one node are there by now; those of two are traced as if they were of one.
-    assert 0 < len(TRACED) <= alone.traced
-
-
-@pytest.mark.slow
-def test_side_by_side_nodes_are_close_to_alone_and_the_same_when_one_is_loaded(alone):
-    def first_round(loaded):
-        """What is saved of both nodes, which run at once: there are no convolutions."""
-        found = {}
-
-        def save(node, result):
-            found[node.number] = result
-            if node.number == 6:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            tree(fitness=SIDE_BY_SIDE, load=lambda node: loaded.get(node.number), save=save)
-        return found
-
-    both = first_round({})
-    for found, expected in zip(both.values(), alone.result.results[:2], strict=True):
-        first, other = (jax.tree.map(lambda x: x[0], r.history) for r in (found, expected))
-        chex.assert_trees_all_close(first, other, rtol=1e-5)  # later on they may part
-        assert found.evaluations == expected.evaluations
-        assert found.fitness > found.parent_fitness.max()
-    again = first_round({5: both[5]})  # node 6 keeps its place in the program
-    assert list(again) == [6]
-    chex.assert_trees_all_equal(again[6], both[6])
+def test_a_callback_ends_its_node_and_no_other():
+    result = tree(callback=lambda node, state, infos: node.number in (5, 7))
+    lengths = [len(found.history.generation) for found in result.results]
+    assert lengths[0] == lengths[2] == 1
+    assert lengths[1] > 1  # what the first did not spend is shared out
+    assert lengths[3] > lengths[1]
+    assert 87 < result.evaluations <= 93
 
 
 def assert_same(first, second):
     assert first.nodes == second.nodes
     chex.assert_trees_all_equal(first.variables, second.variables)
     chex.assert_trees_all_equal(first.results, second.results)
-    assert first[1] == second[1]
+    assert first.fitness == second.fitness
     np.testing.assert_array_equal(first.parent_fitness, second.parent_fitness)
 
 
 # Stopping and going on ------------------------------------------------------------------------
 
-LIKE = NodeResult(EXPERTS[0], 0.0, np.zeros(2), GAInfo(*[np.zeros(1)] * len(GAInfo._fields)), 0, 0)
 
-
-@pytest.mark.parametrize("nodes_at_once", [1, 2])
 @pytest.mark.parametrize("stop", range(5))
-def test_killed_anywhere_and_started_again(alone, tmp_path, nodes_at_once, stop):
-    def folder(node):
-        return tmp_path / f"{node.round}-{node.position}"
+def test_killed_anywhere_and_started_again(whole, stop):
+    shelf = {}
 
-    def load(node):
-        return workdir.load_network(folder(node), LIKE) if folder(node).exists() else None
-
-    def save(node, result):
+    def save(node, found):
         if node.number - 5 == stop:
             raise KeyboardInterrupt
-        workdir.save_network(folder(node), result)
+        shelf[node] = found
 
     if stop < 4:
         with pytest.raises(KeyboardInterrupt):
-            tree(nodes_at_once=nodes_at_once, load=load, save=save)
+            tree(load=shelf.get, save=save)
     else:
-        tree(nodes_at_once=nodes_at_once, load=load, save=save)
+        tree(load=shelf.get, save=save)
     saved = []
-    result = tree(
-        nodes_at_once=nodes_at_once, load=load, save=lambda node, result: saved.append(node)
-    )
+    result = tree(load=shelf.get, save=lambda node, found: saved.append(node))
     assert saved == list(result.nodes[stop:])
-    assert len(SCORED) == sum(found.evaluations for found in result.results[stop:])
-    assert_same(result, alone.result)
+    scored = sum(found.evaluations for found in result.results[stop:])
+    assert len(SCORED) == scored + 2 * len(saved)
+    assert_same(result, whole.result)
+    assert (result.layout is None) is (stop == 4)  # all were loaded
 
 
-def test_a_loaded_node_that_does_not_fit_is_named(alone):
-    found = alone.result.results[1]._replace(variables={"head": {"kernel": np.zeros((5, 4))}})
+@pytest.mark.parametrize("node", [0, 2])
+@pytest.mark.parametrize("generation", [0, 2])
+def test_started_again_within_a_node(whole, node, generation):
+    """The nodes before were saved, and the search of this one had got so far."""
+    done = dict(whole.saved[:node])
+    reached = whole.result.nodes[node]
+    states = {int(state.generation): state for of, state, _ in whole.seen if of == reached}
+
+    def resume(of):
+        return states[generation] if of == reached else None
+
+    result = tree(load=done.get, resume=resume)
+    found, expected = result.results[node], whole.result.results[node]
+    chex.assert_trees_all_equal(found.variables, expected.variables)
+    assert (
+        found.history.generation.tolist() == expected.history.generation[generation + 1 :].tolist()
+    )
+    assert found.evaluations == expected.evaluations
+    whole_again = found._replace(history=expected.history)
+    results = [*result.results[:node], whole_again, *result.results[node + 1 :]]
+    assert_same(result._replace(results=tuple(results)), whole.result)
+    left = sum(one.evaluations for one in whole.result.results[node:]) - 6 * (1 + generation)
+    assert len(SCORED) == left + 2 * (4 - node)
+
+
+def test_a_loaded_node_that_does_not_fit_is_named(whole):
+    found = whole.result.results[1]._replace(variables={"head": {"kernel": np.zeros((5, 4))}})
     with pytest.raises(mj.ParentsError, match=r"node 1 of round 1, as loaded, .* leaf head/kernel"):
-        tree(nodes_at_once=1, load={alone.result.nodes[1]: found}.get)
+        tree(load={whole.result.nodes[1]: found}.get)
+
+
+def test_what_cannot_be_merged_is_named_before_anything_runs():
+    with pytest.raises(mj.ParentsError, match=r"leaf head/kernel: float32\[5,5\] in parent 0 but"):
+        tree([*EXPERTS[:2], {"head": {"kernel": np.zeros((5, 4), np.float32)}}])
+    with pytest.raises(mj.DataError, match="the inputs are 0"):
+        tree(data=(DATA[0][:0], DATA[1][:0]))
+    assert not SCORED
 
 
 # Pairing --------------------------------------------------------------------------------------
@@ -346,30 +339,36 @@ def test_pairs_are_the_best_of_all_matchings(count):
         assert pairs == sorted(pairs)
 
 
+def perceptron(w, x):
+    x = jax.nn.relu(x @ w["a"])
+    x = (x - w["mean"]) * jax.lax.rsqrt(w["var"] + 1e-5)
+    return jax.nn.relu(x @ w["b"]) @ w["c"]
+
+
 def test_similarity_finds_twins_whose_units_were_shuffled_and_shaken():
-    images = np.zeros((4, 3, 3, 1), np.float32)
-    model = build("mlp", 3, {"hidden": (12, 8), "norm": "batch"})
-    network = mj.from_linen(model, {}, train=False).apply_fn
-    like = jax.eval_shape(model.init, KEY, images)
-    symmetries = mj.find_symmetries(network, like, images)
+    inputs = np.zeros((4, 9), np.float32)
+    shapes = {"a": (9, 12), "mean": (12,), "var": (12,), "b": (12, 8), "c": (8, 3)}
     rng = np.random.default_rng(0)
 
     def normal():
-        return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), like)
+        tree = {name: rng.normal(size=size).astype(np.float32) for name, size in shapes.items()}
+        return tree | {"var": tree["var"] ** 2}
+
+    symmetries = mj.find_symmetries(perceptron, normal(), inputs)
 
     def twin(of, seed):
         shuffle = random_permutations(jax.random.key(seed), symmetries)
         shaken = jax.tree.map(lambda leaf, noise: leaf + 0.05 * noise, of, normal())
-        return permute(symmetries, shuffle, shaken)
+        return permute(symmetries, shuffle, shaken) | {"mean": 100 * normal()["mean"]}
 
     one, two, single = normal(), normal(), normal()
     networks = [one, two, single, twin(two, 0), twin(one, 1)]
-    similarity = weight_similarity(KEY, network, networks, images)
+    similarity = weight_similarity(KEY, perceptron, networks, inputs)
     assert match_pairs(similarity) == [(0, 4), (1, 3)]
     assert min(similarity[0, 4], similarity[1, 3]) > 0.99
     assert np.partition(similarity[np.triu_indices(5, 1)], -3)[-3] < 0.9
     unaligned = weight_similarity(
-        KEY, network, networks, images, align=mj.AlignConfig(method="none")
+        KEY, perceptron, networks, inputs, config=mj.AlignConfig(method="none")
     )
     assert max(unaligned[0, 4], unaligned[1, 3]) < 0.9
     np.testing.assert_array_equal(similarity, similarity.T)
@@ -377,7 +376,7 @@ def test_similarity_finds_twins_whose_units_were_shuffled_and_shaken():
 
 def test_a_tree_pairs_by_similarity_anew_in_each_round():
     twins = [expert(0), expert(1), expert(2), expert(1, 7.0), expert(0, 7.0)]
-    result = tree(twins, pairing="similarity", nodes_at_once=1)
+    result = tree(twins, pairing="similarity")
     assert [node.parents for node in result.nodes[:2]] == [(0, 4), (1, 3)]
     assert len(result.nodes) == 4
     assert known(result.variables) == [0, 1, 2]
@@ -388,7 +387,7 @@ def test_a_tree_pairs_by_similarity_anew_in_each_round():
         asked.append(len(networks))
         return np.eye(len(networks))[::-1]
 
-    result = tree(pairing=first_and_last, nodes_at_once=1)
+    result = tree(pairing=first_and_last)
     assert asked == [5, 3, 2]
     assert [node.parents for node in result.nodes] == [(0, 4), (1, 3), (5, 2), (7, 6)]
 
@@ -400,60 +399,32 @@ def test_a_pairing_that_is_no_similarity_is_named():
     ):
         with pytest.raises(mj.ConfigError, match=message):
             tree(pairing=lambda networks, returned=returned: returned)
-    with pytest.raises(mj.ConfigError, match=r"hierarchy.pairing is 'random': choose one of order"):
+    with pytest.raises(mj.ConfigError, match=r"hierarchy.pairing is 'random': 'order' or 'simil"):
         mj.HierarchyConfig(pairing="random")
-
-
-# How many at once -----------------------------------------------------------------------------
-
-
-def test_auto_takes_as_many_nodes_as_fit_and_one_where_networks_are_scored_in_turn(monkeypatch):
-    side_by_side, in_turn = (
-        hierarchy.prepare(apply_fn, EXPERTS[:2], DATA, fitness=fitness, evolution=SMALL)
-        for fitness in (SIDE_BY_SIDE, IN_TURN)
-    )
-    monkeypatch.setattr(hierarchy, "footprint", lambda *_: 1000)
-
-    def at_once(setup, limit, choice="auto"):
-        device = SimpleNamespace(memory_stats=lambda: limit and {"bytes_limit": limit})
-        monkeypatch.setattr(jax, "local_devices", lambda: [device])
-        return hierarchy._at_once(choice, setup, EXPERTS[0], 4)
-
-    assert at_once(in_turn, None) == 1
-    assert at_once(side_by_side, None) == 4
-    assert at_once(side_by_side, 3 * 2 * 6 * 1000) == 3  # half of the memory, six networks a node
-    assert at_once(side_by_side, 10) == 1
-    assert at_once(side_by_side, 10, choice=2) == 2
-
-
-def test_a_round_is_cut_evenly():
-    nodes = plan(16)[0]
-    sizes = {size: [len(g) for g in hierarchy._groups(nodes, size)] for size in (1, 3, 5, 8, 99)}
-    assert sizes == {1: [1] * 8, 3: [3, 3, 2], 5: [4, 4], 8: [8], 99: [8]}
 
 
 # A network with everything ----------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_aligned_and_recalibrated_convolutions_in_company_and_alone():
-    images = np.random.default_rng(0).normal(size=(24, 6, 6, 1)).astype(np.float32)
-    labels = np.arange(24) % 3
+def test_aligned_and_recalibrated_convolutions():
+    from megajax.zoo.networks import build
+
     model = build("cnn", 3, {"width": 4})
+
+    def network(variables, x):
+        return model.apply(variables, x, train=False)
+
+    images = np.random.default_rng(0).normal(size=(24, 6, 6, 1)).astype(np.float32)
     networks = [model.init(jax.random.key(k), images) for k in range(4)]
-    alone, together = (
-        merge_tree(
-            KEY,
-            mj.from_linen(model, {}, train=False).apply_fn,
-            networks,
-            (images, labels),
-            hierarchy=mj.HierarchyConfig(nodes_at_once=nodes_at_once),
-            calibration=images,
-            align=mj.AlignConfig(method="activations"),
-            recalibrate=mj.RecalibrateConfig(enabled=True, examples=16),
-            evolution=mj.EvolutionConfig(population_size=6, generations=3),
-        )
-        for nodes_at_once in ("auto", 2)
+    result = merge_tree(
+        KEY,
+        network,
+        networks,
+        (images, np.arange(24) % 3),
+        calibration=images,
+        align=mj.AlignConfig(method="activations"),
+        recalibrate=mj.RecalibrateConfig(enabled=True, examples=16),
+        evolution=mj.EvolutionConfig(population_size=6, generations=3),
     )
-    assert_same(together, alone)
-    assert alone.fitness > alone.parent_fitness.max()
+    assert result.fitness > result.parent_fitness.max()
