@@ -1,7 +1,7 @@
 """The main job: parents and validation data in, one merged network out.
 
-`merge` puts the pieces together as the configuration sections say: it aligns the parents, builds the
-`Problem` and runs a search on it. It writes no file and prints nothing.
+`merge` puts the pieces together as the configuration sections say: it aligns the parents, builds
+the `Problem` and runs a search on it. It writes no file and prints nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from megajax.merging.problem import (
     race_of,
     scores_of,
 )
-from megajax.merging.tasks import Task, as_tasks, check_inputs, check_task, output_shapes, with_teacher
+from megajax.merging.tasks import (
+    Task,
+    as_tasks,
+    check_inputs,
+    check_task,
+    output_shapes,
+    with_teacher,
+)
 from megajax.program.memory import check_fits
 from megajax.search.genetic import check_operators
 from megajax.search.loop import (
@@ -99,10 +106,11 @@ class MergeResult(NamedTuple):
         metrics: the metric of each task by name.
         genome: what the genes mean.
         parents: the K parents as they were mixed, hidden units aligned.
-        problem: what was searched; `megajax.merging.problem.expressed(problem, genes)` is a network.
+        problem: what was searched; `megajax.merging.problem.expressed(problem, genes)` is a
+            network.
         state: the search's last state, from which it can go on.
-        front: for `evolution.method="nsga2"`, the best compromises between the tasks that it knows;
-            `variables` is the one with the best weighted fitness. None for other methods.
+        front: for `evolution.method="nsga2"`, the best compromises between the tasks that it
+            knows; `variables` is the one with the best weighted fitness. None for other methods.
     """
 
     variables: PyTree
