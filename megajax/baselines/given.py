@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from megajax.baselines.leaves import on_weights
+from megajax.errors import ParentsError
 from megajax.merging.problem import Problem, scores_of
 from megajax.program.batchnorm import recalibrate
 from megajax.search.methods import EvolutionConfig
@@ -150,8 +151,11 @@ def best_of(networks: Any, score: Callable[[PyTree], float]) -> tuple[PyTree, in
     """The network with the highest score (of equal ones the first), its number and all scores.
 
     Args:
-        networks: at least one; made one at a time if it is a generator.
-        score: of one network, maximised.
+        networks: made one at a time if it is a generator.
+        score: of one network, maximised; what is no finite number counts as -inf.
+
+    Raises:
+        ParentsError: there are no networks.
 
     Example:
         >>> best_of([1.0, 3.0, 2.0], float)
@@ -160,9 +164,12 @@ def best_of(networks: Any, score: Callable[[PyTree], float]) -> tuple[PyTree, in
     best: PyTree = None
     scores: list[float] = []
     for variables in networks:
-        scores.append(score(variables))
+        value = score(variables)
+        scores.append(value if math.isfinite(value) else -math.inf)
         if np.argmax(scores) == len(scores) - 1:
             best = variables
+    if not scores:
+        raise ParentsError("there are no networks to choose from")
     return best, int(np.argmax(scores)), scores
 
 

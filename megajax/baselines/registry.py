@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import jax
@@ -14,8 +13,14 @@ from megajax.baselines.given import BASELINES, NEEDS, Given, Result
 from megajax.errors import ConfigError, ParentsError
 from megajax.keys import named_key
 from megajax.merging.genome import Genome, GenomeConfig, make_genome
-from megajax.merging.merge import checked_parents, first_examples, problem_for, with_unmixed
-from megajax.merging.problem import FitnessConfig, Problem, RecalibrateConfig
+from megajax.merging.merge import (
+    checked_parents,
+    first_examples,
+    problem_for,
+    with_reference,
+    with_unmixed,
+)
+from megajax.merging.problem import FitnessConfig, Problem, RecalibrateConfig, with_genome
 from megajax.merging.tasks import as_tasks, check_inputs
 from megajax.program.batchnorm import find_statistics
 from megajax.search import evosax
@@ -149,6 +154,7 @@ def run_baselines(
         keep=keep,
         population_size=evolution.population_size,
     )
+    problem, *_ = with_reference(problem, networks, fitness)
     own = _own_inputs(len(networks), calibration, parent_inputs, config.examples)
     if base is not None:
         base = _checked_base(base, networks[0])
@@ -271,7 +277,7 @@ def _line_of(
     genome = make_genome(
         apply_fn, parents[0], inputs, len(parents), config, freeze=tuple(keep or {})
     )
-    return replace(problem, genome=genome, parents=genome.stack(parents), prefix=False)
+    return with_genome(problem, parents, genome)
 
 
 def _own_inputs(

@@ -37,7 +37,8 @@ def greedy_soup(
 
     Args:
         parents: K variable pytrees.
-        score: of one network, maximised; validation accuracy in the paper.
+        score: of one network, maximised; validation accuracy in the paper. What is no finite number
+            counts as -inf.
         average: of several networks.
 
     Returns:

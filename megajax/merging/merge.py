@@ -224,7 +224,7 @@ def merge(
         keep=keep,
         population_size=evolution.population_size,
     )
-    problem, parent_fitness, parent_scores = _with_reference(problem, given, fitness)
+    problem, parent_fitness, parent_scores = with_reference(problem, given, fitness)
     search = search_of(problem, evolution, fitness)
     problem = _asked(problem, search)
     genes = _first_genes(problem.genome, evolution.population_size, genes_key, problem.parents)
@@ -514,7 +514,7 @@ def _same(first: Any, other: Any) -> bool:
     return np.array_equal(np.asarray(first), np.asarray(other))
 
 
-def _with_reference(
+def with_reference(
     problem: Problem, given: list[PyTree], fitness: FitnessConfig | None
 ) -> tuple[Problem, np.ndarray, np.ndarray]:
     """The problem with what its scores are relative to, the parents' fitness `[K]` and scores."""

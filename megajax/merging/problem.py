@@ -208,6 +208,23 @@ def make_problem(
     return replace(problem, prefix=shares_layers)
 
 
+def with_genome(problem: Problem, parents: Sequence[PyTree], genome: Genome) -> Problem:
+    """The same problem with genes of another meaning.
+
+    Args:
+        problem: the problem.
+        parents: that it was made of.
+        genome: what genes mean; not task vectors.
+    """
+    return replace(
+        problem,
+        genome=genome,
+        parents=place(genome.stack(parents), problem.layout.mesh, split=True),
+        faithful=_faithful(parents, genome),
+        prefix=False,
+    )
+
+
 def express(problem: Problem, genes: Genes) -> PyTree:
     """The network of one individual, its statistics measured anew where the problem says so.
 

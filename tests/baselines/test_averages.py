@@ -2,11 +2,10 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megajax.baselines import slerp, uniform_average, weighted_average
+from megajax.baselines import slerp, uniform_average
 from megajax.errors import ConfigError, ParentsError
 
 SHAPES = {"bias": (3,), "kernel": (4, 3), "one": (1,), "scalar": ()}
@@ -20,26 +19,22 @@ def network(seed, scale=1.0):
 PARENTS = [network(seed, scale) for seed, scale in enumerate((1.0, 3.0, 0.5))]
 
 
-def test_averages_are_numpys():
-    weights = [0.2, 0.5, 0.3]
-    uniform, weighted = uniform_average(PARENTS), weighted_average(PARENTS, weights)
+def test_the_average_is_numpys():
+    uniform = uniform_average(PARENTS)
     for name in SHAPES:
         columns = np.stack([np.float64(parent[name]) for parent in PARENTS])
         np.testing.assert_allclose(uniform[name], columns.mean(axis=0), rtol=1e-5, atol=1e-7)
-        expected = np.tensordot(weights, columns, 1)
-        np.testing.assert_allclose(weighted[name], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_one_parent_and_one_hot_weights_give_a_parent_back():
+def test_the_average_of_one_is_that_one():
     chex.assert_trees_all_equal(uniform_average(PARENTS[:1]), PARENTS[0])
-    chex.assert_trees_all_equal(weighted_average(PARENTS, [0, 1, 0]), PARENTS[1])
 
 
-def test_averages_run_under_jit_with_weights_as_argument():
-    mix = jax.jit(chex.assert_max_traces(weighted_average, n=1))
-    for share in (0.0, 0.25):
-        expected = weighted_average(PARENTS[:2], [1 - share, share])
-        chex.assert_trees_all_close(mix(PARENTS[:2], jnp.array([1 - share, share])), expected)
+def test_averages_run_under_jit():
+    for method in (uniform_average, slerp):
+        mix = jax.jit(chex.assert_max_traces(method, n=1))
+        for pair in (PARENTS[:2], PARENTS[1:]):
+            chex.assert_trees_all_close(mix(pair), method(pair), rtol=1e-5)
 
 
 def by_the_book(a, b, t):
@@ -52,17 +47,11 @@ def by_the_book(a, b, t):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
-def test_slerp_is_the_textbooks_leaf_by_leaf_and_whole(share):
+def test_slerp_is_the_textbooks_leaf_by_leaf(share):
     a, b = PARENTS[:2]
     merged = slerp([a, b], share)
     for name in SHAPES:
         np.testing.assert_allclose(merged[name], by_the_book(a[name], b[name], share), rtol=1e-5)
-
-    def flat(tree):
-        return np.concatenate([np.ravel(tree[name]) for name in SHAPES])
-
-    whole = slerp([a, b], share, per_leaf=False)
-    np.testing.assert_allclose(flat(whole), by_the_book(flat(a), flat(b), share), rtol=1e-4)
 
 
 def test_slerp_keeps_the_length_that_the_average_loses():
@@ -94,5 +83,3 @@ def test_slerp_says_what_it_cannot_do():
         slerp(PARENTS)
     with pytest.raises(ConfigError, match=r"share is 1\.5"):
         slerp(PARENTS[:2], 1.5)
-    with pytest.raises(ConfigError, match=r"shape \(2,\) for 3 parents"):
-        weighted_average(PARENTS, [0.5, 0.5])

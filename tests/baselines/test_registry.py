@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 import megajax as mj
-from megajax.baselines import BASELINES, applicable, run_baselines, table, uniform_average
-from megajax.config import BASELINES as NAMES
-from megajax.config import BaselinesConfig
+from megajax.baselines import BASELINES, BaselinesConfig, run_baselines, uniform_average
+from megajax.baselines.registry import applicable, table
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.evaluation.measures import measure
 
@@ -48,7 +47,7 @@ def every(parents=PARENTS, names="all", **options):
 
 
 EVOSAX = ("cma_es", "sep_cma_es", "differential_evolution")  # seconds to compile, each
-RUN = tuple(name for name in NAMES if name not in EVOSAX)
+RUN = tuple(name for name in BASELINES if name not in EVOSAX)
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +93,12 @@ def test_equal_budgets_are_used_and_printed(results):
     assert all(result.examples == 90 * result.evaluations for result in results.values())
 
 
-def test_random_search_spends_what_is_left_for_less_than_a_generation():
+def test_random_search_spends_its_budget_as_far_as_whole_generations_go():
     best = every(names="best_parent")["best_parent"].detail["fitness"]
     for budget in (8, 21, 24):
         result = every(names="random_search", budget=budget)["random_search"]
-        assert (result.evaluations, result.examples) == (budget, 90 * budget)
+        assert result.evaluations == budget // 8 * 8  # whole generations
+        assert result.examples == 90 * result.evaluations
         assert -nll(result.variables) == pytest.approx(result.detail["fitness"], abs=1e-5)
         assert result.detail["fitness"] >= best - 1e-6
 
@@ -134,7 +134,7 @@ def test_each_parents_own_inputs_count():
 
 def test_three_parents_have_a_simplex_and_no_sphere():
     parents = [*PARENTS, network(4, BASE)]
-    assert "slerp" not in applicable("default", {"validation"})
+    assert "slerp" not in applicable("default", {"labels"})
     results = every(parents, names=("greedy_soup", "line"), budget=30)
     assert results["line"].evaluations == 28  # {3, 6} lattice, of which the mean is a point
     assert len(results["line"].detail["weights"]) == 3
@@ -151,7 +151,10 @@ class Net(nn.Module):
 @pytest.mark.slow
 def test_statistics_are_averaged_or_measured_anew_but_for_parents():
     model = Net()
-    network = mj.from_linen(model, {}, train=False).apply_fn
+
+    def network(variables, x):
+        return model.apply(variables, x)
+
     base = model.init(KEY, X)
 
     def trained(seed):  # statistics of its own data, far apart between the parents
@@ -187,7 +190,92 @@ def test_statistics_are_averaged_or_measured_anew_but_for_parents():
             logits = np.asarray(network(result.variables, X), np.float64)
             expected = -measure(logits, LABELS).nll
             assert result.detail["fitness"] == pytest.approx(expected, abs=1e-4), name
-    assert results["best_parent"].variables is parents[results["best_parent"].detail["parent"]]
+    best = parents[results["best_parent"].detail["parent"]]
+    chex.assert_trees_all_equal(results["best_parent"].variables, best)
+
+
+def classes_of(w, x):
+    return {"first": jnp.tanh(x["a"] @ w["u"] + w["b"]) @ w["v"]}
+
+
+def test_other_tasks_have_the_baselines_that_need_no_labels():
+    def right(outputs, targets):
+        return outputs["first"].argmax(-1) == targets["label"]
+
+    results = run_baselines(
+        KEY,
+        classes_of,
+        PARENTS,
+        mj.Task({"a": X}, {"label": LABELS}, right),
+        genome=mj.GenomeConfig(granularity="leaf"),
+        evolution=SEARCH,
+        budget=16,
+    )
+    names = ["best_parent", "uniform_average", "slerp", "greedy_soup", "line", "random_search"]
+    assert list(results) == names
+    share = (apply_fn(uniform_average(PARENTS), X).argmax(-1) == LABELS).mean()
+    assert results["line"].detail["fitness"] >= share - 1e-6
+
+
+def test_several_tasks_are_scored_as_a_merge_scores_them():
+    tasks = [mj.Task(X, LABELS, "accuracy", weight=3), mj.Task(X[:50], LABELS[:50])]
+    options = {"genome": GENOME, "evolution": SEARCH}
+    config = BaselinesConfig(names="best_parent")
+    results = run_baselines(KEY, apply_fn, PARENTS, tasks, config=config, **options)
+    merged = mj.merge(KEY, apply_fn, PARENTS, tasks, align=mj.AlignConfig(method="none"), **options)
+    found = results["best_parent"]
+    np.testing.assert_allclose(found.detail["fitness"], merged.parent_fitness.max(), rtol=1e-5)
+    assert found.detail["parent"] == merged.parent_fitness.argmax()
+    assert found.examples == 2 * 140
+
+
+def test_leaves_that_cannot_be_mixed_are_parent_0s_everywhere():
+    parents = [{**parent, "steps": np.array(2**40), "key": jax.random.key(1)} for parent in PARENTS]
+    results = every(parents, names=("uniform_average", "line", "ties"), base=parents[0])
+    for result in results.values():
+        assert result.variables["steps"] == 2**40
+        assert result.variables["key"] == parents[0]["key"]
+
+
+def test_a_second_run_on_other_parents_compiles_nothing():
+    def again(seed):
+        parents = [network(10 * seed + k, BASE) for k in range(2)]
+        labels = np.roll(LABELS, seed)
+        compiled.clear()
+        config = BaselinesConfig(names=RUN)
+        run_baselines(
+            jax.random.key(seed), apply_fn, parents, (X, labels), config=config,
+            calibration=TRAIN, base=BASE, evolution=SEARCH, genome=GENOME,
+        )  # fmt: skip
+        return list(compiled)
+
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_comp" in event else None
+    )
+    again(1)
+    assert again(2) == []
+
+
+def test_parents_on_the_line_keep_their_statistics_whatever_the_masks_freeze():
+    model = Net()
+
+    def network(variables, x):
+        return model.apply(variables, x)
+
+    parents = [model.init(jax.random.key(seed), X) for seed in range(2)]
+    parents[1]["batch_stats"]["BatchNorm_0"]["mean"] += jnp.arange(5.0) - 2
+    labels = np.asarray(network(parents[1], X)).argmax(axis=1)  # with its own statistics
+    results = run_baselines(
+        KEY, network, parents, (X, labels), calibration=TRAIN, budget=3,
+        config=BaselinesConfig(names=("best_parent", "line")),
+        recalibrate=mj.RecalibrateConfig(enabled=True),
+        genome=mj.GenomeConfig(granularity="leaf", freeze="Dense_1"), evolution=SEARCH,
+        fitness=mj.FitnessConfig(metric="accuracy"),
+    )  # fmt: skip
+    assert results["best_parent"].detail["fitness"] == 1
+    assert results["line"].detail["weights"] == [0, 1]
+    chex.assert_trees_all_equal(results["line"].variables, results["best_parent"].variables)
 
 
 def test_without_a_budget_nothing_is_searched():
@@ -223,15 +311,15 @@ def test_what_cannot_be_is_one_line():
         with pytest.raises(error, match=message) as raised:
             every(**options)
         assert "\n" not in str(raised.value)
-    with pytest.raises(ConfigError, match=r"baselines.names is 'soup': choose one of defa"):
+    with pytest.raises(ConfigError, match=r"baselines.names is 'soup': choose one of default, all"):
         BaselinesConfig(names="soup")
-    with pytest.raises(ConfigError, match=r"baselines.names is \('soup',\): choose from"):
+    with pytest.raises(ConfigError, match=r"baselines.names is \('soup',\): choose one of"):
         BaselinesConfig(names=("soup",))
 
 
 def test_without_evosax_all_means_all_the_others(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    everything = {"validation", "two parents", "calibration", "base"}
+    everything = {"labels", "two parents", "calibration", "base"}
     assert applicable("all", {*everything, "evosax"}) == list(BASELINES)
     assert "cma_es" not in applicable("all", everything)
     with pytest.raises(ConfigError, match="'cma_es', which needs evosax"):
@@ -239,15 +327,15 @@ def test_without_evosax_all_means_all_the_others(monkeypatch):
 
 
 def test_names_are_the_same_in_the_configuration_the_registry_and_the_documentation():
-    assert tuple(BASELINES) == NAMES
+    names = tuple(BASELINES)
     page = (Path(__file__).parents[2] / "docs" / "baselines.md").read_text()
     sections = {}
     for section in page.split("\n## ")[1:]:
         title, _, text = section.partition("\n")
-        sections.update({name: text for name in NAMES if f"`{name}`" in title})
-    assert set(sections) == set(NAMES)
+        sections.update({name: text for name in names if f"`{name}`" in title})
+    assert set(sections) == set(names)
     for name, baseline in BASELINES.items():
         arxiv = baseline.reference.partition("arXiv ")[2]
         assert arxiv in sections[name], name
-    assert len(table()) == len(NAMES) + 1
+    assert len(table()) == len(names) + 1
     assert {len(row) for row in table()} == {4}

@@ -1,11 +1,15 @@
 """Best parent and greedy soup against the recipe, written down a second time."""
 
+import math
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megajax.baselines import best_of, best_parent, greedy_soup, scorer
+import megajax as mj
+from megajax.baselines import Given, greedy_soup, uniform_average
+from megajax.baselines.given import best_of
 from megajax.errors import ParentsError
-from megajax.merging.fitness import accuracy, batches
 
 
 def recipe(parents, score):
@@ -40,38 +44,68 @@ def test_greedy_soup_is_the_papers_recipe(seed):
 
 def test_equal_scores_join_and_failures_do_not():
     parents = [np.float32(x) for x in (np.nan, 1.0, 2.0, 3.0)]
-    soup = greedy_soup(parents, lambda w: np.nan if np.isnan(w) else 7.0)
+    soup = greedy_soup(parents, lambda w: math.nan if np.isnan(w) else 7.0)
     assert soup.members == [1, 2, 3]
     assert float(soup.variables) == 2.0
     assert soup.score == 7.0
 
 
 def test_only_averages_are_prepared_and_scored_as_prepared():
-    prepared = []
+    averaged = []
 
-    def prepare(network):
-        prepared.append(float(network))
-        return network + 10
+    def average(networks):
+        averaged.append([float(network) for network in networks])
+        return uniform_average(networks) + 10
 
-    soup = greedy_soup([np.float32(1), np.float32(3)], float, prepare=prepare)
-    assert prepared == [2.0]
+    soup = greedy_soup([np.float32(1), np.float32(3)], float, average)
+    assert averaged == [[3.0, 1.0]]
     assert float(soup.variables) == soup.score == 12.0
     alone = greedy_soup([np.float32(1), np.float32(3)], lambda w: -abs(float(w) - 3))
     assert alone.members == [1]
     assert float(alone.variables) == 3.0
 
 
+def test_networks_that_do_not_fit_are_named():
+    with pytest.raises(ParentsError, match="leaf w has shape"):
+        greedy_soup([{"w": np.zeros(2)}, {"w": np.zeros(3)}], lambda network: 0.0)
+
+
 def test_the_first_of_equals_is_best_and_no_number_is_worst():
-    assert best_parent([np.nan, np.inf, 1.0, 1.0], float).number == 2
-    assert best_of([np.nan, np.nan], float) == (np.nan, 0, [-np.inf, -np.inf])
-    assert best_of((x for x in (1.0, 2.0)), float).variables == 2.0
+    nan, inf = math.nan, math.inf
+    assert best_of([nan, inf, 1.0, 1.0], float) == (1.0, 2, [-inf, -inf, 1.0, 1.0])
+    assert best_of([nan, nan], float) == (nan, 0, [-inf, -inf])
+    assert best_of((x for x in (1.0, 2.0)), float)[0] == 2.0
     with pytest.raises(ParentsError, match="no networks"):
         best_of([], float)
 
 
-def test_padding_does_not_count_for_the_score():
+@pytest.fixture(scope="module")
+def given():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(10, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
     labels = rng.integers(0, 3, 10)
-    score = scorer(lambda w, x: x @ w, accuracy, batches(x, labels, 4))
-    assert score(w) == pytest.approx(((x @ w).argmax(axis=1) == labels).mean())
+    problem = mj.problem_for(
+        lambda w, x: x @ w,
+        [w, -w],
+        (x, labels),
+        genome=mj.GenomeConfig(granularity="leaf"),
+        fitness=mj.FitnessConfig(metric="accuracy", batch_size=4),
+    )
+    evolution = mj.EvolutionConfig()
+    return (
+        x,
+        w,
+        labels,
+        Given(None, [w, -w], None, None, frozenset(), problem, problem, 0, evolution),
+    )
+
+
+def test_padding_does_not_count_for_the_score_and_no_number_is_the_worst(given):
+    x, w, labels, given = given
+    for network in (w, -w, w[::-1].copy()):
+        expected = ((x @ network).argmax(axis=1) == labels).mean()
+        assert given.score(network) == pytest.approx(expected)
+    problem = mj.problem_for(
+        lambda w, x: x @ w * jnp.nan, [w, -w], (x, labels), genome=mj.GenomeConfig()
+    )
+    assert given._replace(problem=problem).score(w) == -math.inf

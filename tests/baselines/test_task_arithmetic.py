@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megajax.baselines import dare, task_arithmetic, ties, uniform_average
-from megajax.baselines.task_vectors import drop, elect, task_vectors, trim
+from megajax.baselines.task_arithmetic import drop, elect, task_vectors, trim
 from megajax.errors import ConfigError, ParentsError
 
 SHAPES = {"bias": (3,), "kernel": (5, 4), "one": (1,), "scalar": ()}
@@ -101,8 +101,6 @@ def test_dare_at_its_edges():
     chex.assert_trees_all_close(at_one, task_arithmetic(PARENTS, BASE, scale=0.4), rtol=1e-6)
     chex.assert_trees_all_equal(dare(KEY, PARENTS, BASE, density=0.0), BASE)
     chex.assert_trees_all_equal(ties(PARENTS, BASE, density=0.0), BASE)
-    elected = dare(KEY, PARENTS, BASE, density=1.0, scale=1.0, consensus=elect)
-    chex.assert_trees_all_close(elected, ties(PARENTS, BASE, density=1.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.9])
