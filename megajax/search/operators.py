@@ -471,8 +471,11 @@ def _on_the_arc(first: Genes, second: Genes, share: jax.Array) -> Genes:
     """Spherical interpolation of whole individuals; on the line where they are parallel."""
 
     def dot(one: Genes, other: Genes) -> jax.Array:
+        def of_leaf(a: jax.Array, b: jax.Array) -> jax.Array:
+            return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum(axis=range(1, a.ndim))
+
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-        total: jax.Array = sum((a * b).sum(axis=range(1, a.ndim)) for a, b in pairs)
+        total: jax.Array = sum((of_leaf(a, b) for a, b in pairs), jnp.float32(0))
         return total
 
     lengths = jnp.sqrt(dot(first, first)) * jnp.sqrt(dot(second, second))
