@@ -125,7 +125,8 @@ def _information(apply_fn: ApplyFn, variables: PyTree, data: Batches) -> PyTree:
         log_p, pull_back = jax.vjp(lambda weights: log_probabilities(weights, x), weights)
 
         def add(total: list[jax.Array], number: jax.Array) -> Any:
-            (gradient,) = pull_back(jax.nn.one_hot(number, log_p.size).reshape(log_p.shape))
+            one = jax.nn.one_hot(number, log_p.size, dtype=log_p.dtype)
+            (gradient,) = pull_back(one.reshape(log_p.shape))
             share = jnp.exp(log_p.reshape(-1)[number])
             squares = [share * g.astype(jnp.float32) ** 2 for g in gradient]
             return [t + s for t, s in zip(total, squares, strict=True)], None

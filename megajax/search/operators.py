@@ -159,7 +159,7 @@ def uniform_integers(key: Key, shape: tuple[int, ...], limit: Any) -> jax.Array:
         [0, 0, 0, 0]
     """
     drawn = (jax.random.uniform(key, shape) * limit).astype(jnp.int32)
-    return jnp.minimum(drawn, limit - 1)
+    return jnp.minimum(drawn, limit - 1).astype(jnp.int32)
 
 
 def roulette(key: Key, fitness: jax.Array, num: int) -> jax.Array:

@@ -122,8 +122,19 @@ def test_two_posteriors_of_a_mean_give_that_of_all_the_data():
     np.testing.assert_allclose(merged[0, 0], np.log(total[0] / total[1]) / 2, rtol=1e-3)
 
 
+def test_under_64_bits():
+    with jax.enable_x64(True):
+        found = fisher_information(linear, LINEAR, np.float64(X))
+    assert found["w"].dtype == np.float32
+    expected = fisher_information(linear, LINEAR, X)
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-4)
+
+
 def test_what_cannot_be_is_one_line():
     with pytest.raises(DataError, match="the inputs of the Fisher information are 0: at least 1"):
         fisher_information(linear, LINEAR, X[:0])
+    bad = np.where(np.arange(11)[:, None] == 2, np.nan, X)
+    with pytest.raises(DataError, match="Fisher information: 4 of 44 values are not finite"):
+        fisher_information(linear, LINEAR, bad)
     with pytest.raises(ParentsError, match="1 Fishers are given for 2 parents"):
         fisher_average([LINEAR, LINEAR], [LINEAR])

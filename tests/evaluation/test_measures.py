@@ -1,29 +1,105 @@
-"""The straight line between two networks, against networks mixed by hand."""
+"""Predictions, metrics and the straight line, against NumPy and networks mixed by hand."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
 
-from megajax.evaluation.measures import measure, predict, straight_path
+from megajax.errors import DataError
+from megajax.evaluation.measures import ensemble, measure, predict, predictor, straight_path
 
-X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(50, 4)).astype(np.float32)
 LABELS = np.arange(50) % 3
-ENDS = [nn.Dense(3).init(jax.random.key(k), X) for k in range(2)]
+MODEL = nn.Dense(3)
+ENDS = [MODEL.init(jax.random.key(k), X) for k in range(2)]
+
+
+def apply_fn(variables, x):
+    return MODEL.apply(variables, x)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 1000])
+def test_predictions_are_the_networks(batch_size):
+    found = predict(apply_fn, ENDS[0], X, batch_size)
+    assert type(found) is np.ndarray
+    np.testing.assert_allclose(found, apply_fn(ENDS[0], X), rtol=1e-5, atol=1e-6)
+
+
+def test_predictions_of_trees_and_in_half_precision():
+    def network(w, x):
+        return {"half": (x["a"] * w).astype(jnp.bfloat16), "whole": x["b"] + 1}
+
+    inputs = {"a": X, "b": np.arange(50)}
+    found = predict(network, np.float32(2), inputs, batch_size=8)
+    assert found["half"].dtype == np.float32
+    np.testing.assert_array_equal(found["half"], np.asarray(jnp.bfloat16(2 * X), np.float32))
+    np.testing.assert_array_equal(found["whole"], np.arange(50) + 1)
+
+
+@pytest.mark.parametrize("inputs", [X[:0], {}, {"a": X[:0]}])
+def test_nothing_to_predict_is_named(inputs):
+    with pytest.raises(DataError, match="there are no examples to predict"):
+        predict(apply_fn, ENDS[0], inputs)
+
+
+def test_one_program_serves_all_networks_and_batches():
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_comp" in event else None
+    )
+    predict(apply_fn, ENDS[0], X, 9)
+    compiled.clear()
+    predict(apply_fn, ENDS[1], X[::-1], 9)
+    assert compiled == []
+
+
+def test_metrics_are_numpys():
+    logits = predict(apply_fn, ENDS[0], X)
+    found = measure(logits, LABELS)
+    assert found.accuracy == (logits.argmax(-1) == LABELS).mean()
+    expected = -log_softmax(logits.astype(np.float64), axis=-1)[np.arange(50), LABELS].mean()
+    np.testing.assert_allclose(found.nll, expected)
+
+
+def test_logits_that_are_not_finite_are_never_right_and_minus_infinity_is_no_class():
+    inf, nan = np.inf, np.nan
+    logits = np.array([[inf, 0.0], [1.0, 0.0], [nan, 0.0], [0.0, -inf]])
+    assert measure(logits, np.zeros(4, int)).accuracy == 0.5
+    assert measure(logits[3:], np.zeros(1, int)).nll == 0
+    assert measure(logits[3:], np.ones(1, int)).nll == inf
+    assert np.isnan(measure(logits[:1], np.zeros(1, int)).nll)
+
+
+def test_an_ensemble_is_the_mean_of_probabilities():
+    both = RNG.normal(scale=50, size=(2, 50, 3))  # far beyond what exp can hold in float32
+    found = ensemble(both)
+    np.testing.assert_allclose(np.exp(found), softmax(both, axis=-1).mean(0), rtol=1e-12)
+
+
+def test_all_networks_of_a_comparison_by_name():
+    logits_of = predictor(apply_fn, {"a": ENDS[0], "b": ENDS[1]}, {"both": ["a", "b"]}, 16)
+    found = logits_of(X)
+    assert list(found) == ["a", "b", "both"]
+    np.testing.assert_array_equal(found["a"], predict(apply_fn, ENDS[0], X, 16))
+    np.testing.assert_allclose(found["both"], ensemble(np.stack([found["a"], found["b"]])))
+
+
+def zeros(variables):
+    return jax.tree.map(jnp.zeros_like, variables)
 
 
 def test_points_are_the_mixed_networks_and_only_they_are_prepared():
     shares = (0.0, 0.25, 1.0)
-    plain = straight_path(nn.Dense(3).apply, *ENDS, X, LABELS, shares=shares)
+    plain = straight_path(apply_fn, *ENDS, X, LABELS, shares=shares)
     mixed = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, *ENDS)
     for point, network in zip(plain, [ENDS[0], mixed, ENDS[1]], strict=True):
-        expected = measure(predict(nn.Dense(3).apply, network, X), LABELS)
+        expected = measure(predict(apply_fn, network, X), LABELS)
         np.testing.assert_allclose(point, expected, rtol=1e-5)
 
-    def zeros(variables):
-        return jax.tree.map(jnp.zeros_like, variables)
-
-    prepared = straight_path(nn.Dense(3).apply, *ENDS, X, LABELS, shares=shares, prepare=zeros)
+    prepared = straight_path(apply_fn, *ENDS, X, LABELS, shares=shares, prepare=zeros)
     assert prepared[0] == plain[0]
     assert prepared[2] == plain[2]
     np.testing.assert_allclose(prepared[1].nll, np.log(3), rtol=1e-6)

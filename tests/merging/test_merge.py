@@ -201,6 +201,19 @@ def test_many_parents_and_a_users_own_labels_and_metric():
     assert result.fitness >= result.parent_fitness.max() - 1e-5
 
 
+def test_under_64_bits():
+    """Numbers of 64 bits are mixed as such, and come back as such."""
+    wide = jax.tree.map(np.float64, PARENTS)
+    with jax.enable_x64(True):
+        result = merge(parents=wide, data=(INPUTS.astype(np.float64), LABELS))
+        leaves = [*jax.tree.leaves(result.variables)]
+        assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float64)}
+        shares = np.asarray(result.genes, np.float64)[result.genome.labels.tree[0][0]]
+        mixed = sum(shares[..., k] * wide[k][0][0] for k in range(2))
+        np.testing.assert_allclose(leaves[0], mixed, rtol=1e-12)
+        assert_it_is_what_it_says(result, wide)
+
+
 # Operators and genomes of one's own -----------------------------------------------------------
 
 
