@@ -197,13 +197,13 @@ def check_operators(search: Any, genes: Genes) -> None:
     """Checks what operators of the user's own return, before anything runs.
 
     Args:
-        search: a genetic algorithm; other searches have no operators.
+        search: a genetic algorithm, or another search with some of its operators.
         genes: of the first population, or their shapes and dtypes.
 
     Raises:
         ConfigError: names the operator, what it gave and what was expected.
     """
-    if not isinstance(search, GeneticAlgorithm):
+    if not hasattr(search, "mutate"):
         return
     size, children = jax.tree.leaves(genes)[0].shape[0], search.num_offspring
     genes = jax.eval_shape(lambda tree: tree, genes)
@@ -213,10 +213,15 @@ def check_operators(search: Any, genes: Genes) -> None:
     of_few: Any = jax.ShapeDtypeStruct((children,), jnp.float32)
     old, new = Population(genes, fitness), Population(few, of_few)
     chosen = jax.ShapeDtypeStruct((2 * children,), jnp.int32)
-    _check("selection", lambda: search.select(key, _zeros(fitness), 2 * children), chosen)
-    _check("crossover", lambda: search.cross(key, _zeros(few), _zeros(few)), few)
-    _check("mutation", lambda: search.mutate(key, _zeros(few)), few)
-    _check("survival", lambda: search.survive(key, _zeros(old), _zeros(new)), old)
+    calls: dict[str, tuple[str, Callable[[], Any], PyTree]] = {
+        "select": ("selection", lambda: search.select(key, _zeros(fitness), 2 * children), chosen),
+        "cross": ("crossover", lambda: search.cross(key, _zeros(few), _zeros(few)), few),
+        "mutate": ("mutation", lambda: search.mutate(key, _zeros(few)), few),
+        "survive": ("survival", lambda: search.survive(key, _zeros(old), _zeros(new)), old),
+    }
+    for operator, (name, call, wanted) in calls.items():
+        if hasattr(search, operator):
+            _check(name, call, wanted)
 
 
 def _zeros(shapes: PyTree) -> PyTree:

@@ -422,6 +422,9 @@ def test_what_cannot_work_is_refused(digits):
     targets = np.zeros((400, 10), np.float32)
     with pytest.raises(ConfigError, match=r"niches.*needs tasks with labels"):
         mj.merge(KEY, mlp, parents, (inputs, targets), evolution=evolution)
+    cut = evolution.replace(crossover=lambda key, first, second: first[:-1])
+    with pytest.raises(ConfigError, match=r"evolution\.crossover gives"):
+        mj.merge(KEY, mlp, *digits, evolution=cut)
     racing = mj.FitnessConfig(racing_examples=100)
     with pytest.raises(ConfigError, match="only the genetic algorithm races"):
         mj.merge(KEY, mlp, *digits, fitness=racing, evolution=evolution)
