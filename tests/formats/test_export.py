@@ -84,7 +84,7 @@ def test_a_card_says_only_what_it_was_told():
 
 
 def test_unknown_formats_and_missing_parents_are_named(tmp_path):
-    with pytest.raises(mj.InterchangeError, match="export format 'h5': choose from msgpack"):
+    with pytest.raises(mj.InterchangeError, match="format 'h5' is unknown: choose one of msgpack"):
         mj.export(tmp_path, VARIABLES, formats=("npz", "h5"))
     with pytest.raises(mj.InterchangeError, match="nowhere cannot be read"):
         mj.export(tmp_path, VARIABLES, parents=["nowhere"])

@@ -16,9 +16,9 @@ import pytest
 from flax import nnx
 
 import megajax as mj
-from megajax.formats.files import Spec, Stored
+from megajax.formats.arrays import Spec, Stored
 from megajax.formats.mapping import Target
-from megajax.formats.matching import find_mapping
+from megajax.formats.naming import find_mapping
 from megajax.formats.uses import find_modules
 from megajax.trees import leaf_paths
 from megajax.zoo.networks import build

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import megajax as mj
 from megajax.config import Config, from_dict, to_dict
-from megajax.formats.networks import FORMATS
+from megajax.formats import FORMATS
 from megajax.run import cli as run
 from megajax.run import pipeline
 from megajax.run import store as workdir
@@ -178,7 +178,7 @@ def test_a_tree_is_reported_node_by_node_and_fine_tuned_beside_the_best_parent(t
     assert "**Selected on the test set" in (tree / "report.md").read_text()
     like = workdir.load_network(tree / "merged")
     chex.assert_trees_all_equal(
-        mj.load_network(tree / "merged" / FORMATS["safetensors"], like), like
+        mj.load_network(tree / "merged" / FORMATS["safetensors"].files[0], like), like
     )
 
 

@@ -10,8 +10,7 @@ from megajax import report
 from megajax.config import to_dict
 from megajax.evaluation.predictions import load_predictions
 from megajax.evaluation.results import entries
-from megajax.formats import NameMap, map_names, model_card, save_network
-from megajax.formats.networks import FORMATS
+from megajax.formats import FORMATS, NameMap, map_names, model_card, save_network
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
 from megajax.run.checkpoint import Checkpoints
@@ -91,9 +90,9 @@ def _export(task: Task, outcomes: Outcomes, results: dict[str, Any]) -> list[str
             continue  # Orbax tells processes apart, and writes NumPy arrays in the first one only
         own = names if kind in ("safetensors", "npz") else None
         merged = outcomes["search"].networks["merged"]
-        save_network(folder / FORMATS[kind], merged, format=kind, names=own)
+        save_network(folder / FORMATS[kind].files[0], merged, format=kind, names=own)
         if kind != "orbax":  # a folder
-            files.append(f"merged/{FORMATS[kind]}")
+            files.append(f"merged/{FORMATS[kind].files[0]}")
     parents: list[dict[str, Any]] = [
         {"parent": k, "path": path} for k, path in enumerate(config.parents.paths)
     ] or [{"parent": k, "path": f"parents/{k}"} for k in range(config.parents.count)]
