@@ -17,17 +17,13 @@
 from megajax.alignment import align as align
 from megajax.alignment import find_symmetries as find_symmetries
 from megajax.baselines import run_baselines as run_baselines
+from megajax.baselines.registry import BaselinesConfig as BaselinesConfig
 from megajax.config import AlignConfig as AlignConfig
-from megajax.config import BaselinesConfig as BaselinesConfig
-from megajax.config import Config as Config
 from megajax.config import EvolutionConfig as EvolutionConfig
-from megajax.config import FinetuneConfig as FinetuneConfig
 from megajax.config import FitnessConfig as FitnessConfig
 from megajax.config import GenomeConfig as GenomeConfig
 from megajax.config import HierarchyConfig as HierarchyConfig
 from megajax.config import RecalibrateConfig as RecalibrateConfig
-from megajax.config import RobustnessConfig as RobustnessConfig
-from megajax.config import merge_sections as merge_sections
 from megajax.errors import ConfigError as ConfigError
 from megajax.errors import DataError as DataError
 from megajax.errors import DeviceError as DeviceError
@@ -41,6 +37,7 @@ from megajax.errors import WorkdirError as WorkdirError
 from megajax.evaluation.measures import ensemble as ensemble
 from megajax.evaluation.measures import measure as measure
 from megajax.evaluation.measures import predict as predict
+from megajax.evaluation.robustness import RobustnessConfig as RobustnessConfig
 from megajax.formats import NameMap as NameMap
 from megajax.formats import check_logits as check_logits
 from megajax.formats import export as export
@@ -62,12 +59,20 @@ from megajax.merging.tree import merge_tree as merge_tree
 from megajax.program.batchnorm import recalibrate as recalibrate
 from megajax.program.batchnorm import repair as repair
 from megajax.program.layers import find_layers as find_layers
+from megajax.run.checkpoint import CheckpointConfig as CheckpointConfig
+from megajax.run.config import Config as Config
+from megajax.run.config import merge_sections as merge_sections
+from megajax.run.presets import mega_paper as mega_paper
+from megajax.run.presets import sound_cifar10 as sound_cifar10
 from megajax.search.genetic import genetic_algorithm as genetic_algorithm
 from megajax.trees import check_parents as check_parents
 from megajax.trees import keep_leaves as keep_leaves
 from megajax.trees import stack_parents as stack_parents
 from megajax.trees import unstack_parents as unstack_parents
+from megajax.zoo.data import DataConfig as DataConfig
+from megajax.zoo.data import ParentsConfig as ParentsConfig
+from megajax.zoo.networks import ModelConfig as ModelConfig
+from megajax.zoo.training import FinetuneConfig as FinetuneConfig
+from megajax.zoo.training import TrainingConfig as TrainingConfig
 
 __version__ = "0.1.0"
-from megajax.run.presets import mega_paper as mega_paper
-from megajax.run.presets import sound_cifar10 as sound_cifar10

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ from megajax.baselines.searches import best_point, from_evosax, random_search, s
 from megajax.baselines.selection import Score, best_of, best_parent, greedy_soup, scorer
 from megajax.baselines.task_vectors import dare, task_arithmetic, ties
 from megajax.config import (
-    BaselinesConfig,
     EvolutionConfig,
     FitnessConfig,
     GenomeConfig,
     RecalibrateConfig,
 )
 from megajax.errors import ConfigError, DataError, ParentsError
+from megajax.keys import named_key
 from megajax.merging.fitness import METRICS, Batches, Evaluate, batches, evaluator
 from megajax.merging.genome import Genome, masks
 from megajax.merging.merge import check_labels, genome_for
@@ -39,12 +39,14 @@ from megajax.program.convolutions import for_backend
 from megajax.search.genetic import GeneticAlgorithm, run
 from megajax.search.operators import take
 from megajax.search.racing import num_finalists
+from megajax.sections import Section, at_least, one_of
 from megajax.trees import check_parents, stack_parents
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
     "BASELINES",
     "Baseline",
+    "BaselinesConfig",
     "Given",
     "Result",
     "Space",
@@ -263,8 +265,7 @@ def run_baselines(
             continue
         if callback is not None:
             callback(name)
-        own_key = jax.random.fold_in(key, list(BASELINES).index(name))
-        result = BASELINES[name].run(own_key, given)
+        result = BASELINES[name].run(named_key(key, name), given)
         results[name] = result._replace(examples=result.evaluations * len(validation[1]))
     return results
 
@@ -547,6 +548,26 @@ BASELINES: dict[str, Baseline] = {
     ),
 }
 """The baselines by the names that the configuration gives them."""
+
+_Name = Annotated[str, one_of(BASELINES)]
+
+
+class BaselinesConfig(Section):
+    """What the merged network is compared with.
+
+    Attributes:
+        names: methods of `megajax.baselines.BASELINES`, an error where one cannot be applied; or
+            one name; or `default` (a few that tell most) or `all`, of which those that need
+            something that is not there (a base network, exactly two parents) are left out.
+        budget: networks that a search over masks or the straight line may score; None takes as many
+            as the evolution did.
+        examples: training inputs of each parent that Fisher and RegMean measure on.
+    """
+
+    section = "baselines"
+    names: Annotated[str, one_of(BASELINES, "default", "all")] | tuple[_Name, ...] = "default"
+    budget: Annotated[int, at_least(1)] | None = None
+    examples: Annotated[int, at_least(1)] = 256
 
 
 # What is given -----------------------------------------------------------------------------------

@@ -14,23 +14,41 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
 
-from megajax.config import CheckpointConfig
 from megajax.errors import WorkdirError, first_line
 from megajax.io import file_digest, sync, write_bytes
 from megajax.run import processes as distributed
+from megajax.sections import Section, at_least
 from megajax.types import PyTree
 
-__all__ = ["Checkpoint", "Checkpoints", "alone", "fit"]
+__all__ = ["Checkpoint", "CheckpointConfig", "Checkpoints", "alone", "fit"]
 
 _log = logging.getLogger(__name__)
 _STATE, _ABOUT, _SEAL = "state", "about", "SHA256SUMS"
+
+
+class CheckpointConfig(Section):
+    """How often a run saves its state. It has no influence on what the run finds.
+
+    A state is saved as soon as one of the two is due, always after a whole chunk of generations or
+    epoch of training, and once more when the search ends or the run is asked to stop.
+
+    Attributes:
+        every_generations: save after so many generations (for training: epochs); None never does.
+        every_seconds: save after so many seconds; None never does.
+        keep: newest checkpoints to keep; with more than one, a damaged one costs little.
+    """
+
+    section = "checkpoint"
+    every_generations: Annotated[int, at_least(1)] | None = None
+    every_seconds: Annotated[float, at_least(0)] | None = 60.0
+    keep: Annotated[int, at_least(1)] = 3
 
 
 class Checkpoint(NamedTuple):

@@ -25,13 +25,13 @@ from rich.table import Table
 
 import megajax
 from megajax import report
-from megajax.config import Config, to_dict
 from megajax.errors import ConfigError, DeviceError, Interrupted, WorkdirError
 from megajax.evaluation.predictions import load_predictions
 from megajax.run import processes as distributed
 from megajax.run import stages
 from megajax.run import store as workdir
 from megajax.run.checkpoint import Checkpoints
+from megajax.run.config import Config, to_dict
 from megajax.run.stages import Outcomes, Task
 from megajax.run.store import Outcome
 

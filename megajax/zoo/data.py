@@ -28,22 +28,60 @@ import logging
 import os
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from megajax.config import DataConfig, ParentsConfig
 from megajax.errors import DataError, MegajaxError, first_line
+from megajax.sections import Fraction, Pattern, Place, Section, at_least, one_of
 
-__all__ = ["Dataset", "Split", "check_dataset", "load", "load_part", "prepare", "shards"]
+__all__ = [
+    "SHARDS",
+    "DataConfig",
+    "Dataset",
+    "ParentsConfig",
+    "Split",
+    "check_dataset",
+    "load",
+    "load_part",
+    "prepare",
+    "shards",
+]
 
 DIGITS = "digits"
 BLOCK = 1000  # records per read: twice as fast as one by one
+
+
+class DataConfig(Section):
+    """Which images and how they are split.
+
+    Attributes:
+        name: `digits` (scikit-learn's, bundled) or the name of a TFDS image classification set.
+        data_dir: TFDS directory that holds the prepared set; None takes TFDS's own default.
+        validation_fraction: share of the training images set aside for validation.
+        test_fraction: share of all images set aside for the test, for sets without a test split.
+        limit: at most this many images in each split (for quick trials); None takes all.
+        standardize: subtract each channel's mean over the training images and divide by its
+            standard deviation; otherwise pixels stay in [0, 1].
+        image_size: resize the images of a TFDS set to so many pixels a side; None keeps them.
+    """
+
+    section = "data"
+    name: str = "digits"
+    data_dir: Place | None = None
+    validation_fraction: Fraction = 0.1
+    test_fraction: Fraction = 0.25
+    limit: Annotated[int, at_least(1)] | None = None
+    standardize: bool = False
+    image_size: Annotated[int, at_least(1)] | None = None
+
+    def _check(self) -> None:
+        self._require(bool(self.name), "name", "a data set must be named")
 
 
 class Split(NamedTuple):
@@ -224,6 +262,92 @@ def check_dataset(dataset: Dataset) -> None:
                 )
 
 
+def _same(
+    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
+) -> list[npt.NDArray[Any]]:
+    return [np.arange(len(labels))] * config.count
+
+
+def _disjoint(
+    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
+) -> list[npt.NDArray[Any]]:
+    return np.array_split(rng.permutation(np.arange(len(labels))), config.count)
+
+
+def _skewed(
+    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
+) -> list[npt.NDArray[Any]]:
+    parents = np.arange(config.count)
+    homes = min(config.count, num_classes)
+    dealt: list[list[npt.NDArray[Any]]] = [[] for _ in parents]
+    for c in range(num_classes):
+        members = rng.permutation(np.flatnonzero(labels == c))
+        at_home = parents % homes == c % homes
+        cut = len(members) if at_home.all() else round(config.skew * len(members))
+        for group, portion in ((at_home, members[:cut]), (~at_home, members[cut:])):
+            # In random order, because the first parts of an uneven cut are the larger ones.
+            takers = rng.permutation(parents[group])
+            for parent, part in zip(
+                takers, np.array_split(portion, max(len(takers), 1)), strict=False
+            ):
+                dealt[parent].append(part)
+    return [np.concatenate(parts) for parts in dealt]
+
+
+SHARDS: dict[str, Callable[..., list[npt.NDArray[Any]]]] = {
+    "same": _same,
+    "disjoint": _disjoint,
+    "skewed": _skewed,
+}
+"""What the parents see: name -> `(rng, labels, num_classes, config) -> indices of each parent`."""
+
+
+class ParentsConfig(Section):
+    """How many parents there are, and what each one saw or where it comes from.
+
+    Attributes:
+        paths: files or folders of trained parents, at least two (see `load_parents`); they are then
+            loaded and none is trained. Empty: `count` parents are trained.
+        keep: pairs (regular expression for leaf paths, number of a parent): those leaves come from
+            that parent alone, and may have other shapes in the others.
+        rename: pairs (name in a file, or regular expression for it; path of the leaf), where the
+            automatic match is not enough.
+        ignore: regular expression; arrays of the files whose name it matches are left out.
+        cast: floating-point arrays of the files may have another precision.
+        count: number of parents K; with `paths`, their number.
+        shards: `same` (all training images for each), `disjoint` (equal parts) or `skewed` (each
+            parent is at home in its own classes and sees few images of the others).
+        skew: for `skewed`, the share of a class's images that goes to the parent at home in it;
+            1 means that a parent never sees the other classes.
+        shared_initialization: all parents start from the same weights.
+    """
+
+    section = "parents"
+    paths: tuple[Place, ...] = ()
+    keep: tuple[tuple[Pattern, int], ...] = ()
+    rename: tuple[tuple[Pattern, str], ...] = ()
+    ignore: Pattern | None = None
+    cast: bool = False
+    count: int = 2
+    shards: Annotated[str, one_of(SHARDS)] = "same"
+    skew: Fraction = 0.8
+    shared_initialization: bool = False
+
+    def _check(self) -> None:
+        if self.paths:
+            named = len(self.paths) >= 2 and all(self.paths)
+            self._require(named, "paths", "at least two paths are needed for a merge")
+            fits = self.count in (type(self).model_fields["count"].default, len(self.paths))
+            self._require(fits, "count", f"parents.paths names {len(self.paths)}")
+            object.__setattr__(self, "count", len(self.paths))
+        self._require(self.count >= 2, "count", "at least two parents are needed for a merge")
+        there = all(0 <= parent < self.count for _, parent in self.keep)
+        self._require(there, "keep", f"the parents are 0 to {self.count - 1}")
+        for name in ("rename", "ignore"):
+            ok = bool(self.paths) or not getattr(self, name)
+            self._require(ok, name, "it is for parents from files, and parents.paths is empty")
+
+
 def shards(
     key: int | jax.Array, labels: npt.ArrayLike, num_classes: int, config: ParentsConfig
 ) -> list[npt.NDArray[np.int32]]:
@@ -251,14 +375,8 @@ def shards(
         >>> shards(0, [0, 1, 2, 3, 0, 1], 4, skewed)
         [array([0, 2, 4], dtype=int32), array([1, 3, 5], dtype=int32)]
     """
-    rng, labels = _generator(key), np.asarray(labels)
-    everything = np.arange(len(labels))
-    if config.shards == "same":
-        dealt = [everything] * config.count
-    elif config.shards == "disjoint":
-        dealt = np.array_split(rng.permutation(everything), config.count)
-    else:
-        dealt = _skewed(rng, labels, num_classes, config)
+    labels = np.asarray(labels)
+    dealt = SHARDS[config.shards](_generator(key), labels, num_classes, config)
     for parent, shard in enumerate(dealt):
         if not len(shard):
             raise DataError(
@@ -319,26 +437,6 @@ def _draw(
             rows[name], rows["train"] = rows["train"][:cut], rows["train"][cut:]
             drawn[name] = "train"
     return {name: (part, rows[name][: config.limit]) for name, part in drawn.items()}
-
-
-def _skewed(
-    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
-) -> list[npt.NDArray[Any]]:
-    parents = np.arange(config.count)
-    homes = min(config.count, num_classes)
-    dealt: list[list[npt.NDArray[Any]]] = [[] for _ in parents]
-    for c in range(num_classes):
-        members = rng.permutation(np.flatnonzero(labels == c))
-        at_home = parents % homes == c % homes
-        cut = len(members) if at_home.all() else round(config.skew * len(members))
-        for group, portion in ((at_home, members[:cut]), (~at_home, members[cut:])):
-            # In random order, because the first parts of an uneven cut are the larger ones.
-            takers = rng.permutation(parents[group])
-            for parent, part in zip(
-                takers, np.array_split(portion, max(len(takers), 1)), strict=False
-            ):
-                dealt[parent].append(part)
-    return [np.concatenate(parts) for parts in dealt]
 
 
 def _load_digits() -> _Source:

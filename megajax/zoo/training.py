@@ -26,12 +26,11 @@ Example:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import chex
 import jax
@@ -41,13 +40,18 @@ import numpy.typing as npt
 import optax
 from flax import linen as nn
 
-from megajax.config import FinetuneConfig, TrainingConfig
 from megajax.errors import ConfigError, DataError, ParentsError
+from megajax.sections import Fraction, Section, at_least, one_of
 from megajax.zoo.data import Split
 
 __all__ = [
+    "AUGMENTATIONS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "FinetuneConfig",
     "Metrics",
     "TrainState",
+    "TrainingConfig",
     "augment",
     "begin",
     "finetune",
@@ -59,6 +63,109 @@ __all__ = [
 ]
 
 Variables = Any  # the pytree of a Linen module: {"params": ..., "batch_stats": ...}
+
+
+def _flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    flips = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
+    return jnp.where(flips, images[:, :, ::-1], images)
+
+
+def _crop(key: jax.Array, images: jax.Array) -> jax.Array:
+    count, height, width, _ = images.shape
+    tall, wide = max(height // 8, 1), max(width // 8, 1)
+    tops, lefts = jax.random.randint(
+        key, (2, count, 1), 0, jnp.array([2 * tall + 1, 2 * wide + 1])[:, None, None]
+    )
+    rows, columns = tops + jnp.arange(height)[None], lefts + jnp.arange(width)[None]
+    padded = jnp.pad(images, ((0, 0), (tall, tall), (wide, wide), (0, 0)))
+    return padded[jnp.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "flip": _flip,
+    "crop": _crop,
+}
+"""What is done to training images, in this order: name -> `(key, [N, H, W, C]) -> images`."""
+
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
+    "constant": lambda rate, steps: optax.constant_schedule(rate),
+    "cosine": optax.cosine_decay_schedule,
+}
+"""How the learning rate goes on after the warm-up: name -> `(peak, steps) -> schedule`."""
+
+
+def _sgd(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return _decayed(config, optax.sgd(schedule, momentum=config.momentum, nesterov=True))
+
+
+def _adam(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return _decayed(config, optax.adam(schedule))
+
+
+def _adamw(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_is_kernel)
+
+
+def _decayed(
+    config: TrainingConfig, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    if not config.weight_decay:
+        return optimizer
+    return optax.chain(optax.add_decayed_weights(config.weight_decay, mask=_is_kernel), optimizer)
+
+
+def _is_kernel(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "adamw": _adamw,
+}
+"""Name -> `(config, schedule) -> optax transformation`."""
+
+
+class TrainingConfig(Section):
+    """How each parent is trained.
+
+    Attributes:
+        epochs: passes over a parent's shard.
+        batch_size: images per step and parent.
+        optimizer: `sgd` (Nesterov momentum), `adam` or `adamw`.
+        learning_rate: peak learning rate.
+        schedule: `constant` or `cosine` (to zero).
+        warmup_epochs: epochs of linear warm-up before the schedule.
+        momentum: for `sgd`.
+        weight_decay: decoupled for `adamw`; added to the gradient of kernels for the others.
+        augment: any of `flip` (left-right) and `crop` (pad by an eighth of the side, crop back).
+    """
+
+    section = "training"
+    epochs: Annotated[int, at_least(1)] = 20
+    batch_size: Annotated[int, at_least(1)] = 64
+    optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adam"
+    learning_rate: Annotated[float, at_least(0)] = 3e-3
+    schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
+    warmup_epochs: Annotated[float, at_least(0)] = 0.0
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    augment: tuple[Annotated[str, one_of(AUGMENTATIONS)], ...] = ()
+
+
+class FinetuneConfig(Section):
+    """Training after the merge; the best parent is trained just as long, to compare with.
+
+    All that is not said here is as in the `training` section, but without warm-up.
+
+    Attributes:
+        epochs: passes over the training images; 0 is off. MeGA's many-parent merge has 10.
+        learning_rate: peak learning rate; None is a tenth of the training's.
+    """
+
+    section = "finetune"
+    epochs: Annotated[int, at_least(0)] = 0
+    learning_rate: Annotated[float, at_least(0)] | None = None
 
 
 class TrainState(NamedTuple):
@@ -259,8 +366,7 @@ def finetune(
     if config.epochs == 0:
         return list(networks), Metrics(*np.zeros((2, 0, len(networks)), np.float32))
     rate = config.learning_rate
-    longer = dataclasses.replace(
-        training,
+    longer = training.replace(
         epochs=config.epochs,
         learning_rate=training.learning_rate / 10 if rate is None else rate,
         warmup_epochs=0.0,
@@ -336,10 +442,7 @@ def make_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedul
         )
     warmup = round(config.warmup_epochs * steps_per_epoch)
     rest = config.epochs * steps_per_epoch - warmup
-    if config.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(config.learning_rate, rest)
-    else:
-        rate = optax.constant_schedule(config.learning_rate)
+    rate = SCHEDULES[config.schedule](config.learning_rate, rest)
     if warmup:
         rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
         rate = optax.join_schedules([rise, rate], [warmup])
@@ -370,16 +473,7 @@ def make_optimizer(
         (True, False)
     """
     schedule = make_schedule(config, steps_per_epoch)
-    if config.optimizer == "adamw":
-        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_is_kernel)
-    inner = (
-        optax.sgd(schedule, momentum=config.momentum, nesterov=True)
-        if config.optimizer == "sgd"
-        else optax.adam(schedule)
-    )
-    if not config.weight_decay:
-        return optax.with_extra_args_support(inner)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay, mask=_is_kernel), inner)
+    return optax.with_extra_args_support(OPTIMIZERS[config.optimizer](config, schedule))
 
 
 def augment(key: jax.Array, images: jax.Array, kinds: Sequence[str]) -> jax.Array:
@@ -399,19 +493,9 @@ def augment(key: jax.Array, images: jax.Array, kinds: Sequence[str]) -> jax.Arra
         >>> augment(jax.random.key(1), images, ("flip",)).reshape(2, 2).tolist()
         [[0.0, 1.0], [3.0, 2.0]]
     """
-    flip_key, crop_key = jax.random.split(key)
-    count, height, width, _ = images.shape
-    if "flip" in kinds:
-        flips = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
-        images = jnp.where(flips, images[:, :, ::-1], images)
-    if "crop" in kinds:
-        tall, wide = max(height // 8, 1), max(width // 8, 1)
-        tops, lefts = jax.random.randint(
-            crop_key, (2, count, 1), 0, jnp.array([2 * tall + 1, 2 * wide + 1])[:, None, None]
-        )
-        rows, columns = tops + jnp.arange(height)[None], lefts + jnp.arange(width)[None]
-        padded = jnp.pad(images, ((0, 0), (tall, tall), (wide, wide), (0, 0)))
-        images = padded[jnp.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    keys = jax.random.split(key, len(AUGMENTATIONS))
+    for own_key, (name, change) in zip(keys, AUGMENTATIONS.items(), strict=True):
+        images = change(own_key, images) if name in kinds else images
     return images
 
 
@@ -554,10 +638,6 @@ def _stack(trees: Sequence[Any]) -> Any:
 def _unstack(tree: Any) -> list[Any]:
     count = len(jax.tree.leaves(tree)[0])
     return [jax.tree.map(operator.itemgetter(k), tree) for k in range(count)]
-
-
-def _is_kernel(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def _checked(shards: Sequence[npt.ArrayLike], split: Split) -> list[npt.NDArray[np.int32]]:

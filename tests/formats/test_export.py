@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import megajax as mj
-from megajax.config import Config, to_dict
 from megajax.formats import FORMATS, model_card
+from megajax.run.config import Config, to_dict
 
 VARIABLES = {"params": {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3)}}
 

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from rich.console import Console
 
 import megajax as mj
-from megajax.config import Config, FitnessConfig, RecalibrateConfig, from_dict, to_dict
+from megajax.config import FitnessConfig, RecalibrateConfig
 from megajax.merging import devices as sharding
 from megajax.merging import fitness
 from megajax.merging.genome import masks
@@ -18,6 +18,7 @@ from megajax.merging.plans import plan_evaluation
 from megajax.program.batchnorm import recalibrated
 from megajax.run import pipeline
 from megajax.run import store as workdir
+from megajax.run.config import Config, from_dict, to_dict
 from megajax.search import genetic as evolution
 from megajax.trees import stack_parents
 

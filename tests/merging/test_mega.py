@@ -7,18 +7,14 @@ import numpy as np
 import pytest
 
 import megajax as mj
-from megajax.config import (
-    Config,
-    DataConfig,
-    ParentsConfig,
-    TrainingConfig,
-    merge_sections,
-)
+from megajax.run.config import Config, merge_sections
 from megajax.run.presets import mega_paper
 from megajax.search import operators
 from megajax.trees import leaf_paths
 from megajax.zoo import data, training
 from megajax.zoo import networks as models
+from megajax.zoo.data import DataConfig, ParentsConfig
+from megajax.zoo.training import TrainingConfig
 
 KEY = jax.random.key(4)
 ROUNDS, POPULATION, CHILDREN = 20, 20, 19

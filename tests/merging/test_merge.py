@@ -1,6 +1,5 @@
 """The main job: never worse than the best parent, reproducible, clear about bad input."""
 
-import dataclasses
 from functools import partial
 
 import chex
@@ -73,7 +72,7 @@ def test_every_operator_by_name(field):
         "survival": SURVIVALS,
     }
     for choice in choices[field]:
-        result = merge(evolution=dataclasses.replace(SMALL, **{field: choice}))
+        result = merge(evolution=SMALL.replace(**{field: choice}))
         assert result.fitness >= result.parent_fitness.max()
         coefficients = np.asarray(result.state.population.genes)
         assert (coefficients >= 0).all()
@@ -82,9 +81,9 @@ def test_every_operator_by_name(field):
 
 def test_evaluations_are_counted_and_elites_are_free():
     assert merge().evaluations == 10 + 6 * 10
-    elites = dataclasses.replace(SMALL, survival="generational", elites=3)
+    elites = SMALL.replace(survival="generational", elites=3)
     assert merge(evolution=elites).evaluations == 10 + 6 * 7
-    budget = dataclasses.replace(SMALL, evaluation_budget=35)
+    budget = SMALL.replace(evaluation_budget=35)
     assert merge(evolution=budget).evaluations == 30
 
 
@@ -135,7 +134,7 @@ def test_many_parents_and_a_users_own_labels_and_metric():
             "evolution.population_size is 3: .* 4 parents and their mean, so at least 5",
         ),
         (
-            {"evolution": dataclasses.replace(SMALL, evaluation_budget=9)},
+            {"evolution": SMALL.replace(evaluation_budget=9)},
             mj.ConfigError,
             "evolution.evaluation_budget is 9: the first population alone needs 10",
         ),
@@ -157,7 +156,7 @@ def test_continued_from_a_state_it_ends_bit_identical_and_another_searchs_state_
         parents,
         (jnp.eye(3), jnp.arange(3)),
         align=NO_ALIGNMENT,
-        evolution=dataclasses.replace(SMALL, crossover="uniform"),
+        evolution=SMALL.replace(crossover="uniform"),
     )
     seen = []
     whole = merge(callback=lambda state, infos: seen.append(jax.device_get(state)))

@@ -1,6 +1,5 @@
 """The tree: who meets whom, what it may cost, and that neither a stop nor company changes a bit."""
 
-import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -228,7 +227,7 @@ def test_a_node_is_a_merge_with_its_own_key(alone):
         [result.variables for result in alone.result.results[:2]],
         DATA,
         fitness=IN_TURN,
-        evolution=dataclasses.replace(SMALL, evaluation_budget=None, generations=3),
+        evolution=SMALL.replace(evaluation_budget=None, generations=3),
     )
     chex.assert_trees_all_equal(merged.variables, found.variables)
     chex.assert_trees_all_equal(merged.history, found.history)

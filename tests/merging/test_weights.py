@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import megajax as mj
-from megajax.config import GenomeConfig, from_dict
+from megajax.config import GenomeConfig
 from megajax.merging.genome import weights
 from megajax.merging.merge import algorithm_for, genome_for, shares_of
 from megajax.merging.shares import projected_shares
 from megajax.program.batchnorm import find_statistics, recalibrate, recalibrated
+from megajax.run.config import from_dict
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(1).normal(size=(24, 5)).astype(np.float32)

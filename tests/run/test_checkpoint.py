@@ -9,8 +9,7 @@ import optax
 import pytest
 
 import megajax as mj
-from megajax.config import CheckpointConfig
-from megajax.run.checkpoint import Checkpoints, fit
+from megajax.run.checkpoint import CheckpointConfig, Checkpoints, fit
 
 ALWAYS = CheckpointConfig(every_seconds=0, keep=2)
 NEVER = {"every_seconds": None}

@@ -15,16 +15,16 @@ from PIL import Image
 from rich.console import Console
 
 import megajax as mj
-from megajax.config import Config, from_dict, to_dict
 from megajax.formats import FORMATS
 from megajax.run import cli as run
 from megajax.run import pipeline
 from megajax.run import store as workdir
+from megajax.run.config import Config, from_dict, to_dict
 from megajax.run.stages.task import stream
 from megajax.zoo import data, training
 from megajax.zoo import networks as models
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "experiments" / "digits.py")
 SMALL = {
     "data": {"validation_fraction": 0.3},
@@ -228,7 +228,7 @@ def test_the_command_runs_with_overrides(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "megajax.run.cli",
+        "megajax.run",
         "--config",
         DIGITS,
         "--workdir",
@@ -278,11 +278,13 @@ BROKEN = {
     "syntax": ("def get_config(:\n", "syntax.py, line 1: invalid syntax"),
     "imports": ("x = 1\nimport not_there\n", "imports.py, line 2: ModuleNotFoundError: No module"),
     "absent": ("x = 1\n", "the config file has no function get_config()"),
-    "number": ("def get_config():\n    return 3\n", "get_config() returned int: start from"),
+    "number": (
+        "def get_config():\n    return 3\n",
+        "get_config() returned int: a megajax.Con",
+    ),
     "field": (
-        "from megajax.config import default_config\n\n\n"
-        "def get_config():\n    config = default_config()\n"
-        "    config.evolution.populaton_size = 3\n    return config\n",
+        "import megajax as mj\n\n\n"
+        "def get_config():\n    return mj.Config(evolution={'populaton_size': 3})\n",
         "evolution.populaton_size is no field of the configuration; did you mean "
         "evolution.population_size?",
     ),
@@ -292,7 +294,7 @@ BROKEN = {
 def call(capsys, tmp_path, *arguments):
     """The command's exit code and its error output; nothing may be left behind."""
     folder = tmp_path / "workdir"
-    code = run.main(["megajax.run.cli", "--workdir", str(folder), *arguments])
+    code = run.main(["megajax.run", "--workdir", str(folder), *arguments])
     assert not folder.exists()
     return code, capsys.readouterr().err
 
@@ -313,10 +315,18 @@ def test_a_broken_config_file_is_one_line(name, capsys, tmp_path):
     [
         (["--config", "nowhere.py"], "config file nowhere.py does not exist"),
         ([], "--config FILE is missing"),
-        (["--config", DIGITS, "--colour"], "Unknown command line flag 'colour'"),
+        (["--config", DIGITS, "--colour"], "'--colour' is no flag"),
+        (["--config", DIGITS, "--seed", "0:2"], "'--seed' is no flag; did you mean --seeds?"),
+        (["--config"], "argument --config: expected one argument"),
+        (["--config", DIGITS, "--config.evolutoin.generations=3"], "evolutoin is no field of the "),
+        (["--config", DIGITS, "--config.align=3"], "align is '3': it is a section with fields"),
+        (["--config", f"{DIGITS}:word"], "TypeError: get_config() takes 0 positional arguments"),
         (["--config", DIGITS, "extra"], "'extra' is no flag"),
         (["--config", DIGITS, "--config.evolution.size=3"], "evolution.size is no field"),
-        (["--config", DIGITS, "--config.evolution.population_size=many"], "population_size=many"),
+        (
+            ["--config", DIGITS, "--config.evolution.population_size=many"],
+            "is 'many': a whole",
+        ),
         (["--config", DIGITS, "--config.evolution.population_size=1"], "at least 2 (elites + 1)"),
         (
             [
@@ -440,7 +450,7 @@ def test_a_seed_that_fails_is_named(called, capsys, tmp_path):
         (["--seeds", "3:3"], "--seeds is '3:3': FIRST:END (without END) or A,B,C is needed"),
         (["--seeds", "1,1"], "--seeds is '1,1'"),
         (["--seeds", "a:b"], "--seeds is 'a:b'"),
-        (["--seeds", "-1:2"], "--seeds is '-1:2'"),
+        (["--seeds=-1:2"], "--seeds is '-1:2'"),
         (["--fork", "w"], "--fork w is the --workdir itself: name a new folder"),
     ],
 )

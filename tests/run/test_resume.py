@@ -22,16 +22,16 @@ from rich.console import Console
 import megajax as mj
 from megajax import io as files
 from megajax import report
-from megajax.config import from_dict
 from megajax.evaluation import predictions
 from megajax.run import checkpoint, pipeline
 from megajax.run import cli as run
 from megajax.run import store as workdir
+from megajax.run.config import from_dict
 from megajax.run.stages import searching as searching_stage
 from megajax.search import genetic as evolution
 from megajax.zoo import training
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = {
     "data": {"validation_fraction": 0.3, "limit": 100},
     "model": {"name": "mlp", "options": {"hidden": (8,)}},
@@ -395,8 +395,7 @@ def command(folder):
 def config_file(tmp_path):
     """A config file of the tiny configuration, beside the workdirs of the test."""
     (tmp_path / "tiny.py").write_text(
-        "from ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict({TINY!r})\n"
+        f"import megajax as mj\n\n\ndef get_config():\n    return mj.Config(**{TINY!r})\n"
     )
 
 

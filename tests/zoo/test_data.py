@@ -12,12 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from megajax.config import DataConfig, ParentsConfig
 from megajax.errors import DataError
 from megajax.zoo import data
-from megajax.zoo.data import check_dataset, load, shards
+from megajax.zoo.data import DataConfig, ParentsConfig, check_dataset, load, shards
 
-TFDS = pathlib.Path(__file__).parents[1] / ".." / "shared" / "data" / "tfds"
+TFDS = pathlib.Path(__file__).parents[2] / ".." / "shared" / "data" / "tfds"
 needs_cifar10 = pytest.mark.skipif(
     not (TFDS / "cifar10").exists(), reason="no prepared CIFAR-10 here"
 )

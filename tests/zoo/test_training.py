@@ -1,7 +1,5 @@
 """Training of the parents."""
 
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,11 +8,11 @@ import optax
 import pytest
 from flax import linen as nn
 
-from megajax.config import DataConfig, FinetuneConfig, ParentsConfig, TrainingConfig
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.zoo import training
-from megajax.zoo.data import Split, load, shards
+from megajax.zoo.data import DataConfig, ParentsConfig, Split, load, shards
 from megajax.zoo.networks import build
+from megajax.zoo.training import FinetuneConfig, TrainingConfig
 
 KEY = jax.random.key(0)
 TINY = TrainingConfig(epochs=2, batch_size=8, learning_rate=1e-2, augment=("flip", "crop"))
@@ -127,7 +125,7 @@ def test_shared_initialization(tiny):
         state = training.init(KEY, model, *tiny, TINY, shared_initialization=shared)
         one, other = (v["params"]["dense1"]["kernel"] for v in training._unstack(state.variables))
         assert np.array_equal(one, other) == shared
-    frozen = dataclasses.replace(TINY, learning_rate=0.0)
+    frozen = TINY.replace(learning_rate=0.0)
     (one, other), _ = train_tiny(tiny, config=frozen, shared_initialization=True)
     chex.assert_trees_all_equal(one["params"], other["params"])
 
@@ -229,7 +227,7 @@ def test_a_parent_sees_its_own_shard_and_all_of_it(tiny, mapping):
 
 
 def test_a_batch_larger_than_a_shard(tiny):
-    config = dataclasses.replace(TINY, batch_size=64)
+    config = TINY.replace(batch_size=64)
     _, history = train_tiny(tiny, config=config)
     assert np.isfinite(history.loss).all()
 
@@ -239,7 +237,7 @@ def test_one_trace_for_all_steps_epochs_and_seeds(tiny, mapping, monkeypatch):
     counted = chex.assert_max_traces(training.augment, n=1)
     monkeypatch.setattr(training, "augment", counted)
     chex.clear_trace_counter()
-    config = dataclasses.replace(TINY, epochs=3)
+    config = TINY.replace(epochs=3)
     for seed in range(2):
         train_tiny(tiny, key=jax.random.key(seed), config=config, mapping=mapping)
 
@@ -264,7 +262,7 @@ def test_decoupled_and_added_decay_differ():
     config = TrainingConfig(weight_decay=0.1, schedule="constant", learning_rate=0.5)
 
     def update(**changes):
-        transformation = training.make_optimizer(dataclasses.replace(config, **changes), 10)
+        transformation = training.make_optimizer(config.replace(**changes), 10)
         updates, _ = transformation.update(gradient, transformation.init(params), params)
         return float(updates["kernel"][0, 0])
 
@@ -391,5 +389,5 @@ def test_bfloat16_training_keeps_float32_parameters(tiny):
 
 def test_strict_promotion_rules_are_no_obstacle(tiny):
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        config = dataclasses.replace(TINY, weight_decay=1e-3, warmup_epochs=0.5)
+        config = TINY.replace(weight_decay=1e-3, warmup_epochs=0.5)
         train_tiny(tiny, config=config)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from megajax import baselines
 from megajax.baselines import BASELINES
-from megajax.config import BaselinesConfig, GenomeConfig
+from megajax.baselines.registry import BaselinesConfig
+from megajax.config import GenomeConfig
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.stages.task import (
     Outcomes,

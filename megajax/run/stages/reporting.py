@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from megajax import report
-from megajax.config import to_dict
 from megajax.evaluation.predictions import load_predictions
 from megajax.evaluation.results import entries
 from megajax.formats import FORMATS, NameMap, map_names, model_card, save_network
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
 from megajax.run.checkpoint import Checkpoints
+from megajax.run.config import to_dict
 from megajax.run.stages.task import Outcomes, Task
 from megajax.run.store import Outcome
 from megajax.run.tensorboard import write_tensorboard

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from megajax.config import AlignConfig, to_dict
+from megajax.config import AlignConfig
 from megajax.errors import ConfigError, SearchError
 from megajax.merging.merge import MergeResult, merge, shares_of
 from megajax.merging.shares import channel_shares, projected_shares
 from megajax.merging.tree import Node, NodeResult, merge_tree
 from megajax.run import store as workdir
 from megajax.run.checkpoint import Checkpoints
+from megajax.run.config import to_dict
 from megajax.run.stages.task import (
     Clock,
     Outcomes,
@@ -64,7 +64,7 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
     evolution = config.evolution
     if evolution.time_budget is not None:
         left = max(evolution.time_budget - clock.seconds(), 0.0)
-        evolution = dataclasses.replace(evolution, time_budget=left)
+        evolution = evolution.replace(time_budget=left)
 
     networks = networks_in(outcomes["align"], "aligned")
 

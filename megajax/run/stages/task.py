@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megajax.baselines import applicable
-from megajax.config import PUBLISHED_CORRUPTIONS, Config, FitnessConfig
+from megajax.config import FitnessConfig
 from megajax.errors import ConfigError, Interrupted
-from megajax.evaluation.robustness import published
-from megajax.formats.adapters import from_linen
+from megajax.evaluation.robustness import PUBLISHED_CORRUPTIONS, published
+from megajax.formats import from_linen
+from megajax.keys import named_key
 from megajax.merging.merge import genome_for
 from megajax.merging.plans import plan_evaluation
 from megajax.program.batchnorm import find_statistics
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
+from megajax.run.config import Config
 from megajax.run.store import Outcome
 from megajax.run.tensorboard import require_tensorboard
 from megajax.trees import stacked_shapes
@@ -45,18 +46,6 @@ __all__ = [
     "progress_bar",
     "stream",
 ]
-
-# Random numbers come in streams; append to the list, never reorder it.
-_STREAMS = (
-    "data",
-    "shards",
-    "parents",
-    "align",
-    "search",
-    "finetune",
-    "baselines",
-    "robustness",
-)
 
 
 @dataclass(frozen=True)
@@ -133,7 +122,7 @@ def stream(config: Config, name: str) -> Key:
         >>> bool((jax.random.key_data(keys[0]) == jax.random.key_data(keys[1])).all())
         False
     """
-    return jax.random.fold_in(jax.random.key(config.seed), _STREAMS.index(name))
+    return named_key(jax.random.key(config.seed), name)
 
 
 def baseline_names(config: Config) -> list[str]:
@@ -174,7 +163,7 @@ def planned(task: Task, network: PyTree) -> FitnessConfig:
     """
     fitness, file = task.config.fitness, task.folder / workdir.PLAN
     if fitness.devices == "auto":
-        fitness = dataclasses.replace(fitness, devices="all")
+        fitness = fitness.replace(devices="all")
     if not fitness.trial:
         return fitness
     if not file.exists():
@@ -183,7 +172,7 @@ def planned(task: Task, network: PyTree) -> FitnessConfig:
         chosen = {"population_chunk": plan.population_chunk, "batch_size": plan.batch_size}
         numbers = distributed.of_first({name: np.int32(n) for name, n in chosen.items()})
         workdir.write_json(file, {name: int(number) for name, number in numbers.items()})
-    return dataclasses.replace(fitness, trial=False, **workdir.read_json(file))
+    return fitness.replace(trial=False, **workdir.read_json(file))
 
 
 def progress_bar(console: Console) -> Progress:

@@ -1,0 +1,22 @@
+"""Streams of random numbers by name, so that what is added somewhere changes no other draw."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+
+from megajax.types import Key
+
+__all__ = ["named_key"]
+
+
+def named_key(key: Key, name: str) -> Key:
+    """The key of a stream that belongs to a name.
+
+    Example:
+        >>> key = jax.random.key(0)
+        >>> bool(named_key(key, "data") == jax.random.fold_in(key, zlib.crc32(b"data")))
+        True
+    """
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
