@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 __all__ = ["Network", "expect", "form_of", "from_linen", "from_nnx", "to_nnx"]
 
 _HINTS = {
-    "class": "make an instance of it",
-    "Linen module": "from_linen(module, variables) takes it",
-    "NNX model": "from_nnx(model) takes it",
-    "Network": "take its variables",
+    "a class": ": make an instance of it",
+    "a Linen module": ": from_linen(module, variables) takes it",
+    "an NNX model": ": from_nnx(model) takes it",
+    "a Network": ": take its variables",
 }
 
 
@@ -72,11 +72,12 @@ def from_linen(module: nn.Module, variables: PyTree, **inference: Any) -> Networ
         >>> network.apply_fn == from_linen(nn.Dense(3), variables).apply_fn
         True
     """
-    expect(module, "Linen module", "module")
-    expect(variables, "pytree", "variables")
+    expect(module, "a Linen module", "module")
+    expect(variables, "a pytree of arrays", "variables")
     from flax.core import meta
 
-    apply_fn = _Apply(_by_value((module, inference)), _apply_linen, (module, inference))
+    identity = _by_value((module, inference))
+    apply_fn = _Apply(hash(identity), identity, _apply_linen, (module, inference))
     return Network(apply_fn, meta.unbox(variables))
 
 
@@ -106,7 +107,7 @@ def from_nnx(model: nnx.Module, **inference: Any) -> Network:
         >>> network.apply_fn(network.variables, jnp.ones((5, 4))).shape
         (5, 3)
     """
-    expect(model, "NNX model", "model")
+    expect(model, "an NNX model", "model")
     from flax import nnx
 
     copy = nnx.clone(model)
@@ -117,7 +118,7 @@ def from_nnx(model: nnx.Module, **inference: Any) -> Network:
         lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), state
     )
     identity = _by_value((graph, jax.tree.structure(state), jax.tree.flatten(rest), inference))
-    apply_fn = _Apply(identity, _apply_nnx, (graph, empty, rest, inference))
+    apply_fn = _Apply(hash(identity), identity, _apply_nnx, (graph, empty, rest, inference))
     return Network(apply_fn, variables)
 
 
@@ -138,7 +139,7 @@ def to_nnx(model: nnx.Module, variables: PyTree) -> nnx.Module:
         >>> float(to_nnx(model, zeros)(jnp.ones(4)).sum())
         0.0
     """
-    expect(model, "NNX model", "model")
+    expect(model, "an NNX model", "model")
     from flax import nnx
 
     copy = nnx.clone(model)
@@ -149,20 +150,20 @@ def to_nnx(model: nnx.Module, variables: PyTree) -> nnx.Module:
 
 
 def form_of(value: Any) -> str:
-    """What a value is: a `class`, a `Linen module`, an `NNX model`, a `Network` or a `pytree`.
+    """`a class`, `a Linen module`, `an NNX model`, `a Network`, or else `a pytree of arrays`.
 
     Example:
         >>> form_of(Network), form_of(Network(jnp.dot, 1.0)), form_of({"w": 1.0})
-        ('class', 'Network', 'pytree')
+        ('a class', 'a Network', 'a pytree of arrays')
     """
     if isinstance(value, type):
-        return "class"
+        return "a class"
     if isinstance(value, Network):
-        return "Network"
-    for library, form in (("flax.linen", "Linen module"), ("flax.nnx", "NNX model")):
+        return "a Network"
+    for library, form in (("flax.linen", "a Linen module"), ("flax.nnx", "an NNX model")):
         if library in sys.modules and isinstance(value, sys.modules[library].Module):
             return form
-    return "pytree"
+    return "a pytree of arrays"
 
 
 def expect(value: Any, form: str, name: str) -> None:
@@ -172,26 +173,35 @@ def expect(value: Any, form: str, name: str) -> None:
         InterchangeError: it has another; says what to do.
 
     Example:
-        >>> expect(Network(jnp.dot, 1.0), "pytree", "variables")
+        >>> expect(Network(jnp.dot, 1.0), "a pytree of arrays", "variables")
         Traceback (most recent call last):
         ...
-        megajax.errors.InterchangeError: variables is a Network, and a pytree of arrays is needed:
-        take its variables
+        megajax.errors.InterchangeError: variables must be a pytree of arrays, not a Network: take
+        its variables
     """
     found = form_of(value)
     if found != form:
-        needed = "pytree of arrays" if form == "pytree" else f"Flax {form}"
-        hint = f": {_HINTS[found]}" if found in _HINTS else ""
-        raise InterchangeError(f"{name} is a {found}, and a {needed} is needed{hint}")
+        raise InterchangeError(f"{name} must be {form}, not {found}{_HINTS.get(found, '')}")
 
 
 @dataclass(frozen=True)
 class _Apply:
-    """A model's function, equal to others by the value of what it was made from."""
+    """A model's function, equal to others by the value of what it was made from.
 
+    Attributes:
+        code: hash of the identity, which takes milliseconds for a large graph.
+        identity: of the model and the arguments, by value.
+        function: called with the arguments, then the variables and inputs.
+        arguments: of the function.
+    """
+
+    code: int
     identity: Hashable
     function: Callable[..., Any] = field(compare=False, repr=False)
     arguments: tuple[Any, ...] = field(compare=False, repr=False)
+
+    def __hash__(self) -> int:
+        return self.code
 
     def __call__(self, variables: PyTree, inputs: Any) -> Any:
         return self.function(*self.arguments, variables, inputs)

@@ -309,11 +309,11 @@ def _read(
 def _target(like: Any, inputs: Any) -> tuple[ApplyFn | None, Target]:
     """The network that `like` stands for, and what a file is matched to."""
     form = form_of(like)
-    if form == "NNX model":
+    if form == "an NNX model":
         network = from_nnx(like)
-    elif form == "Network":
+    elif form == "a Network":
         network = like
-    elif form == "Linen module":
+    elif form == "a Linen module":
         if inputs is None:
             raise InterchangeError("like is a Linen module: inputs= must be a batch of its inputs")
         parameters = inspect.signature(type(like).__call__).parameters
@@ -323,7 +323,7 @@ def _target(like: Any, inputs: Any) -> tuple[ApplyFn | None, Target]:
         )
         network = from_linen(like, variables, **inference)
     else:
-        expect(like, "pytree", "like")
+        expect(like, "a pytree of arrays", "like")
         return None, Target(like)
     layers = None
     if inputs is not None:

@@ -84,7 +84,7 @@ def save_network(
     if names is not None and not chosen.flat:
         flat = " and ".join(sorted(f.name for f in FORMATS.values() if f.flat)[::-1])
         raise InterchangeError(f"names of {names.file} can be written to {flat} only")
-    expect(variables, "pytree", "variables")
+    expect(variables, "a pytree of arrays", "variables")
     file = path if by_suffix or not chosen.suffixes else path / chosen.files[0]
     arrays = arrays_of(variables)
     written = arrays if names is None else _named(arrays, names)
