@@ -82,7 +82,9 @@ def _in_folder(path: Path) -> tuple[Format, Path]:
             names = ", ".join(at.name for at in found)
             raise InterchangeError(f"{path} holds several networks: choose one of {names}")
     names = ", ".join(name for format in FORMATS.values() for name in format.files)
-    folders = [at for at in sorted(path.iterdir()) if at.is_dir()]
+    folders = sorted(
+        (at for at in path.iterdir() if at.is_dir()), key=lambda at: (len(at.name), at)
+    )
     inside = [at.name for at in folders if any(_found(format, at) for format in FORMATS.values())]
     what = "steps" if all(name.isdigit() for name in inside) else "folders"
     hint = f"; choose one of its {what} {', '.join(inside)}" if inside else ""

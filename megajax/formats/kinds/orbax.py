@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -71,26 +71,31 @@ def _store(path: Path, name: str, metadata: Mapping[str, Any]) -> Any:
     return tensorstore.open(spec, open=True, read=True, context=tensorstore.Context())
 
 
-def _check(arrays: Keyed) -> None:
+def _check(path: Path, arrays: Keyed) -> None:
+    """Refuses what Orbax would write as something else, or stop at without saying why."""
     import tensorstore
 
-    names: dict[str, str] = {}  # as Orbax joins the keys, without noticing where two are the same
+    if not any(array.size for array in arrays.values()):
+        leaves = ", ".join(map("/".join, arrays)) or "none"
+        raise InterchangeError(f"{path}: Orbax needs a leaf with elements, and has {leaves}")
+    leaf_of: dict[str, str] = {}
     for keys, array in arrays.items():
-        name = "/".join(keys)
-        other = names.setdefault(".".join(keys), name)
-        if other != name:
-            raise InterchangeError(f"leaves {other} and {name} have one name in Orbax")
+        leaf, name = "/".join(keys), ".".join(keys)
+        if str(PurePosixPath("/", name)) != f"/{name}" or ".." in name.split("/"):
+            raise InterchangeError(f"leaf {leaf} cannot be stored by Orbax under that name")
+        if leaf_of.setdefault(name, leaf) != leaf:
+            raise InterchangeError(f"leaves {leaf_of[name]} and {leaf} have one name in Orbax")
         try:
             tensorstore.dtype(array.dtype)
         except ValueError:
-            raise InterchangeError(f"leaf {name} is {array.dtype}, which orbax has not") from None
+            raise InterchangeError(f"leaf {leaf} is {array.dtype}, which orbax has not") from None
 
 
 def _write(path: Path, arrays: Keyed) -> None:
     """Writes a checkpoint; one that is there is replaced once the new one is whole."""
     import orbax.checkpoint as ocp
 
-    _check(arrays)
+    _check(path, arrays)
     temporary = path.with_name(f".{path.name}.partial").absolute()
     process = jax.process_index()  # each process of a run writes for itself
     options = ocp.options.MultiprocessingOptions(
