@@ -74,7 +74,7 @@ class NameMap(NamedTuple):
 
     def _summary(self) -> str:
         rules = Counter(entry.layout.note for entry in self.entries)
-        counts = ", ".join(f"{count} {rule}" for rule, count in rules.most_common())
+        counts = "; ".join(f"{count} {rule}" for rule, count in rules.most_common())
         become = "array becomes a leaf" if len(self.entries) == 1 else "arrays become leaves"
         lines = [f"{self.file}: {len(self.entries)} {become} ({counts})"]
         lines += [

@@ -336,6 +336,24 @@ def test_the_mapping_is_a_table_of_every_tensor():
     assert len(rows) == 1 + len(names.entries) + 9
 
 
+def test_the_short_summary_counts_the_rules_and_names_the_exceptions():
+    path, inputs, _ = stored("layers")
+    names = mj.map_names(path, MODELS["layers"], inputs=inputs)
+    lines = names.describe(short=True).splitlines()
+    rules = {rule: int(n) for n, rule in re.findall(r"(\d+) ([^;()]+)", lines[0])}
+    assert f"{path}: 21 arrays become leaves" in lines[0]
+    assert rules.pop("arrays become leaves ") == 21
+    assert sum(rules.values()) == len(names.entries) == 21
+    counted = {
+        rule: names.describe().count(f"  {rule}\n") for rule in ("OIHW to HWIO", "CHW to HWC")
+    }
+    assert {rule: rules[rule] for rule in counted} == counted
+    odd = "  classifier.0.weight becomes params/Dense_0/kernel, transposed, inputs CHW to HWC"
+    assert lines[1] == odd
+    assert lines[-1] == "  ignored: 2 num_batches_tracked"
+    assert len(lines) == 4
+
+
 def test_own_names_come_before_structure():
     """Modules called as ours are ours, even where the order of the program is another."""
 

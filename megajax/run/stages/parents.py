@@ -34,7 +34,7 @@ def _loaded(task: Task) -> Outcome:
     config, images = task.config.parents, task.dataset.train.images[:2]
 
     def say(names: NameMap) -> None:
-        task.console.print(names.describe(), soft_wrap=True, highlight=False, markup=False)
+        task.console.print(names.describe(short=True), soft_wrap=True, highlight=False, markup=False)
 
     parents = load_parents(
         config.paths,
