@@ -6,9 +6,8 @@
     naming      which array becomes which leaf            mapping     what a match is
     state_dict  PyTorch's modules and our layers          ordering    the modules' order
     uses        what the program does with each leaf      layouts     the rule table
-    opening     which format a path is                    kinds       the formats, one file each
-    arrays      pytrees and files as named arrays         disk        sums, whole writes
-    adapters    Flax models as functions
+    kinds       the formats, one file each                arrays      pytrees, files as named arrays
+    disk        sums, whole writes                        adapters    Flax models as functions
 """
 
 from megajax.formats.adapters import Network as Network

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -77,7 +78,7 @@ def from_linen(module: nn.Module, variables: PyTree, **inference: Any) -> Networ
     from flax.core import meta
 
     identity = _by_value((module, inference))
-    apply_fn = _Apply(hash(identity), identity, _apply_linen, (module, inference))
+    apply_fn = _Apply(hash(identity), identity, partial(module.apply, **inference))
     return Network(apply_fn, meta.unbox(variables))
 
 
@@ -118,7 +119,7 @@ def from_nnx(model: nnx.Module, **inference: Any) -> Network:
         lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), state
     )
     identity = _by_value((graph, jax.tree.structure(state), jax.tree.flatten(rest), inference))
-    apply_fn = _Apply(hash(identity), identity, _apply_nnx, (graph, empty, rest, inference))
+    apply_fn = _Apply(hash(identity), identity, partial(_apply_nnx, graph, empty, rest, inference))
     return Network(apply_fn, variables)
 
 
@@ -191,24 +192,18 @@ class _Apply:
     Attributes:
         code: hash of the identity, which takes milliseconds for a large graph.
         identity: of the model and the arguments, by value.
-        function: called with the arguments, then the variables and inputs.
-        arguments: of the function.
+        function: called with the variables and inputs.
     """
 
     code: int
     identity: Hashable
     function: Callable[..., Any] = field(compare=False, repr=False)
-    arguments: tuple[Any, ...] = field(compare=False, repr=False)
 
     def __hash__(self) -> int:
         return self.code
 
     def __call__(self, variables: PyTree, inputs: Any) -> Any:
-        return self.function(*self.arguments, variables, inputs)
-
-
-def _apply_linen(module: Any, inference: Mapping[str, Any], variables: PyTree, inputs: Any) -> Any:
-    return module.apply(variables, inputs, **inference)
+        return self.function(variables, inputs)
 
 
 def _apply_nnx(

@@ -74,8 +74,8 @@ class Format(NamedTuple):
 
     Attributes:
         name: what users call it.
-        files: what a network may be called in a folder; the first is what it is saved as.
-        suffixes: of its files; the first is what a path says to save so. None for a folder.
+        files: what a network may be called in a folder, whence the suffixes of the format, of which
+            it has none where it is a folder itself; a network is saved as the first.
         open: opens a file and checks it in itself.
         write: writes arrays, whole or not at all.
         reader: how others read it, for the model card.
@@ -86,13 +86,17 @@ class Format(NamedTuple):
 
     name: str
     files: tuple[str, ...]
-    suffixes: tuple[str, ...]
     open: Callable[[Path], Stored]
     write: Callable[[Path, Keyed], None]
     reader: str
     flat: bool = False
     whole: bool = False
     find: Callable[[Path], list[Path]] | None = None
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Such as `.npz`."""
+        return tuple(file[file.index(".") :] for file in self.files if "." in file)
 
 
 def specs_of(variables: PyTree) -> dict[str, Spec]:

@@ -16,11 +16,12 @@ import numpy as np
 
 from megajax.errors import InterchangeError
 from megajax.formats.adapters import expect, form_of, from_linen, from_nnx
-from megajax.formats.arrays import Stored, is_number, native, nested, specs_of
+from megajax.formats.arrays import Spec, Stored, is_number, native, nested, specs_of
+from megajax.formats.kinds import open_network, read_arrays
 from megajax.formats.layouts import from_file
-from megajax.formats.mapping import NameMap, Target
+from megajax.formats.mapping import NameMap
 from megajax.formats.naming import find_mapping
-from megajax.formats.opening import open_network, read_arrays
+from megajax.formats.state_dict import Layers
 from megajax.formats.uses import find_modules
 from megajax.trees import keep_leaves, leaf_owners, leaves_by_path
 from megajax.types import ApplyFn, PyTree
@@ -152,18 +153,20 @@ def load_parents(
         return keep_leaves(parents, keep) if keep else parents
     if logits is not None and len(logits) != len(paths):
         raise InterchangeError(f"logits of {len(logits)} parents are given, and {len(paths)} paths")
-    apply_fn, target = _target(like, inputs)
-    specs = specs_of(target.variables)
+    apply_fn, variables, layers = _target(like, inputs)
+    specs = specs_of(variables)
     owners = leaf_owners(list(specs), keep or {}, len(paths))
     loaded: list[dict[str, np.ndarray]] = []
     for k, path in enumerate(paths):
-        stored = open_network(Path(path), _size(target))
+        stored = open_network(Path(path), _size(specs))
         free = {leaf for leaf, owner in owners.items() if owner != k}
-        mapping = find_mapping(stored, target, rename=rename, ignore=ignore, cast=cast, free=free)
+        mapping = find_mapping(
+            stored, specs, layers, rename=rename, ignore=ignore, cast=cast, free=free
+        )
         if callback is not None:
             callback(mapping)
-        loaded.append(_read(stored, mapping, target, free))
-    treedef = jax.tree.structure(target.variables)
+        loaded.append(_read(stored, mapping, specs, free))
+    treedef = jax.tree.structure(variables)
     parents = [
         jax.tree.unflatten(treedef, [loaded[owners.get(leaf, k)][leaf] for leaf in specs])
         for k in range(len(paths))
@@ -199,9 +202,10 @@ def map_names(
         >>> map_names(folder / "a.npz", network, inputs=np.ones((1, 4))).entries[0].layout.note
         'transposed'
     """
-    _, target = _target(like, inputs)
-    stored = open_network(Path(path), _size(target))
-    return find_mapping(stored, target, rename=rename, ignore=ignore, cast=cast)
+    _, variables, layers = _target(like, inputs)
+    specs = specs_of(variables)
+    stored = open_network(Path(path), _size(specs))
+    return find_mapping(stored, specs, layers, rename=rename, ignore=ignore, cast=cast)
 
 
 def check_logits(
@@ -242,57 +246,48 @@ def check_logits(
         raise InterchangeError(f"{name}: outputs {[*ours]}, and {[*theirs]} in the reference")
     largest = 0.0
     for path, expected in theirs.items():
-        difference = _differences(ours[path], expected, name)
-        differs = ~(difference <= tolerance)
+        here, there = (np.asarray(outputs, np.float64) for outputs in (ours[path], expected))
+        of = f" of {path}" if path else ""
+        if here.shape != there.shape:
+            raise InterchangeError(
+                f"{name}: the logits{of} have shape {here.shape}, those of the reference "
+                f"{there.shape}"
+            )
+        with np.errstate(invalid="ignore"):  # where both are infinite
+            most = float(np.nanmax(np.abs(here - there), initial=0.0))
+        differs = ~np.isclose(here, there, rtol=0, atol=tolerance, equal_nan=True)
         if differs.any():
             at = tuple(int(i) for i in np.argwhere(differs)[0])
-            of = f" of {path}" if path else ""
-            here, there = (np.asarray(it, np.float64)[at] for it in (ours[path], expected))
             raise InterchangeError(
-                f"{name}: logit {list(at)}{of} is {here:.6} here and {there:.6} in the reference; "
-                f"the largest of {int(differs.sum())} differences over {tolerance:g} is "
-                f"{np.nanmax(difference):.3g}"
+                f"{name}: logit {list(at)}{of} is {here[at]:.6} here and {there[at]:.6} in the "
+                f"reference; the largest of {int(differs.sum())} differences over {tolerance:g} is "
+                f"{most:.3g}"
             )
-        largest = max(largest, float(difference.max(initial=0.0)))
+        largest = max(largest, most)
     return largest
 
 
-def _differences(ours: Any, theirs: Any, name: str) -> np.ndarray:
-    found, expected = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    if found.shape != expected.shape:
-        raise InterchangeError(
-            f"{name}: the logits have shape {found.shape}, those of the reference {expected.shape}"
-        )
-    difference = np.abs(found - expected)
-    difference[(found == expected) | (np.isnan(found) & np.isnan(expected))] = 0.0
-    return difference
-
-
-def _size(target: Target) -> int:
-    return sum(spec.nbytes for spec in specs_of(target.variables).values())
+def _size(specs: Mapping[str, Spec]) -> int:
+    return sum(spec.nbytes for spec in specs.values())
 
 
 def _as_stored(stored: Stored) -> PyTree:
     """All arrays of a file, in dictionaries."""
     if stored.path.is_dir():  # Orbax has no limit: it stores no blocks of zeros
         on_disk = sum(at.stat().st_size for at in stored.path.rglob("*") if at.is_file())
-        claimed = sum(spec.nbytes for spec in stored.specs.values())
+        claimed = _size(stored.specs)
         if claimed > _MOST_COMPRESSION * on_disk:
             raise InterchangeError(
                 f"{stored.path} has {on_disk} bytes and says it holds {claimed}: give like="
             )
-    for name, spec in stored.specs.items():
-        if spec.dtype.hasobject:
-            raise InterchangeError(f"{stored.path}: {name} is no array")
     arrays = read_arrays(stored, list(stored.specs))
     return nested({tuple(name.split("/")): array for name, array in arrays.items()})
 
 
 def _read(
-    stored: Stored, mapping: NameMap, target: Target, free: Collection[str]
+    stored: Stored, mapping: NameMap, specs: Mapping[str, Spec], free: Collection[str]
 ) -> dict[str, np.ndarray]:
     """The leaves that are not free, in the dtypes of the network."""
-    specs = specs_of(target.variables)
     entries = [entry for entry in mapping.entries if entry.path not in free]
     arrays = read_arrays(stored, [entry.name for entry in entries])
     # Arrays without elements may be missing.
@@ -306,8 +301,8 @@ def _read(
     return leaves
 
 
-def _target(like: Any, inputs: Any) -> tuple[ApplyFn | None, Target]:
-    """The network that `like` stands for, and what a file is matched to."""
+def _target(like: Any, inputs: Any) -> tuple[ApplyFn | None, PyTree, Layers | None]:
+    """The function and variables that `like` stands for, and what finds its layers."""
     form = form_of(like)
     if form == "an NNX model":
         network = from_nnx(like)
@@ -324,8 +319,7 @@ def _target(like: Any, inputs: Any) -> tuple[ApplyFn | None, Target]:
         network = from_linen(like, variables, **inference)
     else:
         expect(like, "a pytree of arrays", "like")
-        return None, Target(like)
-    layers = None
-    if inputs is not None:
-        layers = functools.cache(lambda: find_modules(*network, inputs))
-    return network.apply_fn, Target(network.variables, layers)
+        return None, like, None
+    if inputs is None:
+        return *network, None
+    return *network, functools.cache(lambda: find_modules(*network, inputs))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from megajax.formats.layouts import Layout
-from megajax.formats.uses import Slot
-from megajax.types import PyTree
 
-__all__ = ["Entry", "NameMap", "Target", "dims", "some"]
+__all__ = ["Entry", "NameMap", "dims", "some"]
 
 _LISTED = 10
 _RARE = 2
@@ -88,19 +86,6 @@ class NameMap(NamedTuple):
             single = [name for name in self.ignored if kinds[name.rpartition(".")[2]] == 1]
             lines.append(f"  ignored: {some([*alike, *single])}")
         return "\n".join(lines)
-
-
-class Target(NamedTuple):
-    """The network that a file is to be loaded into.
-
-    Attributes:
-        variables: of one network, or their shapes and dtypes.
-        layers: `layers()` finds the modules that its leaves would be in PyTorch, in the order of
-            the program (see `uses.find_modules`); None if there is no program to find them in.
-    """
-
-    variables: PyTree
-    layers: Callable[[], Sequence[tuple[Slot, ...]]] | None = None
 
 
 def dims(shape: Sequence[int]) -> str:

@@ -15,10 +15,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from megajax.errors import InterchangeError
-from megajax.formats.arrays import Spec, Stored, is_number, specs_of
+from megajax.formats.arrays import Spec, Stored, is_number
 from megajax.formats.layouts import as_is
-from megajax.formats.mapping import Entry, NameMap, Target, some
-from megajax.formats.state_dict import is_state_dict, match_state_dict
+from megajax.formats.mapping import Entry, NameMap, some
+from megajax.formats.state_dict import Layers, is_state_dict, match_state_dict
 
 __all__ = ["find_mapping"]
 
@@ -27,7 +27,8 @@ _MOST = 5
 
 def find_mapping(
     stored: Stored,
-    target: Target,
+    wanted: Mapping[str, Spec],
+    layers: Layers | None = None,
     *,
     rename: Mapping[str, str] | None = None,
     ignore: str | None = None,
@@ -38,7 +39,9 @@ def find_mapping(
 
     Args:
         stored: the opened file.
-        target: the network.
+        wanted: path -> shape and dtype of every leaf, in flattening order.
+        layers: finds the modules that the leaves would be in PyTorch, in the order of the program
+            (see `uses.find_modules`); None if there is no program to find them in.
         rename: names in the file, or regular expressions for the whole name, -> path of the leaf
             (groups as in `re.sub`). For a tensor of a state dict, the other tensors of its module
             follow it.
@@ -56,18 +59,17 @@ def find_mapping(
         >>> import numpy as np
         >>> specs = {"fc/kernel": Spec((2, 3), np.dtype("float32"))}
         >>> stored = Stored(Path("a.npz"), specs, lambda names: {})
-        >>> find_mapping(stored, Target({"fc": {"kernel": np.ones((2, 4), np.float32)}}))
+        >>> find_mapping(stored, {"fc/kernel": Spec((2, 4), np.dtype("float32"))})
         Traceback (most recent call last):
         ...
         megajax.errors.InterchangeError: a.npz: leaf fc/kernel is float32[2,4] but float32[2,3] in
         the file
     """
-    wanted = specs_of(target.variables)
     pattern = None if ignore is None else _compiled("ignore", ignore)
     names = [name for name in stored.specs if not (pattern and pattern.search(name))]
     renamed = _renamed(stored.path, names, rename or {}, wanted)
     if is_state_dict(names, wanted):
-        entries = match_state_dict(stored, target, names, renamed, wanted, free)
+        entries = match_state_dict(stored, layers, names, renamed, wanted, free)
     else:
         entries = _by_name(stored, names, renamed, wanted, free)
     _check([entry for entry in entries if entry.path not in free], stored, wanted, cast)

@@ -16,10 +16,9 @@ from megajax.errors import InterchangeError
 from megajax.formats.adapters import expect
 from megajax.formats.arrays import Keyed, arrays_of
 from megajax.formats.disk import fingerprint, remove_sums, write_sums, write_whole
-from megajax.formats.kinds import FORMATS
+from megajax.formats.kinds import FORMATS, open_network, read_arrays
 from megajax.formats.layouts import to_file
 from megajax.formats.mapping import NameMap
-from megajax.formats.opening import open_network, read_arrays
 from megajax.types import PyTree
 
 __all__ = ["export", "model_card", "save_network"]

@@ -7,18 +7,19 @@ lists the candidates, never a guess.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from megajax.errors import InterchangeError
 from megajax.formats.arrays import Spec, Stored
 from megajax.formats.layouts import as_is
-from megajax.formats.mapping import Entry, Target, dims, some
+from megajax.formats.mapping import Entry, dims, some
 from megajax.formats.ordering import orders
 from megajax.formats.uses import Slot
 
-__all__ = ["is_state_dict", "match_state_dict"]
+__all__ = ["Layers", "is_state_dict", "match_state_dict"]
+
+Layers: TypeAlias = Callable[[], Sequence[tuple[Slot, ...]]]
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _COUNTER = "num_batches_tracked"  # of BatchNorm: it plays no part in inference
@@ -44,7 +45,7 @@ def is_state_dict(names: Collection[str], paths: Collection[str] = ()) -> bool:
 
 def match_state_dict(
     stored: Stored,
-    target: Target,
+    find_layers: Layers | None,
     names: Sequence[str],
     renamed: Mapping[str, str],
     wanted: Mapping[str, Spec],
@@ -54,7 +55,7 @@ def match_state_dict(
 
     Args:
         stored: the opened file.
-        target: the network.
+        find_layers: finds the layers, in the order of the program; None if there is no program.
         names: the tensors of the file that count.
         renamed: tensors -> paths of the leaves that the user says they are.
         wanted: path -> shape and dtype of every leaf, in flattening order.
@@ -77,16 +78,16 @@ def match_state_dict(
         >>> layers = [(Slot(i, "weight", linear(spec.shape, [0])),)
         ...           for i, spec in enumerate(wanted.values())]
         >>> stored = Stored(Path("net.npz"), specs, lambda names: {})
-        >>> entries = match_state_dict(stored, Target({}, lambda: layers), list(specs), {}, wanted)
+        >>> entries = match_state_dict(stored, lambda: layers, list(specs), {}, wanted)
         >>> [(entry.name, entry.path) for entry in entries]
         [('0.weight', 'a'), ('2.weight', 'b'), ('4.weight', 'c')]
     """
-    if target.layers is None:
+    if find_layers is None:
         raise InterchangeError(
             f"{stored.path} is a PyTorch state dict: to match it, like= must be a module or a "
             "megajax.Network, and inputs= a batch of inputs (or its shape and dtype)"
         )
-    paths, layers = list(wanted), list(target.layers())
+    paths, layers = list(wanted), list(find_layers())
     used = {slot.leaf for layer in layers for slot in layer}
     unused = [leaf for leaf in range(len(paths)) if leaf not in used]
     layers += [(Slot(leaf, None, as_is(wanted[paths[leaf]].shape)),) for leaf in unused]
@@ -168,16 +169,14 @@ def _pins(sides: _Sides, renamed: Mapping[str, str]) -> dict[int, str]:
     pins: dict[int, str] = {}
     for name, path in renamed.items():
         layer, module = layer_of[path], module_of[name]
-        other = pins.setdefault(layer, module)
-        if other != module:
-            raise InterchangeError(f"rename puts {module} and {other} where leaf {path} is")
         if not _fits(sides, layer, module):
             raise InterchangeError(f"{sides.stored.path}: {_unlike(sides, layer, module)}")
         if all((name, path) != entry[:2] for entry in _entries(sides, layer, module)):
             raise InterchangeError(f"rename {name!r} to {path!r}: it is another of the tensors")
-    twice = [module for module, count in Counter(pins.values()).items() if count > 1]
-    if twice:
-        raise InterchangeError(f"rename puts {twice[0]} into two layers")
+        others = [m for i, m in pins.items() if (i == layer) != (m == module)]
+        if others:
+            raise InterchangeError(f"rename {name!r} to {path!r} contradicts that of {others[0]}")
+        pins[layer] = module
     return pins
 
 

@@ -3,6 +3,7 @@
 The oracle is PyTorch itself where it is installed, and the logits it stored elsewhere.
 """
 
+import functools
 import importlib.util
 import itertools
 import pathlib
@@ -16,8 +17,7 @@ import pytest
 from flax import nnx
 
 import megajax as mj
-from megajax.formats.arrays import Spec, Stored
-from megajax.formats.mapping import Target
+from megajax.formats.arrays import Spec, Stored, specs_of
 from megajax.formats.naming import find_mapping
 from megajax.formats.uses import find_modules
 from megajax.trees import leaf_paths
@@ -173,8 +173,9 @@ def test_a_program_that_is_plain_jax_or_nnx_is_matched_as_well():
 def find(shapes, network, inputs, **options):
     """The mapping for a file of such tensors: name -> path."""
     specs = {name: Spec(shape, np.dtype("float32")) for name, shape in shapes.items()}
-    target = Target(network.variables, lambda: find_modules(*network, inputs))
-    mapping = find_mapping(Stored(pathlib.Path("net"), specs, dict), target, **options)
+    stored = Stored(pathlib.Path("net"), specs, dict)
+    layers = functools.partial(find_modules, *network, inputs)
+    mapping = find_mapping(stored, specs_of(network.variables), layers, **options)
     return {entry.name: entry.path for entry in mapping.entries}
 
 
@@ -284,7 +285,7 @@ def test_ignored_tensors_and_other_precisions():
     with pytest.raises(mj.InterchangeError, match="is a PyTorch state dict: to match it"):
         find_mapping(
             Stored(pathlib.Path("net"), {"fc.weight": Spec((8, 8), np.dtype("f4"))}, dict),
-            Target(network.variables),
+            specs_of(network.variables),
         )
 
 

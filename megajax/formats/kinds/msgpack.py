@@ -52,12 +52,5 @@ def _spec(value: Any) -> Spec:
     return _NOT_AN_ARRAY
 
 
-FORMAT = Format(
-    name="msgpack",
-    files=("variables.msgpack",),
-    suffixes=(".msgpack",),
-    open=_open,
-    write=_write,
-    reader="Flax: `flax.serialization.from_bytes(variables, data)`",
-    whole=True,
-)
+_READER = "Flax: `flax.serialization.from_bytes(variables, data)`"
+FORMAT = Format("msgpack", ("variables.msgpack",), _open, _write, _READER, whole=True)

@@ -94,12 +94,5 @@ def _write(path: Path, arrays: Keyed) -> None:
     write_whole(path, buffer.getvalue())
 
 
-FORMAT = Format(
-    name="npz",
-    files=("variables.npz",),
-    suffixes=(".npz",),
-    open=_open,
-    write=_write,
-    reader="NumPy: `np.load(file)`; bfloat16 is stored as bits, under `NAME::bfloat16`",
-    flat=True,
-)
+_READER = "NumPy: `np.load(file)`; bfloat16 is stored as bits, under `NAME::bfloat16`"
+FORMAT = Format("npz", ("variables.npz",), _open, _write, _READER, flat=True)

@@ -114,12 +114,5 @@ def _write(path: Path, arrays: Keyed) -> None:
         temporary.rename(path)
 
 
-FORMAT = Format(
-    name="orbax",
-    files=("orbax",),
-    suffixes=(),
-    open=_open,
-    write=_write,
-    reader="Orbax: `PyTreeCheckpointer().restore(folder)`",
-    find=_find,
-)
+_READER = "Orbax: `PyTreeCheckpointer().restore(folder)`"
+FORMAT = Format("orbax", ("orbax",), _open, _write, _READER, find=_find)

@@ -99,12 +99,6 @@ def _write(path: Path, arrays: Keyed) -> None:
     write_whole(path, data)
 
 
-FORMAT = Format(
-    name="safetensors",
-    files=("model.safetensors", f"model.safetensors{_INDEX}"),
-    suffixes=(".safetensors", f".safetensors{_INDEX}"),
-    open=_open,
-    write=_write,
-    reader="`safetensors.numpy.load_file(file)`, `safetensors.torch.load_file(file)`",
-    flat=True,
-)
+_FILES = ("model.safetensors", f"model.safetensors{_INDEX}")
+_READER = "`safetensors.numpy.load_file(file)`, `safetensors.torch.load_file(file)`"
+FORMAT = Format("safetensors", _FILES, _open, _write, _READER, flat=True)
