@@ -285,7 +285,7 @@ def flags(dry: bool) -> None:
 def recalibrate(dry: bool) -> None:
     import jax.numpy as jnp
 
-    from megajax.program.batchnorm import recalibrated
+    from megajax.merging.genome import recalibrated
 
     networks, images = (4, 24) if dry else (20, 5000)
     case = make_case("resnet8" if dry else "resnet56", "bfloat16", networks, images)

@@ -32,7 +32,7 @@ import numpy as np
 from jax.extend import core
 
 from megajax.alignment.axes import Axis, Box, boxes
-from megajax.alignment.propagation import Axes, Record, first_uses, fresh, pin_all, propagate
+from megajax.alignment.propagation import Axes, Record, fresh, pin_all, propagate
 from megajax.errors import SymmetryError
 from megajax.program import jaxprs as programs
 from megajax.trees import leaves_by_path
@@ -235,8 +235,11 @@ def trace(apply_fn: ApplyFn, variables: Any, inputs: Any) -> Trace:
     paths = tuple(leaves_by_path(variables))
     args = [fresh(x.aval.shape) for x in closed.jaxpr.invars]
     axes = tuple(args[: len(paths)])
-    uses = first_uses(closed)
-    unused = frozenset(p for p, use in zip(paths, uses, strict=False) if use is None)
+    record = Record()
+    results = propagate(closed, args, record)
+    unused = frozenset(
+        path for i, path in enumerate(paths) if i not in record.first and axes[i] != ()
+    )
     for path, x, leaf in zip(paths, closed.jaxpr.invars, axes, strict=False):
         if path in unused:
             pin_all(leaf, "unused")
@@ -244,11 +247,9 @@ def trace(apply_fn: ApplyFn, variables: Any, inputs: Any) -> Trace:
             pin_all(leaf, "not a float")
     for arg in args[len(paths) :]:
         pin_all(arg, "input")
-    record = Record()
-    for out in propagate(closed, args, record):
+    for out in results:
         pin_all(out, "output")
-    numbered = {path: use for path, use in zip(paths, uses, strict=False) if use is not None}
-    order = (*sorted(unused, key=paths.index), *sorted(numbered, key=numbered.__getitem__))
+    order = tuple(sorted(paths, key=lambda path: record.first.get(paths.index(path), -1)))
     return Trace(closed, paths, axes, record, unused, order)
 
 

@@ -17,7 +17,7 @@ from jax.extend import core
 from megajax.alignment.propagation import ELEMENTWISE
 from megajax.alignment.symmetries import Group, Site, Symmetries, find_symmetries, unit_layout
 from megajax.program.jaxprs import moved_axes, shape_of, trace, walk
-from megajax.program.layers import find_layers
+from megajax.program.roles import find_layers
 from megajax.trees import leaf_paths
 from megajax.types import ApplyFn, PyTree
 

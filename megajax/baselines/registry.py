@@ -31,10 +31,10 @@ from megajax.config import (
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.keys import named_key
 from megajax.merging.fitness import METRICS, Batches, Evaluate, batches, evaluator
-from megajax.merging.genome import Genome, masks
+from megajax.merging.genome import Genome, masks, recalibrated
 from megajax.merging.merge import check_labels, genome_for
 from megajax.merging.plans import Plan, plan_evaluation
-from megajax.program.batchnorm import recalibrate, recalibrated
+from megajax.program.batchnorm import recalibrate
 from megajax.program.convolutions import for_backend
 from megajax.search.genetic import GeneticAlgorithm, run
 from megajax.search.operators import take

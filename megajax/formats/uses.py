@@ -16,8 +16,8 @@ from jax.extend import core
 
 from megajax.formats import layouts
 from megajax.formats.layouts import Layout
-from megajax.program.batchnorm import find_statistics
 from megajax.program.jaxprs import moved_axes, shape_of, trace, walk
+from megajax.program.roles import find_statistics
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Slot", "find_modules"]

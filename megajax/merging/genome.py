@@ -30,12 +30,13 @@ import numpy as np
 
 from megajax.config import GRANULARITIES
 from megajax.errors import ConfigError
+from megajax.program.batchnorm import recalibrate
 from megajax.search import operators
 from megajax.trees import leaf_paths, num_parents, one_of
-from megajax.types import Genes, Key, PyTree
+from megajax.types import ApplyFn, Genes, Key, PyTree
 
 if TYPE_CHECKING:
-    from megajax.program.batchnorm import Statistic
+    from megajax.program.roles import Statistic
 
 __all__ = [
     "FROZEN",
@@ -43,6 +44,7 @@ __all__ = [
     "mask_labels",
     "masks",
     "nearest_on_simplex",
+    "recalibrated",
     "weights",
 ]
 
@@ -468,6 +470,48 @@ def weights(
         return jax.tree.unflatten(treedef, leaves)
 
     return Genome(init, express, repair, sample, None, len(genes_of), None, noise)
+
+
+def recalibrated(genome: Genome, apply_fn: ApplyFn) -> Genome:
+    """A genome whose networks are recalibrated as they are expressed.
+
+    Every candidate is then scored, and used, with statistics of its own. An individual that is
+    exactly one of the parents keeps that parent's statistics, bit for bit.
+
+    Args:
+        genome: a genome of masks or weights.
+        apply_fn: the network, in inference mode.
+
+    Returns:
+        The genome; its `express` takes `(parents, inputs)` in place of `parents`, where `inputs`
+        `[n, ...]` are the calibration inputs.
+
+    Example:
+        >>> from megajax.merging.genome import masks
+        >>> parents = {"mean": jnp.zeros((2, 1)), "var": jnp.ones((2, 1)), "w": jnp.eye(2)[:, :1]}
+        >>> def apply_fn(w, x):
+        ...     return (x * w["w"] - w["mean"]) * jax.lax.rsqrt(w["var"] + 1e-5)
+        >>> genome = recalibrated(masks(parents, granularity="global"), apply_fn)
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> float(genome.express(jnp.array([[0.5, 0.5]]), (parents, x))["mean"][0])
+        1.0
+        >>> float(genome.express(jnp.array([[1.0, 0.0]]), (parents, x))["mean"][0])
+        0.0
+    """
+
+    def express(genes: Genes, context: tuple[PyTree, jax.Array]) -> PyTree:
+        parents, inputs = context
+        variables = genome.express(genes, parents)
+        equal = jax.tree.map(
+            lambda leaf, of_parents: (leaf == of_parents).all(range(1, of_parents.ndim)),
+            variables,
+            parents,
+        )
+        is_parent = jnp.stack(jax.tree.leaves(equal)).all(axis=0).any()
+        new = recalibrate(apply_fn, variables, inputs)
+        return jax.tree.map(lambda old, new: jnp.where(is_parent, old, new), variables, new)
+
+    return genome._replace(express=express)
 
 
 # Shares ------------------------------------------------------------------------------------------

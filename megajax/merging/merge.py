@@ -29,13 +29,12 @@ from megajax.config import (
 from megajax.errors import ConfigError, DataError
 from megajax.merging.devices import POPULATION, place
 from megajax.merging.fitness import METRICS, Batches, Evaluate, batches, evaluator
-from megajax.merging.genome import Genome, masks, weights
+from megajax.merging.genome import Genome, masks, recalibrated, weights
 from megajax.merging.plans import Plan, check_memory, free_memory, plan_evaluation, predict_memory
 from megajax.merging.shares import parent_shares, projected_shares
-from megajax.program.batchnorm import find_statistics, recalibrated
 from megajax.program.convolutions import for_backend
-from megajax.program.layers import find_layers
 from megajax.program.prefix import features_size, own_leaves
+from megajax.program.roles import find_layers, find_statistics
 from megajax.search import operators
 from megajax.search.genetic import (
     GAInfo,

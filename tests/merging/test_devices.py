@@ -13,9 +13,8 @@ import megajax as mj
 from megajax.config import FitnessConfig, RecalibrateConfig
 from megajax.merging import devices as sharding
 from megajax.merging import fitness
-from megajax.merging.genome import masks
+from megajax.merging.genome import masks, recalibrated
 from megajax.merging.plans import plan_evaluation
-from megajax.program.batchnorm import recalibrated
 from megajax.run import pipeline
 from megajax.run import store as workdir
 from megajax.run.config import Config, from_dict, to_dict

@@ -10,7 +10,7 @@ from megajax.config import FitnessConfig
 from megajax.errors import DeviceError
 from megajax.merging import plans
 from megajax.merging.fitness import accuracy, batches, evaluator
-from megajax.merging.genome import masks
+from megajax.merging.genome import masks, recalibrated
 from megajax.merging.plans import (
     Memory,
     Plan,
@@ -20,7 +20,6 @@ from megajax.merging.plans import (
     predict_memory,
     trial,
 )
-from megajax.program.batchnorm import recalibrated
 from megajax.trees import stacked_shapes
 from megajax.zoo.networks import build
 

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from megajax.program.roles import find_layers, find_statistics
 
-from megajax.program.batchnorm import find_statistics
 from megajax.program.convolutions import pixels_at_once, widened
 from megajax.program.jaxprs import trace, walk
-from megajax.program.layers import find_layers
 from megajax.zoo import networks as models
 
 RNG = np.random.default_rng(0)

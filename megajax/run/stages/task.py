@@ -23,7 +23,7 @@ from megajax.formats import from_linen
 from megajax.keys import named_key
 from megajax.merging.merge import genome_for
 from megajax.merging.plans import plan_evaluation
-from megajax.program.batchnorm import find_statistics
+from megajax.program.roles import find_statistics
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
 from megajax.run.config import Config
