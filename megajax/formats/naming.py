@@ -163,21 +163,19 @@ def _by_name(
 
 def _hint(missing: Sequence[str], extra: Sequence[str], found: Sequence[str]) -> str:
     """The arguments that would help, where it is clear which."""
-    rename, moved = _renaming(missing, {*extra})
+    rename, moved = _renaming(missing, extra)
     used = {*found, *moved}
     rest = sorted({_outside(name, used) for name in extra if name not in moved})
     ignore = f"^({'|'.join(map(re.escape, rest))})"
     advice = [f"rename={rename}"] if rename else []
     if rest and len(rest) <= _MOST and not any(re.search(ignore, name) for name in used):
         advice.append(f"ignore={ignore!r}")
-    return (
-        f"; {' and '.join(advice)} would help" if advice and bool(missing) == bool(rename) else ""
-    )
+    if not advice or bool(missing) != bool(rename):
+        return ""
+    return f"; {' and '.join(advice)} would help"
 
 
-def _renaming(
-    missing: Sequence[str], extra: Collection[str]
-) -> tuple[dict[str, str], Collection[str]]:
+def _renaming(missing: Sequence[str], extra: Sequence[str]) -> tuple[dict[str, str], set[str]]:
     """What would give each missing leaf an array, if only a container more or less is between."""
     for name in extra if missing else ():
         if name.endswith(f"/{missing[0]}"):
@@ -189,7 +187,7 @@ def _renaming(
             moved = {leaf.removeprefix(outer) for leaf in missing}
         if moved <= {*extra}:
             return rename, moved
-    return {}, ()
+    return {}, set()
 
 
 def _outside(name: str, used: Collection[str]) -> str:

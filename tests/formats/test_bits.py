@@ -77,7 +77,7 @@ def refusable(leaf):
 
 @pytest.mark.parametrize("kind", FORMATS)
 @settings(
-    max_examples=60,
+    max_examples=40,
     derandomize=True,
     database=None,
     deadline=None,
