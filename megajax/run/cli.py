@@ -39,6 +39,7 @@ from rich.console import Console
 from megajax import report
 from megajax.errors import ConfigError, DeviceError, Interrupted, MegajaxError, first_line
 from megajax.evaluation.results import aggregate
+from megajax.io import write_json
 from megajax.run import pipeline
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
@@ -174,19 +175,15 @@ def make_cores_devices() -> None:
         return
     if "JAX_NUM_CPU_DEVICES" in os.environ:
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cores or 1)
+    jax.config.update("jax_num_cpu_devices", distributed.cores())
 
 
 def _do(order: _Order, stopping: Callable[[], bool]) -> None:
     """Does the runs; finished ones are not done again. Several have a summary in the end."""
     console, results = Console(quiet=not distributed.is_first()), []
     for number, (config, folder, origin, label) in enumerate(order.runs, start=1):
-        folders = [folder] if origin is None else [folder, origin]
         try:
-            with distributed.own_folders(folders) as (own, *old):
-                origin = old[0] if old else None
-                results.append(pipeline.run(config, own, console, origin=origin, stopping=stopping))
+            results.append(pipeline.run(config, folder, console, origin=origin, stopping=stopping))
         except MegajaxError as error:
             error.args = (f"{label}{error}",)
             raise
@@ -195,7 +192,7 @@ def _do(order: _Order, stopping: Callable[[], bool]) -> None:
     if order.summary is not None and distributed.is_first():
         combined = aggregate(results)
         report.write_report(order.summary.parent, combined)
-        workdir.write_json(order.summary, combined)
+        write_json(order.summary, combined)
         console.print(report.answer(combined), soft_wrap=True, highlight=False)
         console.print(f"all seeds: {order.summary}", soft_wrap=True)
 

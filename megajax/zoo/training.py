@@ -54,6 +54,7 @@ __all__ = [
     "TrainingConfig",
     "augment",
     "begin",
+    "begin_finetuning",
     "finetune",
     "init",
     "make_epoch",
@@ -325,6 +326,8 @@ def finetune(
     config: FinetuneConfig,
     training: TrainingConfig | None = None,
     *,
+    state: TrainState | None = None,
+    callback: Callable[[TrainState, Metrics], None] | None = None,
     mapping: str = "auto",
 ) -> tuple[list[Variables], Metrics]:
     """Trains networks further, all of them for as long and on the same images.
@@ -339,6 +342,8 @@ def finetune(
         networks: K variables pytrees.
         config: how long, and at which learning rate.
         training: the rest; None takes the defaults. There is no warm-up.
+        state: where an earlier call got to; None starts from `begin_finetuning`.
+        callback: as for `train`.
         mapping: as for `train`.
 
     Returns:
@@ -362,22 +367,40 @@ def finetune(
         >>> bool((history.loss[-1] < history.loss[0]).all())
         True
     """
-    training = training or TrainingConfig()
     if config.epochs == 0:
         return list(networks), Metrics(*np.zeros((2, 0, len(networks)), np.float32))
-    rate = config.learning_rate
-    longer = training.replace(
+    longer, shards = _longer(config, training), _all_of(split, networks)
+    try:
+        state = state or begin_finetuning(split, networks, config, training)
+        return train(
+            key, model, split, shards, longer, state=state, callback=callback, mapping=mapping
+        )
+    except ParentsError as error:
+        message = str(error).replace("training.learning_rate", "finetune.learning_rate")
+        raise ParentsError(f"finetune: {message}") from None
+
+
+def begin_finetuning(
+    split: Split,
+    networks: Sequence[Variables],
+    config: FinetuneConfig,
+    training: TrainingConfig | None = None,
+) -> TrainState:
+    """The state before the first epoch of `finetune`, of at least one. Arguments as for that."""
+    return begin(networks, split, _all_of(split, networks), _longer(config, training))
+
+
+def _longer(config: FinetuneConfig, training: TrainingConfig | None) -> TrainingConfig:
+    training, rate = training or TrainingConfig(), config.learning_rate
+    return training.replace(
         epochs=config.epochs,
         learning_rate=training.learning_rate / 10 if rate is None else rate,
         warmup_epochs=0.0,
     )
-    shards = [np.arange(len(split.labels))] * len(networks)
-    try:
-        state = begin(networks, split, shards, longer)
-        return train(key, model, split, shards, longer, state=state, mapping=mapping)
-    except ParentsError as error:
-        message = str(error).replace("training.learning_rate", "finetune.learning_rate")
-        raise ParentsError(f"finetune: {message}") from None
+
+
+def _all_of(split: Split, networks: Sequence[Variables]) -> list[npt.NDArray[Any]]:
+    return [np.arange(len(split.labels))] * len(networks)
 
 
 def make_epoch(

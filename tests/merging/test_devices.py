@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from rich.console import Console
 
 import megajax as mj
+from megajax import io
 from megajax.config import FitnessConfig, RecalibrateConfig
 from megajax.merging import devices as sharding
 from megajax.merging import fitness
@@ -346,7 +347,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_another_number_of_devices(tmp_path
     metrics = tmp_path / "four" / workdir.METRICS
 
     def stopping():
-        return metrics.exists() and len(workdir.read_lines(metrics)) == 3
+        return metrics.exists() and len(io.read_lines(metrics)) == 3
 
     with pytest.raises(mj.errors.Interrupted, match="saved after generation 2"):
         pipeline.run(on_devices(4), tmp_path / "four", stopping=stopping)
@@ -358,8 +359,8 @@ def test_a_run_goes_on_from_the_checkpoint_of_another_number_of_devices(tmp_path
         assert "merging goes on after generation 2" in capsys.readouterr().out
         assert results["merged"] == whole["merged"]
         chex.assert_trees_all_equal(
-            workdir.load_network(folder / "merged"),
-            workdir.load_network(tmp_path / "whole" / "merged"),
+            mj.load_network(folder / "merged"),
+            mj.load_network(tmp_path / "whole" / "merged"),
         )
-    mesh = workdir.read_json(tmp_path / "8" / workdir.RESULTS)["plan"]["mesh"]
+    mesh = io.read_json(tmp_path / "8" / workdir.RESULTS)["plan"]["mesh"]
     assert mesh == {"population": 8, "network": 1}

@@ -22,7 +22,6 @@ from megajax.merging.tree import (
     share_budget,
     weight_similarity,
 )
-from megajax.run import store as workdir
 from megajax.search.genetic import GAInfo
 from megajax.zoo.networks import build
 
@@ -289,12 +288,12 @@ def test_killed_anywhere_and_started_again(alone, tmp_path, nodes_at_once, stop)
         return tmp_path / f"{node.round}-{node.position}"
 
     def load(node):
-        return workdir.load_network(folder(node), LIKE) if folder(node).exists() else None
+        return mj.load_network(folder(node), LIKE) if folder(node).exists() else None
 
     def save(node, result):
         if node.number - 5 == stop:
             raise KeyboardInterrupt
-        workdir.save_network(folder(node), result)
+        mj.save_network(folder(node), result)
 
     if stop < 4:
         with pytest.raises(KeyboardInterrupt):

@@ -14,7 +14,6 @@ import pytest
 
 from megajax.run import cli as run
 from megajax.run import processes as distributed
-from megajax.run import store as workdir
 
 CONFIG = """
 import megajax as mj
@@ -144,18 +143,6 @@ def test_a_mistake_is_one_line_before_anybody_is_waited_for(
     assert not (tmp_path / "w").exists()
 
 
-def test_a_whole_copy_is_the_same_run(tmp_path):
-    old, new = tmp_path / "old", tmp_path / "new"
-    workdir.write_config(old, {"seed": 0}, {"versions": {}})
-    workdir.write_json(old / workdir.RESULTS, {"seed": 0})
-    (old / "plots").mkdir()
-    with workdir.locked(old):
-        workdir.copy_whole(old, new)
-    assert workdir.read_config(new) == workdir.read_config(old)
-    assert workdir.read_json(new / workdir.RESULTS) == {"seed": 0}
-    assert {path.name for path in new.iterdir()} == {"config.json", "results.json", "plots"}
-
-
 ALONE = """
 import sys
 from megajax.run import processes as distributed
@@ -270,7 +257,6 @@ def test_two_processes_give_what_one_gives_and_only_the_first_one_writes(config,
     found = json.loads((tmp_path / "two" / "results.json").read_text())
     assert found["plan"]["mesh"] == {"population": 2, "network": 1}
     assert {path.name for path in tmp_path.iterdir()} == {"one", "two", "tmp", "tiny.py"}
-    assert list((tmp_path / "tmp").glob("megajax-*")) == []
     there = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").rglob("*")}
     (code, out, error), second = ended(start_two(tmp_path, *command))
     assert (code, second[0]) == (0, 0), error + second[2]
@@ -321,4 +307,3 @@ def test_seeds_and_forks_of_two_processes(config, tmp_path):
     assert (
         results(tmp_path / "new" / "seed1")["genes"] != results(tmp_path / "old" / "seed1")["genes"]
     )
-    assert list((tmp_path / "tmp").glob("megajax-*")) == []
