@@ -35,7 +35,7 @@ from megajax.merging.genome import Genome, masks, recalibrated
 from megajax.merging.merge import check_labels, genome_for
 from megajax.merging.plans import Plan, plan_evaluation
 from megajax.program.batchnorm import recalibrate
-from megajax.program.convolutions import for_backend
+from megajax.program.folding import for_backend
 from megajax.search.genetic import GeneticAlgorithm, run
 from megajax.search.operators import take
 from megajax.search.racing import num_finalists

@@ -32,7 +32,7 @@ from megajax.merging.fitness import METRICS, Batches, Evaluate, batches, evaluat
 from megajax.merging.genome import Genome, masks, recalibrated, weights
 from megajax.merging.plans import Plan, check_memory, free_memory, plan_evaluation, predict_memory
 from megajax.merging.shares import parent_shares, projected_shares
-from megajax.program.convolutions import for_backend
+from megajax.program.folding import for_backend
 from megajax.program.prefix import features_size, own_leaves
 from megajax.program.roles import find_layers, find_statistics
 from megajax.search import operators

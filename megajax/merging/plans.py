@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from megajax.config import FitnessConfig
 from megajax.errors import DeviceError
 from megajax.merging.devices import population_mesh
-from megajax.program.convolutions import for_backend
+from megajax.program.folding import for_backend
 from megajax.types import ApplyFn, PyTree
 
 __all__ = [

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from megajax.program.convolutions import pixels_at_once, widened
+from megajax.program.convolutions import pixels_at_once
+from megajax.program.folding import widened
 from megajax.program.jaxprs import trace, walk
 from megajax.program.roles import find_layers, find_statistics
 from megajax.zoo import networks as models

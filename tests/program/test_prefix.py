@@ -7,7 +7,7 @@ import pytest
 
 import megajax as mj
 from megajax.merging.fitness import batches, evaluator, negative_cross_entropy
-from megajax.program.convolutions import widened
+from megajax.program.folding import widened
 from megajax.program.jaxprs import walk
 from megajax.program.prefix import own_leaves, split
 from megajax.trees import leaf_paths
