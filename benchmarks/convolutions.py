@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from megajax.program.folding import widened
 from timing import seconds
+
+from megajax.program.folding import widened
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

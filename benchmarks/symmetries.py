@@ -10,10 +10,10 @@ import time
 
 import jax
 import numpy as np
-from megajax.program.roles import find_statistics
 
 import megajax as mj
 from megajax.alignment import align, find_symmetries, permute, random_permutations
+from megajax.program.roles import find_statistics
 from megajax.trees import leaf_paths
 from megajax.zoo import networks as models
 

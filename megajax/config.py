@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any
 
+from megajax.alignment import AlignConfig as AlignConfig
 from megajax.sections import Fraction, Section, at_least, one_of
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
 ]
 
 KINDS: tuple[str, ...] = ("masks", "weights")
-ALIGNMENTS: tuple[str, ...] = ("weights", "activations", "both", "none")
 GRANULARITIES: tuple[str, ...] = ("global", "layer", "leaf", "channel", "element")
 SELECTIONS: tuple[str, ...] = ("tournament", "roulette", "rank")
 CROSSOVERS: tuple[str, ...] = (
@@ -46,25 +46,6 @@ _Mutation = Annotated[str, one_of(MUTATIONS)]
 _Positive = Annotated[int, at_least(1)]
 _Count = Annotated[int, at_least(0)]
 _Auto = Annotated[str, one_of(("auto",))]
-
-
-class AlignConfig(Section):
-    """How the parents' hidden units are brought into correspondence before the search.
-
-    Attributes:
-        method: `weights` (Git Re-Basin's weight matching), `activations` (correlations on the
-            calibration inputs), `both` (activations, then weights from there) or `none`.
-        reference: the number of the parent that the others are aligned to, or `mean` for their
-            common mean.
-    """
-
-    section = "align"
-    method: Annotated[str, one_of(ALIGNMENTS)] = "weights"
-    reference: _Count | Annotated[str, one_of(("mean",))] = 0
-
-    def _check(self) -> None:
-        ok = self.reference != "mean" or self.method != "activations"
-        self._require(ok, "reference", "only weights can be matched to a mean")
 
 
 class RecalibrateConfig(Section):

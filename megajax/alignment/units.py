@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from megajax.alignment.symmetries import Group, Site, Symmetries, find_symmetries, unit_layout
+from megajax.alignment.permutations import unit_layout
+from megajax.alignment.symmetries import Group, Site, Symmetries, find_symmetries
 from megajax.program.roles import Role, find_roles
 from megajax.trees import leaf_paths
 from megajax.types import ApplyFn, PyTree

@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from megajax.alignment import Alignment, find_symmetries, unit_labels, verify
-from megajax.alignment import align as match
+from megajax.alignment import Alignment, find_symmetries, match, unit_labels, verify
 from megajax.config import (
     AlignConfig,
     EvolutionConfig,

@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from megajax.alignment import align as match
-from megajax.alignment import find_symmetries
+from megajax.alignment import find_symmetries, match
 from megajax.config import (
     AlignConfig,
     EvolutionConfig,

@@ -328,7 +328,7 @@ def run(
     leaves: Sequence[Any],
     inputs: Any,
     visit: Visit,
-    wanted: Collection[int] = (),
+    wanted: Collection[int] | None = (),
 ) -> Any:
     """Runs a program with somebody stepping in; nothing is computed that no output needs.
 

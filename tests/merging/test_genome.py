@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from megajax.program.roles import find_layers
 from optax.projections import projection_simplex
 
 from megajax.config import GRANULARITIES, EvolutionConfig
@@ -14,6 +13,7 @@ from megajax.errors import ConfigError
 from megajax.merging.genome import FROZEN, mask_labels, masks, nearest_on_simplex
 from megajax.merging.merge import algorithm_for
 from megajax.merging.shares import channel_shares, parent_shares
+from megajax.program.roles import find_layers
 from megajax.search.genetic import run
 from megajax.trees import leaf_paths, stack_parents
 

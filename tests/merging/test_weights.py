@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from megajax.program.roles import find_statistics
 
 import megajax as mj
 from megajax.config import GenomeConfig
@@ -13,6 +12,7 @@ from megajax.merging.genome import recalibrated, weights
 from megajax.merging.merge import algorithm_for, genome_for, shares_of
 from megajax.merging.shares import projected_shares
 from megajax.program.batchnorm import recalibrate
+from megajax.program.roles import find_statistics
 from megajax.run.config import from_dict
 
 KEY = jax.random.key(0)
