@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from megajax.baselines.leaves import combine, is_floating
-from megajax.errors import ConfigError, ParentsError
-from megajax.merging.fitness import Batches, batches
-from megajax.merging.merge import check_labels
+from megajax.baselines.regmean import check_inputs
+from megajax.errors import ConfigError, DataError, ParentsError
+from megajax.program.jaxprs import static
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["fisher_average", "fisher_information"]
+
+_TINY = np.finfo(np.float32).tiny
 
 
 def fisher_information(
@@ -39,13 +41,14 @@ def fisher_information(
     `F = mean over x of E_y (d log p(y | x) / d theta)^2`, with y from the network's own
     predictions: the exact expectation over the C classes (C backward passes for each example), or
     with `samples` a Monte Carlo estimate. With `labels` the given label takes the expectation's
-    place: the empirical Fisher, which is another matrix (Kunstner et al., arXiv 1905.12558).
+    place: the empirical Fisher, which is another matrix (Kunstner et al., arXiv 1905.12558). Where
+    an example has several positions, their information is added up.
 
     Args:
-        apply_fn: `apply_fn(variables, inputs [b, ...]) -> logits [b, C]`, in inference mode.
+        apply_fn: `apply_fn(variables, inputs [b, ...]) -> logits [b, ..., C]`, in inference mode.
         variables: of one network.
-        inputs: `[n, ...]`; a few hundred do.
-        labels: `[n]` integers, for the empirical Fisher.
+        inputs: `[n, ...]`, or a pytree of such; a few hundred do.
+        labels: `[n, ...]` integers, for the empirical Fisher.
         samples: classes drawn for each example; None sums over all of them.
         key: PRNG key, needed with `samples` only.
         chunk: examples whose gradients exist side by side: memory is this many copies of the
@@ -55,7 +58,7 @@ def fisher_information(
         A pytree like the variables, float32, non-negative; 0 for leaves that are not floating.
 
     Raises:
-        DataError: there are no inputs, or not one possible label for each.
+        DataError: there are no inputs, they are not finite, or not one possible label for each.
         ConfigError: both labels and samples are given, or samples without a key.
 
     Example:
@@ -70,12 +73,20 @@ def fisher_information(
         raise ConfigError("labels and samples exclude each other: empirical or sampled Fisher")
     if samples is not None and (key is None or samples < 1):
         raise ConfigError(f"samples is {samples}: at least 1 and a key are needed")
-    count = len(inputs)
-    given = np.zeros(count, np.int32) if labels is None else labels
-    data = batches(inputs, given, min(chunk, max(count, 1)))
-    check_labels(given, jax.eval_shape(apply_fn, variables, data.images[0]).shape[-1])
-    keys = jax.random.split(jax.random.key(0) if key is None else key, data.labels.shape)
-    return _information(apply_fn, labels is not None, samples, variables, data, keys)
+    count = check_inputs(inputs)
+    chunk = min(chunk, count)
+    rows = np.arange(-(-count // chunk) * chunk).reshape(-1, chunk)
+    batches = jax.tree.map(lambda x: jnp.asarray(x)[rows % count], inputs)
+    one = jax.eval_shape(lambda x: jax.tree.map(lambda leaf: leaf[0], x), batches)
+    classes = jax.eval_shape(apply_fn, variables, one).shape[-1]
+    given = np.zeros(count, np.int32) if labels is None else np.asarray(labels)
+    if given.min() < 0 or given.max() >= classes:
+        raise DataError(
+            f"labels run from {given.min()} to {given.max()}, but the network has {classes} classes"
+        )
+    keys = jax.random.split(jax.random.key(0) if key is None else key, rows.shape)
+    data = batches, jnp.asarray(given)[rows % count], keys, jnp.asarray(rows < count)
+    return _information(static(apply_fn), labels is not None, samples, variables, data)
 
 
 def fisher_average(
@@ -121,63 +132,51 @@ def fisher_average(
     return combine(mean, parents, fishers)
 
 
-_TINY = np.finfo(np.float32).tiny
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _information(
-    apply_fn: ApplyFn,
-    empirical: bool,
-    samples: int | None,
-    variables: PyTree,
-    data: Batches,
-    keys: Key,
+    apply_fn: ApplyFn, empirical: bool, samples: int | None, variables: PyTree, data: Any
 ) -> PyTree:
     leaves, treedef = jax.tree.flatten(variables)
-    floating = [is_floating(leaf) for leaf in leaves]
-    weights = [leaf for leaf, mixed in zip(leaves, floating, strict=True) if mixed]
+    mixed = [i for i, leaf in enumerate(leaves) if is_floating(leaf)]
+    weights = [leaves[i] for i in mixed]
 
-    def log_probabilities(weights: list[jax.Array], x: jax.Array) -> jax.Array:
-        rest = iter(weights)
-        filled = [
-            next(rest) if mixed else leaf for leaf, mixed in zip(leaves, floating, strict=True)
-        ]
-        logits = apply_fn(jax.tree.unflatten(treedef, filled), x[None])[0]
+    def log_probabilities(weights: list[jax.Array], x: Any) -> jax.Array:
+        filled = list(leaves)
+        for i, leaf in zip(mixed, weights, strict=True):
+            filled[i] = leaf
+        alone = jax.tree.map(lambda leaf: leaf[None], x)
+        logits = apply_fn(jax.tree.unflatten(treedef, filled), alone)[0]
         return jax.nn.log_softmax(logits.astype(jnp.float32))
 
-    def of_example(x: jax.Array, label: jax.Array, key: Key) -> list[jax.Array]:
+    def of_example(x: Any, label: jax.Array, key: Key) -> list[jax.Array]:
         log_p, pull_back = jax.vjp(lambda weights: log_probabilities(weights, x), weights)
         if empirical:
-            classes, share = label[None], jnp.ones(1)
-        elif samples is None:
-            classes, share = jnp.arange(log_p.size), jnp.exp(log_p)
+            drawn, share = label[None], jnp.ones(1)
+        elif samples is None:  # every class of every position, one by one
+            drawn, share = jnp.arange(log_p.size), jnp.exp(log_p).ravel()
         else:
-            classes = jax.random.categorical(key, log_p, shape=(samples,))
+            drawn = jax.random.categorical(key, log_p, shape=(samples, *log_p.shape[:-1]))
             share = jnp.full(samples, 1 / samples)
+        every = samples is None and not empirical
 
-        def add(total: list[jax.Array], drawn: tuple[jax.Array, jax.Array]) -> Any:
-            number, weight = drawn
-            (gradient,) = pull_back(jax.nn.one_hot(number, log_p.size, dtype=log_p.dtype))
-            squares = [weight * g.astype(jnp.float32) ** 2 for g in gradient]
+        def add(total: list[jax.Array], one: tuple[jax.Array, jax.Array]) -> Any:
+            number, weight = one
+            chosen = jax.nn.one_hot(number, log_p.size if every else log_p.shape[-1])
+            (gradient,) = pull_back(chosen.reshape(log_p.shape).astype(log_p.dtype))
+            squares = [(weight * g.astype(jnp.float32) ** 2).astype(jnp.float32) for g in gradient]
             return [t + s for t, s in zip(total, squares, strict=True)], None
 
-        zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in weights]
-        return jax.lax.scan(add, zeros, (classes, share))[0]
+        return jax.lax.scan(add, zeros, (drawn, share))[0]
 
-    def add_batch(total: list[jax.Array], batch: tuple[Batches, Key]) -> Any:
-        data, keys = batch
-        each = jax.vmap(of_example)(data.images, data.labels, keys)
-        sums = [jnp.tensordot(data.valid.astype(jnp.float32), leaf, 1) for leaf in each]
+    def add_batch(total: list[jax.Array], batch: Any) -> Any:
+        *examples, valid = batch
+        each = jax.vmap(of_example)(*examples)
+        sums = [jnp.tensordot(valid.astype(jnp.float32), leaf, 1) for leaf in each]
         return [t + s for t, s in zip(total, sums, strict=True)], None
 
     zeros = [jnp.zeros(leaf.shape, jnp.float32) for leaf in weights]
-    total, _ = jax.lax.scan(add_batch, zeros, (data, keys))
-    count = data.valid.sum()
-    found = iter(total)
-    return jax.tree.unflatten(
-        treedef,
-        [
-            next(found) / count if mixed else jnp.zeros(jnp.shape(leaf), jnp.float32)
-            for leaf, mixed in zip(leaves, floating, strict=True)
-        ],
-    )
+    total, _ = jax.lax.scan(add_batch, zeros, data)
+    found = [jnp.zeros(jnp.shape(leaf), jnp.float32) for leaf in leaves]
+    for i, leaf in zip(mixed, total, strict=True):
+        found[i] = leaf / data[-1].sum().astype(jnp.float32)
+    return jax.tree.unflatten(treedef, found)

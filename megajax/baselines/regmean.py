@@ -23,9 +23,10 @@ from megajax.baselines.leaves import is_floating
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.program.jaxprs import Delayed, delay, run, shape_of, static, trace
 from megajax.program.roles import Contraction, Role, find_roles
+from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Kernel", "find_kernels", "gram_matrices", "regmean"]
+__all__ = ["Kernel", "check_inputs", "find_kernels", "gram_matrices", "regmean"]
 
 _RIDGE = 1e-6
 
@@ -127,21 +128,40 @@ def gram_matrices(
         convolution.
 
     Raises:
-        DataError: there are no inputs.
+        DataError: there are no inputs, or they are not finite.
 
     Example:
         >>> gram_matrices(lambda w, x: x @ w, np.ones((2, 1)), np.array([[1.0, 2.0]]))[0].tolist()
         [[[1.0, 2.0], [2.0, 4.0]]]
     """
-    count = len(jax.tree.leaves(inputs)[0])
-    if count == 0:
-        raise DataError("the calibration inputs are empty: Gram matrices need at least one")
+    count = check_inputs(inputs)
     total: dict[int, np.ndarray] = {}
     for rows in np.array_split(np.arange(count), -(-count // batch_size)):
         batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
         for leaf, gram in _grams(static(apply_fn), variables, batch).items():
             total[leaf] = total.get(leaf, 0.0) + np.asarray(gram, np.float64)
     return total
+
+
+def check_inputs(inputs: Any) -> int:
+    """The number of calibration examples.
+
+    Raises:
+        DataError: there are none, or they are not finite.
+
+    Example:
+        >>> check_inputs(np.ones((3, 2)))
+        3
+    """
+    for path, leaf in leaves_by_path(inputs).items():
+        bad = np.size(leaf) - int(np.isfinite(np.asarray(leaf, np.float32)).sum())
+        if bad:
+            at = f"the calibration inputs {path}".strip()
+            raise DataError(f"{at}: {bad} of {np.size(leaf)} values are not finite")
+    count = min((len(leaf) for leaf in jax.tree.leaves(inputs)), default=0)
+    if count == 0:
+        raise DataError("the calibration inputs are empty")
+    return count
 
 
 def regmean(
