@@ -1,4 +1,4 @@
-"""Trains all parents with one compiled program.
+"""Trains all parents with one compiled program, one network at a time.
 
 The parents are stacked leaf by leaf, [K, ...], and each epoch trains each of them on its own
 shard. `init` and `make_epoch` are the pieces, `train` is the loop around them:
@@ -9,6 +9,11 @@ shard. `init` and `make_epoch` are the pieces, `train` is the loop around them:
 
 Everything random in epoch e of parent k comes from the key folded with k and e, so that training
 can stop after any epoch and go on from the state, bit for bit.
+
+Networks side by side (`vmap`) would make grouped convolutions of all convolutions, which are many
+times slower on every backend. So an accelerator gets a whole epoch as one program, parent after
+parent. A CPU gets a program for each step, because XLA computes gradients of convolutions slowly
+inside compiled loops there, and each of its devices has a parent of its own at work.
 
 Example:
     >>> from megajax.zoo.networks.mlp import MLP
@@ -30,7 +35,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import chex
 import jax
@@ -39,6 +44,7 @@ import numpy as np
 import numpy.typing as npt
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.sections import Fraction, Section, at_least, one_of
@@ -220,11 +226,10 @@ def train(
         shared_initialization: all parents start from the same weights.
         state: where to start: where an earlier call with the same other arguments got to, or
             `begin` from given weights. None starts anew.
-        callback: called after each epoch with the state and the epoch's metrics [K].
-        mapping: `vmap` trains the parents side by side, a whole epoch in one compiled call; `loop`
-            trains them in turn, one compiled step at a time. `auto` takes `loop` on a CPU, whose
-            convolutions are slow when they are grouped and, for gradients, inside compiled loops,
-            and `vmap` elsewhere.
+        callback: called after each epoch with the state, which the next epoch uses up, and the
+            epoch's metrics [K].
+        mapping: `epochs` runs an epoch of all parents as one program, `steps` one of each step, the
+            parents on different devices. `auto` takes `steps` on a CPU and `epochs` elsewhere.
 
     Returns:
         K variables pytrees, and the metrics [epochs, K] of the epochs that this call did.
@@ -236,6 +241,7 @@ def train(
     """
     if state is None:
         state = init(key, model, split, shards, config, shared_initialization=shared_initialization)
+    state = jax.tree.map(jnp.copy, state)  # an epoch uses up the state that it is given
     run_epoch = make_epoch(model, split, shards, config, mapping=mapping)
     history = [Metrics(*np.zeros((2, 0, len(shards)), np.float32))]
     for epoch in range(int(state.epoch), config.epochs):
@@ -414,19 +420,18 @@ def make_epoch(
     """Makes the function that trains all parents for one more epoch. Arguments as for `train`.
 
     Returns:
-        `run_epoch(key, state) -> (state, metrics)`. The metrics are [K]; the loss of a
-        parent whose weights are not finite is NaN.
+        `run_epoch(key, state) -> (state, metrics)`, which uses up the state that it is given. The
+        metrics are [K]; the loss of a parent whose weights are not finite is NaN.
 
     Raises:
         ConfigError: `mapping` cannot work.
         DataError: a shard is empty, or holds what is no index into the split; names the parent.
     """
-    if mapping not in ("auto", "vmap", "loop"):
-        raise ConfigError(f"mapping is {mapping!r}: choose one of auto, vmap, loop")
+    if mapping not in ("auto", *_MAPPINGS):
+        raise ConfigError(f"mapping is {mapping!r}: choose one of auto, {', '.join(_MAPPINGS)}")
     if mapping == "auto":
-        mapping = "loop" if jax.default_backend() == "cpu" else "vmap"
-    run = _in_turn if mapping == "loop" else _side_by_side
-    data = jnp.asarray(split.images), jnp.asarray(split.labels)
+        mapping = "steps" if jax.default_backend() == "cpu" else "epochs"
+    run = _MAPPINGS[mapping](split, len(shards))
     indices = _checked(shards, split)
     steps, sizes = _steps(indices, config), jnp.array(list(map(len, indices)))
     padded = jnp.stack([jnp.resize(shard, (max(map(len, indices)),)) for shard in indices])
@@ -434,7 +439,7 @@ def make_epoch(
     def run_epoch(key: jax.Array, state: TrainState) -> tuple[TrainState, Metrics]:
         plans = _plans(key, state.epoch, padded, sizes, (steps, config.batch_size))
         learners = _Learner(state.variables, state.optimizer)
-        learners, metrics = run(data, learners, plans, model, config, steps)
+        learners, metrics = run(learners, plans, model, config, steps)
         return TrainState(learners.variables, learners.optimizer, state.epoch + 1), metrics
 
     return run_epoch
@@ -574,7 +579,11 @@ def _step(
     config: TrainingConfig,
     steps: int,
 ) -> tuple[_Learner, Metrics]:
-    """One step of one parent."""
+    """One step of one parent: the same bits in a program of its own and inside a loop.
+
+    But for convolutions on a CPU, whose sums XLA orders otherwise inside loops.
+    """
+    learner, plan = jax.lax.optimization_barrier((learner, plan))
     (images, labels), (key, batch) = data, plan
     augment_key, dropout_key = jax.random.split(key)
     x, y = augment(augment_key, images[batch], config.augment), labels[batch]
@@ -599,7 +608,8 @@ def _step(
         optimizer = make_optimizer(config, steps)
         updates, state = optimizer.update(gradients, learner.optimizer, params)
     params = optax.apply_updates(params, updates)
-    return _Learner({"params": params, **statistics}, state), Metrics(loss, accuracy)
+    new = _Learner({"params": params, **statistics}, state), Metrics(loss, accuracy)
+    return cast("tuple[_Learner, Metrics]", jax.lax.optimization_barrier(new))
 
 
 def _summary(learner: _Learner, metrics: Metrics) -> Metrics:
@@ -609,8 +619,17 @@ def _summary(learner: _Learner, metrics: Metrics) -> Metrics:
     return Metrics(jnp.where(finite, metrics.loss.mean(), jnp.nan), metrics.accuracy.mean())
 
 
-@_jit
-def _side_by_side(
+_Run = Callable[..., tuple[_Learner, Metrics]]
+
+
+def _by_epochs(split: Split, count: int) -> _Run:
+    """An epoch of all parents, one after the other, in one compiled call."""
+    del count
+    return functools.partial(_epoch, (jnp.asarray(split.images), jnp.asarray(split.labels)))
+
+
+@functools.partial(_jit, donate_argnames="learners")
+def _epoch(
     data: tuple[jax.Array, jax.Array],
     learners: _Learner,
     plans: _Plan,
@@ -618,40 +637,83 @@ def _side_by_side(
     config: TrainingConfig,
     steps: int,
 ) -> tuple[_Learner, Metrics]:
-    """An epoch of all parents, learners and plans stacked [K, ...], in one compiled call."""
+    def step(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
+        return _step(data, learner, plan, model, config, steps)
 
-    def one(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
-        def step(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
-            return _step(data, learner, plan, model, config, steps)
-
-        learner, metrics = jax.lax.scan(step, learner, plan)
+    def one(parent: tuple[_Learner, _Plan]) -> tuple[_Learner, Metrics]:
+        learner, metrics = jax.lax.scan(step, *parent)
         return learner, _summary(learner, metrics)
 
-    return jax.vmap(one)(learners, plans)
+    result: tuple[_Learner, Metrics] = jax.lax.map(one, (learners, plans))
+    return result
 
 
-def _in_turn(
+def _by_steps(split: Split, count: int) -> _Run:
+    """A compiled call for each step; as many parents at a time as devices can be shared evenly."""
+    there = jax.local_devices()
+    most = max(n for n in range(1, min(count, len(there)) + 1) if count % n == 0)
+    mesh = Mesh(np.array(there[:most]), ("parent",))
+    data = jax.device_put((split.images, split.labels), NamedSharding(mesh, PartitionSpec()))
+    own = NamedSharding(mesh, PartitionSpec("parent"))
+
+    def run(
+        learners: _Learner, plans: _Plan, model: nn.Module, config: TrainingConfig, steps: int
+    ) -> tuple[_Learner, Metrics]:
+        done = []
+        for start in range(0, count, most):
+            now = jax.tree.map(lambda leaf: leaf[start : start + most], (learners, plans))  # noqa: B023
+            learner, plan = jax.device_put(now, own)
+            history = []
+            for number in range(steps):
+                learner, metrics = _steps_of(
+                    data, learner, plan, number, model, config, steps, mesh
+                )
+                history.append(metrics)
+            figures = _summaries(learner, jax.tree.map(lambda *m: jnp.stack(m, 1), *history))
+            done.append(jax.device_put((learner, figures), there[0]))
+        learners, metrics = jax.tree.map(lambda *parts: jnp.concatenate(parts), *done)
+        return learners, metrics
+
+    return run
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "config", "steps", "mesh"),
+    donate_argnames="learners",
+)
+def _steps_of(
     data: tuple[jax.Array, jax.Array],
     learners: _Learner,
     plans: _Plan,
+    number: jax.Array,
     model: nn.Module,
     config: TrainingConfig,
     steps: int,
+    mesh: Mesh,
 ) -> tuple[_Learner, Metrics]:
-    """The same, one parent and one compiled step at a time."""
-    done = []
-    for learner, plan in zip(_unstack(learners), _unstack(plans), strict=True):
-        history = []
-        for one in map(_Plan, plan.keys, plan.batches):
-            learner, metrics = _jitted_step(data, learner, one, model, config, steps)
-            history.append(metrics)
-        done.append((learner, _jitted_summary(learner, _stack(history))))
-    learners, metrics = _stack(done)
-    return learners, metrics
+    """The step of that number of the parents [n] on as many devices."""
+
+    def own(
+        data: tuple[jax.Array, jax.Array], learners: _Learner, plans: _Plan, number: jax.Array
+    ) -> Any:
+        learner, plan = jax.tree.map(lambda leaf: leaf[0], (learners, plans))
+        plan = jax.tree.map(lambda leaf: leaf[number], plan)
+        return jax.tree.map(
+            lambda leaf: leaf[None], _step(data, learner, plan, model, config, steps)
+        )
+
+    each, all_ = PartitionSpec("parent"), PartitionSpec()
+    result: tuple[_Learner, Metrics] = jax.shard_map(
+        own, mesh=mesh, in_specs=(all_, each, each, all_), out_specs=each, check_vma=False
+    )(data, learners, plans, number)
+    return result
 
 
-_jitted_step = _jit(_step)
-_jitted_summary = jax.jit(_summary)
+_summaries = jax.jit(jax.vmap(_summary))
+
+
+_MAPPINGS: dict[str, Callable[[Split, int], _Run]] = {"epochs": _by_epochs, "steps": _by_steps}
 
 
 def _stack(trees: Sequence[Any]) -> Any:
