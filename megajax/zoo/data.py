@@ -1,8 +1,10 @@
 """Images: load them, split them, check them, and deal them out to the parents.
 
 `load` gives three disjoint splits of scikit-learn's bundled digits or of any image classification
-set that tensorflow-datasets (TFDS) has prepared on this machine. Nothing here ever touches the
-network, with one exception that the user has to ask for by name:
+set that tensorflow-datasets (TFDS) has prepared. The first reading leaves all arrays of the set in
+`DATA_DIR/megajax/NAME.npz` (in `~/.cache/megajax` if DATA_DIR is read-only); where that file is,
+TFDS is not needed, so it may be copied to a machine without. Nothing here ever touches the network,
+with one exception that the user has to ask for by name:
 
     pip install "megajax[prepare]"
     python -m megajax.data prepare cifar10 --data_dir DIR
@@ -24,8 +26,10 @@ import contextlib
 import hashlib
 import importlib.util
 import itertools
+import json
 import logging
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -55,6 +59,7 @@ __all__ = [
 
 DIGITS = "digits"
 BLOCK = 1000  # records per read: twice as fast as one by one
+_PARTS = ("train", "validation", "test")
 
 
 class DataConfig(Section):
@@ -155,6 +160,8 @@ def load(key: int | jax.Array, config: DataConfig) -> Dataset:
         [1213, 135, 449]
     """
     source = _load_digits() if config.name == DIGITS else _load_tfds(config)
+    if "train" not in source.parts:
+        raise DataError(f"{config.name} has no train split, only {', '.join(source.parts)}")
     sizes = {part: len(labels) for part, (_, labels) in source.parts.items()}
     starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
     rows = _draw(_generator(key), sizes, config)
@@ -194,13 +201,10 @@ def load_part(config: DataConfig, part: str) -> Split:
         DataError: the set is unknown, not prepared, no image classification set, or has no such
             part. Never waits for a network.
     """
-    with _quiet():
-        builder = _opened(config)
-        if part not in builder.info.splits:
-            raise DataError(
-                f"{config.name} has no {part} split, only {', '.join(builder.info.splits)}"
-            )
-        images, labels = _cached(builder, part, config)
+    source = _load_tfds(config)
+    if part not in source.parts:
+        raise DataError(f"{config.name} has no {part} split, only {', '.join(source.parts)}")
+    images, labels = source.parts[part]
     return Split(_to_unit(images), labels)
 
 
@@ -459,15 +463,45 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@_quiet()
 def _load_tfds(config: DataConfig) -> _Source:
-    builder = _opened(config)
-    names = [name for name in ("train", "validation", "test") if name in builder.info.splits]
-    if "train" not in names:
-        raise DataError(f"{config.name} has no train split, only {', '.join(builder.info.splits)}")
-    parts = {name: _cached(builder, name, config) for name in names}
-    num_classes = builder.info.features[builder.info.supervised_keys[1]].num_classes
-    return _Source(parts, int(num_classes), str(builder.info.full_name))
+    """A set from its cache or, where that is absent, damaged or older, from TFDS."""
+    for path in _cache_files(config):
+        source = _read_cache(path, _stamp(config))
+        if source is not None:
+            return source
+    with _quiet(), _one_line(config):
+        builder = _opened(config)
+        there = [name for name in _PARTS if name in builder.info.splits]
+        parts = {name: _read(builder, name, config) for name in there}
+        num_classes = builder.info.features[builder.info.supervised_keys[1]].num_classes
+        source = _Source(parts, int(num_classes), str(builder.info.full_name))
+    for path in _cache_files(config):
+        # It only saves time: a full disk must not stop a run.
+        with contextlib.suppress(OSError):
+            _write_cache(path, source, _stamp(config))
+            break
+    return source
+
+
+@contextlib.contextmanager
+def _one_line(config: DataConfig) -> Iterator[None]:
+    """Whatever TFDS raises for files that are missing, cut or damaged becomes one line."""
+    where = f"{config.name} in {_data_dir(config)}"
+    try:
+        yield
+    except MegajaxError:
+        raise
+    except ImportError as error:
+        raise DataError(
+            f"{where} cannot be read without {error.name}: pip install tensorflow-datasets "
+            f"array_record importlib_resources pillow, or copy {_cache_files(config)[0]} from a "
+            "machine that has read it"
+        ) from None
+    except Exception as error:  # of many kinds
+        raise DataError(
+            f"{where} cannot be read: {first_line(error)}; is a file missing or damaged? To make "
+            f"it anew, delete the folder and {_how_to_prepare(config)}"
+        ) from error
 
 
 def _opened(config: DataConfig) -> Any:
@@ -544,53 +578,72 @@ def _resized(image: npt.NDArray[np.uint8], size: int | None) -> npt.NDArray[np.u
     return np.asarray(square, np.uint8).reshape(size, size, channels)
 
 
-def _cached(
-    builder: Any, part: str, config: DataConfig
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-    """Reads a part from its cache, which is made (again) when it is absent or damaged."""
-    path = _cache_folder(builder) / _cache_name(builder, part, config)
-    count = builder.info.splits[part].num_examples
+def _data_dir(config: DataConfig) -> Path:
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(config.data_dir or default).expanduser().resolve()
+
+
+def _cache_files(config: DataConfig) -> list[Path]:
+    """Where a set is cached: in the TFDS directory or, where that is read-only, at the user's."""
+    folder = _data_dir(config)
+    size = "" if config.image_size is None else f"-{config.image_size}"
+    name = re.sub(r"\W+", "-", config.name) + size
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megajax"
+    place = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    return [folder / "megajax" / f"{name}.npz", own / f"{name}-{place}.npz"]
+
+
+def _stamp(config: DataConfig) -> str | None:
+    """A digest of what TFDS says about the prepared set; None where only its cache is there."""
+    folder = _data_dir(config) / config.name.partition(":")[0]
+    about = sorted(folder.rglob("dataset_info.json"))
+    parts = [str(path.relative_to(folder)).encode() + path.read_bytes() for path in about]
+    return hashlib.sha256(b"".join(parts)).hexdigest() if parts else None
+
+
+def _read_cache(path: Path, stamp: str | None) -> _Source | None:
+    """The set, if the file is there, whole and made from what is prepared now."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            images, labels = stored["images"], stored["labels"]
-        if images.dtype == np.uint8 and images.ndim == 4 and labels.shape == (count,):
-            return images, labels
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
-    images, labels = _read(builder, part, config)
-    # The cache only saves time: a full disk must not stop a run.
-    with contextlib.suppress(OSError):
-        _write_npz(path, images=images, labels=labels)
-    return images, labels
+            about = json.loads(str(stored["about"]))
+            if stamp not in (None, about["stamp"]):
+                return None
+            parts = {
+                part: (stored[f"{part}_images"], stored[f"{part}_labels"])
+                for part in about["parts"]
+            }
+            return _Source(parts, about["num_classes"], about["name"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
 
 
-def _cache_name(builder: Any, part: str, config: DataConfig) -> str:
-    """Name, version and split, and a digest that tells apart sets prepared at different places."""
-    info = Path(builder.data_dir) / "dataset_info.json"
-    stamp = f"{info.resolve()}\n{config.image_size}\n".encode() + info.read_bytes()
-    digest = hashlib.sha256(stamp).hexdigest()[:12]
-    return f"{builder.info.full_name.replace('/', '-')}-{part}-{digest}.npz"
-
-
-def _cache_folder(builder: Any) -> Path:
-    """Beside the prepared set; in the user's cache folder where the set is read-only."""
-    beside = Path(builder.data_dir)
-    # The mode is asked too, since a superuser may write even where nobody is meant to.
-    if beside.stat().st_mode & 0o222 and os.access(beside, os.W_OK):
-        return beside / "megajax"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megajax"
-
-
-def _write_npz(path: Path, **arrays: npt.NDArray[Any]) -> None:
+def _write_cache(path: Path, source: _Source, stamp: str | None) -> None:
     """Writes the arrays under a temporary name first, so that no reader sees half a file."""
+    if not _is_writable(path.parent):
+        raise OSError(f"{path.parent} is read-only")
+    about = {
+        "parts": list(source.parts),
+        "num_classes": source.num_classes,
+        "name": source.name,
+        "stamp": stamp,
+    }
+    arrays: dict[str, Any] = {"about": json.dumps(about)}
+    for part, (images, labels) in source.parts.items():
+        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **arrays)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_writable(folder: Path) -> bool:
+    """The mode is asked too, since a superuser may write even where nobody is meant to."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return bool(there.stat().st_mode & 0o222) and os.access(there, os.W_OK)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
