@@ -215,8 +215,7 @@ def _perturb(key: Key, variables: PyTree) -> PyTree:
         spread = (0.1 + 0.5 * values.std()) if signed else 0.0
         scale, shift = rng.standard_normal((2, *leaf.shape), np.float32)
         limit = float(jnp.finfo(leaf.dtype).max)
-        return np.clip(values * np.exp(0.3 * scale) + spread * shift, -limit, limit).astype(
-            leaf.dtype
-        )
+        moved = np.clip(values * np.exp(0.3 * scale) + spread * shift, -limit, limit)
+        return np.asarray(moved, leaf.dtype)
 
     return jax.tree.map(jitter, variables)

@@ -88,13 +88,13 @@ def _use(role: Role, shape: tuple[int, ...]) -> _Use:
     if role.kind != "kernel":
         return _Use(role.kind, None, role.flattened)
     first = next(one for one in role.contractions if one.number == role.first)
-    layout = _layout(first, shape)
+    layout = _layout(first, shape, role.flattened)
     if layout is None:
         return _Use("other", None, role.flattened)
     return _Use(role.kind, layout, role.flattened, layout.source[0])
 
 
-def _layout(one: Contraction, shape: tuple[int, ...]) -> Layout | None:
+def _layout(one: Contraction, shape: tuple[int, ...], flattened: tuple[int, ...]) -> Layout | None:
     """How PyTorch would store the kernel of a contraction; None if it has no such layer."""
     numbers = one.equation.params["dimension_numbers"]
     if one.equation.primitive.name == "dot_general":
@@ -103,7 +103,7 @@ def _layout(one: Contraction, shape: tuple[int, ...]) -> Layout | None:
             return None
         pairs = sorted(zip(contracting[1 - one.operand], contracting[one.operand], strict=True))
         summed = [axis for _, dim in pairs if (axis := one.axes[dim]) is not None]
-        return layouts.linear(shape, summed, one.flattened)
+        return layouts.linear(shape, summed, flattened)
     transposed = any(step != 1 for step in one.equation.params["lhs_dilation"])
     places = [axis for dim in numbers.rhs_spec if (axis := one.axes[dim]) is not None]
     grouped = one.equation.params["batch_group_count"] != 1

@@ -73,7 +73,7 @@ def recalibrate(
     """
     roles = find_roles(apply_fn, variables, inputs, statistics)
     paths = leaf_paths(variables)
-    wrong = dict.fromkeys(roles.unpaired, "no mean goes with it")
+    wrong = dict.fromkeys(roles.unpaired, "no mean goes with it; name the pair in `statistics`")
     for one in roles.statistics:
         odd = [name for name, *_ in (*one.mean_steps, *one.variance_steps) if name not in _UNDO]
         if one.problem or odd:

@@ -345,7 +345,8 @@ def _visit(
         ]
     if number in plan.folded:
         place, one = next((i, x) for i, x in enumerate(operands) if isinstance(x, _Open))
-        step = (equation.primitive.name, place, getattr(operands[place - 1], "small", None))
+        other: Any = getattr(operands[place - 1], "small", None)
+        step = (equation.primitive.name, place, other)
         one = one._replace(steps=(*one.steps, step), left=one.left - 1)
         return [one] if one.left else [_closed(at, one, equation.outvars[0].aval)]
     if number in plan.steps:

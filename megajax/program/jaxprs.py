@@ -126,7 +126,7 @@ def trace(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> Program:
     """
     specs, treedef = jax.tree.flatten(jax.eval_shape(_same, variables))
     input_specs, input_tree = jax.tree.flatten(jax.eval_shape(_same, inputs))
-    config = jax.config
+    config: Any = jax.config
     context = (
         config.jax_enable_x64,
         config.jax_default_matmul_precision,
@@ -431,9 +431,10 @@ def run_scan(
         results, more = step([*held, *carry, *sliced])
         return results[: body.carried], (results[body.carried :], more)
 
+    avals: list[Any] = [atom.aval for atom in equation.outvars[: body.carried]]
     carry = [
-        value if hasattr(value, "dtype") else jax.numpy.asarray(value, atom.aval.dtype)
-        for value, atom in zip(operands[first:last], equation.outvars, strict=False)
+        value if hasattr(value, "dtype") else jax.numpy.asarray(value, aval.dtype)
+        for value, aval in zip(operands[first:last], avals, strict=True)
     ]
     carry, (stacked, more) = jax.lax.scan(
         inside,
@@ -501,7 +502,8 @@ def produced_axes(equation: core.JaxprEqn, operand: int) -> dict[int, int]:
         >>> produced_axes(equation, 0), produced_axes(equation, 1)
         ({0: 0}, {1: 1})
     """
-    name, numbers = equation.primitive.name, equation.params.get("dimension_numbers")
+    name = equation.primitive.name
+    numbers: Any = equation.params.get("dimension_numbers")
     shapes = [shape_of(atom) for atom in equation.invars[:2]]
     try:
         if name == "dot_general":

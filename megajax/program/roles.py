@@ -7,6 +7,7 @@ and plain JAX are all alike.
 
 from __future__ import annotations
 
+import collections
 import functools
 import itertools
 import math
@@ -58,23 +59,20 @@ class Contraction(NamedTuple):
         equation: what it says.
         operand: which operand the leaf is.
         axes: for each dimension of that operand the leaf's axis; None where it has none.
-        written: the leaf's axes that reach the result.
-        active: the other operand depends on the inputs.
-        plain: the leaf came as it is, but for layout and type.
         inside: it is in a loop or a branch.
-        flattened: `(*spatial, channels)`, if the last axis of the activations was flattened from
-            there.
     """
 
     number: int
     equation: core.JaxprEqn
     operand: int
     axes: tuple[int | None, ...]
-    written: tuple[int, ...]
-    active: bool
-    plain: bool
     inside: bool
-    flattened: tuple[int, ...]
+
+    @property
+    def written(self) -> tuple[int, ...]:
+        """The leaf's axes that reach the result: those that are not summed over."""
+        axes = [self.axes[dim] for dim in produced_axes(self.equation, self.operand).values()]
+        return tuple(sorted(axis for axis in axes if axis is not None and axis >= 0))
 
 
 class Role(NamedTuple):
@@ -85,7 +83,8 @@ class Role(NamedTuple):
         kind: `kernel`, `embedding`, `scale`, `bias`, `mean`, `variance` or `other`, from what is
             done first with it; `unused` if nothing is.
         first: number of the equation in which it first meets activations or another leaf, or -1.
-        flattened: of the activations that it first meets, as for `Contraction`.
+        flattened: `(*spatial, channels)`, if the last axis of the activations that it first meets
+            was flattened from there.
         contractions: those it takes part in, in the order of the program.
         elsewhere: it is used in another way than in plain contractions with activations.
     """
@@ -150,7 +149,7 @@ class Roles(NamedTuple):
         statistics: the BatchNorm layers, in the order of the program.
         linear: the layers with kernel and bias whose outputs can be rescaled exactly: not the last
             one, none in a loop, none whose kernel is used twice.
-        unpaired: leaves whose root divides activations, as a variance does, with no mean to it.
+        unpaired: leaves whose root divides activations, as a variance's does, with no mean to it.
     """
 
     leaves: tuple[Role, ...]
@@ -228,7 +227,7 @@ def find_statistics(
     """Finds the BatchNorm layers of a network in its inference program; see `find_roles`.
 
     A leaf is a mean if it is subtracted from activations that are then divided by another leaf, the
-    deviation, or by its root, the variance; also if they are first scaled and then shifted.
+    deviation, or by the root of another, the variance.
 
     Example:
         >>> def apply_fn(w, x):
@@ -241,11 +240,18 @@ def find_statistics(
 
 
 class _Moment(NamedTuple):
-    """A leaf that may be a statistic, as it is where the program uses it."""
+    """A leaf, as it is where the program uses it.
+
+    Attributes:
+        leaf: its index.
+        steps: what was done to it, entry by entry.
+        depth: how many loops took one entry of it each.
+        deviation: activations are divided by it, not by its root.
+    """
 
     leaf: int
-    steps: tuple[Step, ...]
-    depth: int
+    steps: tuple[Step, ...] = ()
+    depth: int = 0
     deviation: bool = False
 
 
@@ -255,24 +261,16 @@ class _Weight(NamedTuple):
     Attributes:
         axes: for each dimension the leaf's axis; -1 where it varies otherwise, None where not.
         leaves: all leaves it was computed from.
-        leaf: it is this leaf, but for layout, type and `steps`.
-        steps: what was done to the leaf, entry by entry.
-        whole: it has as many entries as the leaf.
+        own: the leaf that it is, but for layout and type and what was done to it entry by entry.
+        root: a factor or divisor in it that is the root of a leaf, or a deviation.
         raw: it is the leaf itself, or what loops took of it.
-        depth: how many loops took one entry of the leaf each.
-        root: a factor or divisor that is the root of a leaf, or a deviation.
-        product: the mean times such a root, in what is added after it.
     """
 
     axes: tuple[int | None, ...] = ()
     leaves: frozenset[int] = frozenset()
-    leaf: int | None = None
-    steps: tuple[Step, ...] = ()
-    whole: bool = True
-    raw: bool = False
-    depth: int = 0
+    own: _Moment | None = None
     root: _Moment | None = None
-    product: tuple[_Moment, _Moment] | None = None
+    raw: bool = False
 
 
 class _Active(NamedTuple):
@@ -284,15 +282,13 @@ class _Active(NamedTuple):
         flattened: `(*spatial, channels)`, if its last axis was flattened from there.
         linear: what a contraction just computed, before its bias is added.
         centred: a mean was just subtracted: the statistic, its variance still to come.
-        scaled: it was just multiplied by a root: the statistic, its mean still to come.
     """
 
     layer: int = -1
     spatial: bool = False
     flattened: tuple[int, ...] = ()
     linear: Linear | None = None
-    centred: tuple[_Moment, Statistic] | None = None
-    scaled: tuple[_Moment, Statistic] | None = None
+    centred: Statistic | None = None
 
 
 _Value: TypeAlias = _Weight | _Active
@@ -323,14 +319,11 @@ class _Here(NamedTuple):
         still = zip(range(rank), weight.axes, shape, strict=True)
         return tuple(dim for dim, axis, size in still if axis is None or size == 1)
 
-
-class _First(NamedTuple):
-    """What is done first with a leaf."""
-
-    number: int = -1
-    kind: str = "unused"
-    flattened: tuple[int, ...] = ()
-    meeting: Statistic | None = None
+    def problem(self, moment: _Moment) -> str:
+        """Why a statistic cannot be measured here."""
+        if set(self.inside) - {"scan"}:
+            return f"inside a {self.inside[-1]}"
+        return "inside a scan that does not slice it" if moment.depth < len(self.inside) else ""
 
 
 class _Reader:
@@ -339,28 +332,25 @@ class _Reader:
     def __init__(self, program: Program):
         self.program = program
         self.layers: dict[int, int] = {}
-        self.first: dict[int, _First] = {}
-        self.contractions: list[tuple[int, Contraction]] = []
+        self.first: dict[int, tuple[str, int, tuple[int, ...]]] = {}
+        self.contractions: dict[int, list[Contraction]] = collections.defaultdict(list)
         self.elsewhere: set[int] = set()
         self.statistics: list[Statistic] = []
-        self.linear: list[Linear] = []
+        self.met: dict[int, Statistic] = {}  # where a leaf first meets activations
         self.roots: dict[int, None] = {}
+        self.linear: list[Linear] = []
         self.last = -1  # the number of the last contraction
 
     def walk(
-        self,
-        closed: core.ClosedJaxpr,
-        values: Sequence[_Value],
-        start: int,
-        inside: tuple[str, ...],
+        self, closed: core.ClosedJaxpr, values: Sequence[Any], start: int, inside: _Inside
     ) -> list[_Value]:
-        def visit(number: int, equation: core.JaxprEqn, operands: Sequence[_Value]) -> list[_Value]:
+        def visit(number: int, equation: core.JaxprEqn, operands: Sequence[Any]) -> list[_Value]:
             output = self.visit(_Here(number, equation, inside), operands)
             return [output] * len(equation.outvars)
 
         return walk(closed, values, visit, lambda value: _Weight(_varying(np.shape(value))), start)
 
-    def visit(self, here: _Here, operands: Sequence[_Value]) -> _Value:
+    def visit(self, here: _Here, operands: Sequence[Any]) -> _Value:
         active = [i for i, one in enumerate(operands) if isinstance(one, _Active)]
         within = bodies(here.equation) if active else []
         if within:
@@ -368,17 +358,18 @@ class _Reader:
         self.meet(here, operands, active)
         if not active:
             return _combined(here, operands)
-        value = operands[active[0]]
-        output = _passed(here, operands, self.place(here.name, operands))
         if here.name == "convert_element_type":
+            (value,) = operands
+            assert isinstance(value, _Active)
             return value
+        output = _passed(here, operands, self.place(here.name, operands))
         if len(operands) == 2 and len(active) == 1:
-            weight = operands[1 - active[0]]
-            output = self.normalise(here, output, value, weight, active[0])
-            output = self.bias(here, output, value, weight, active[0])
+            (place,) = active
+            output = self.normalise(here, output, operands[place], operands[1 - place], place)
+            output = self.bias(here, output, operands[place], operands[1 - place], place)
         return output
 
-    def control(self, here: _Here, operands: Sequence[_Value], within: Sequence[Body]) -> _Active:
+    def control(self, here: _Here, operands: Sequence[Any], within: Sequence[Body]) -> _Active:
         """Reads all bodies of a loop or branch; what comes out of it depends on the inputs."""
         start, layer = here.number + 1, -1
         active = [one for one in operands if isinstance(one, _Active)]
@@ -389,8 +380,8 @@ class _Reader:
                 if isinstance(value, _Active):
                     values[i] = _Active(value.layer)
                 elif i >= last:
-                    depth = value.depth + value.raw
-                    values[i] = value._replace(axes=value.axes[1:], depth=depth)
+                    own = value.own._replace(depth=value.own.depth + 1) if value.raw else value.own
+                    values[i] = value._replace(axes=value.axes[1:], own=own)
                 elif i >= last - body.carried:  # what is carried comes to depend on the inputs
                     self.meet(here, [value, _Active()], [1])
                     values[i] = _Active(self.place("", [value, *active]))
@@ -399,7 +390,7 @@ class _Reader:
             start += size_of(body.closed)
         return _Active(layer)
 
-    def place(self, name: str, operands: Sequence[_Value]) -> int:
+    def place(self, name: str, operands: Sequence[Any]) -> int:
         """The layer of what an equation computes; leaves that are met first join it."""
         leaves = {leaf for one in operands if isinstance(one, _Weight) for leaf in one.leaves}
         layer = max((one.layer for one in operands if isinstance(one, _Active)), default=-1)
@@ -411,105 +402,75 @@ class _Reader:
         self.layers.update(dict.fromkeys(new, layer))
         return layer
 
-    def meet(self, here: _Here, operands: Sequence[_Value], active: Sequence[int]) -> None:
+    def meet(self, here: _Here, operands: Sequence[Any], active: Sequence[int]) -> None:
         """Notes what is done with the leaves among an equation's operands."""
         name, inside = here.name, bool(here.inside)
         product = name in ("dot_general", "conv_general_dilated") and not inside
         self.last = here.number if product else self.last
-        flats = [one.flattened for one in operands if isinstance(one, _Active) and one.flattened]
-        flattened = flats[0] if flats else ()
-        meets = bool(active) or sum(bool(getattr(one, "leaves", ())) for one in operands) > 1
-        for i, value in enumerate(operands):
-            if not isinstance(value, _Weight):
-                continue
-            view = value.leaf is not None and not value.steps
+        flattened = next((operands[i].flattened for i in active if operands[i].flattened), ())
+        weights = {i: one for i, one in enumerate(operands) if isinstance(one, _Weight)}
+        alone = not active and sum(bool(one.leaves) for one in weights.values()) < 2
+        for i, value in weights.items():
+            view = value.own is not None and not value.own.steps
             kind = "other" if inside or not view else _KINDS.get(name, "other")
-            if name in CONTRACTIONS and value.leaf is not None:
-                places = [value.axes[dim] for dim in produced_axes(here.equation, i).values()]
-                written = tuple(sorted(axis for axis in places if axis is not None and axis >= 0))
-                found = Contraction(
-                    here.number, here.equation, i, value.axes, written, bool(active),
-                    view and value.whole, inside, flattened,
-                )  # fmt: skip
-                self.contractions.append((value.leaf, found))
+            if name in CONTRACTIONS and value.own is not None:
+                found = Contraction(here.number, here.equation, i, value.axes, inside)
+                self.contractions[value.own.leaf].append(found)
                 if active and view and not inside and (product or i == 0):
                     kind = "kernel" if product else "embedding"
-            if view and value.whole and not (product and active) and not _same_size(here.equation):
+            whole = view and self.size(value) == math.prod(shape_of(here.equation.invars[i]))
+            if whole and not (product and active) and not _moves(here.equation):
                 self.elsewhere.update(value.leaves)
-            meeting = None
-            if active:
-                still = here.still(i, value) if name in ELEMENTWISE else ()
-                meeting = Statistic(-1, -1, here.number, still, active[0])
-            for leaf in value.leaves if meets else ():
-                old = self.first.setdefault(leaf, _First(here.number, kind, flattened))
-                self.first[leaf] = old._replace(meeting=old.meeting or meeting)
+            for leaf in () if alone else value.leaves:
+                self.first.setdefault(leaf, (kind, here.number, flattened))
+                if active:
+                    still = here.still(i, value) if name in ELEMENTWISE else ()
+                    at = Statistic(-1, -1, here.number, still, active[0])
+                    self.met.setdefault(leaf, at)
+
+    def size(self, weight: _Weight) -> int:
+        return math.prod(self.program.shapes[weight.own.leaf].shape) if weight.own else 0
 
     def normalise(
         self, here: _Here, output: _Active, value: _Active, weight: _Weight, place: int
     ) -> _Active:
-        """Follows activations from which a mean is taken, or that are divided by a root."""
-        name, own = here.name, None
-        at = Statistic(-1, -1, here.number, here.still(1 - place, weight), place)
-        if weight.leaf is not None and weight.root is None:
-            divides = name == "div" and place == 0
-            own = _Moment(weight.leaf, weight.steps, weight.depth, deviation=divides)
-        if name == "sub" and place == 0 and own is not None:
-            return output._replace(centred=(own, at))
-        if name in ("mul", "div"):
-            root = weight.root or (own if own is not None and own.deviation else None)
-            if root is None:
-                return output._replace(centred=value.centred, scaled=value.scaled)
-            if value.centred is not None:
-                self.add(here, value.centred[0], root, value.centred[1])
-            elif not root.deviation:
-                self.roots[root.leaf] = None
-                return output._replace(scaled=(root, at))
-        elif name in ("add", "sub") and value.scaled is not None and weight.product is not None:
-            mean, root = weight.product
-            if root.leaf == value.scaled[0].leaf:
-                self.add(here, mean, root, value.scaled[1])
+        """Follows activations from which a mean is taken, and that are divided by a root then."""
+        own, root, centred = weight.own, weight.root, value.centred
+        if here.name == "sub" and place == 0 and own is not None:
+            mean = Statistic(own.leaf, -1, here.number, here.still(1, weight), 0, own.steps)
+            return output._replace(centred=mean._replace(problem=here.problem(own)))
+        if here.name not in ("mul", "div"):
+            return output
+        if root is None and own is not None and here.name == "div" and place == 0:
+            root = own._replace(deviation=True)
+        if root is not None and not root.deviation:
+            self.roots[root.leaf] = None
+        if root is None or centred is None:
+            return output._replace(centred=centred)
+        found = centred._replace(variance=root.leaf, variance_steps=root.steps)
+        problem = centred.problem or here.problem(root)
+        self.statistics.append(found._replace(deviation=root.deviation, problem=problem))
         return output
-
-    def add(self, here: _Here, mean: _Moment, root: _Moment, at: Statistic) -> None:
-        problem = ""
-        if here.inside and set(here.inside) != {"scan"}:
-            problem = f"inside a {here.inside[-1]}"
-        elif here.inside and {mean.depth, root.depth} != {len(here.inside)}:
-            problem = "inside a scan that does not slice it"
-        self.statistics.append(
-            at._replace(
-                mean=mean.leaf,
-                variance=root.leaf,
-                mean_steps=mean.steps,
-                variance_steps=root.steps,
-                deviation=root.deviation,
-                problem=problem,
-            )
-        )
 
     def bias(
         self, here: _Here, output: _Active, value: _Active, weight: _Weight, place: int
     ) -> _Active:
         """Follows a product with a kernel to the bias that is added to it."""
-        if here.inside or weight.leaf is None or weight.steps:
+        if here.inside or weight.own is None or weight.own.steps:
             return output
-        equation, shape = here.equation, shape_of(here.equation.outvars[0])
+        shape, leaf = shape_of(here.equation.outvars[0]), weight.own.leaf
         if here.name in ("dot_general", "conv_general_dilated") and place == 0:
-            units = produced_axes(equation, 1)
-            batched = len(produced_axes(equation, 0)) + len(units) < len(shape)
-            if len(units) == 1 and not (batched and here.name == "dot_general"):
-                ((axis, dim),) = units.items()
+            others, units = (produced_axes(here.equation, operand) for operand in (0, 1))
+            batched = here.name == "dot_general" and len(others) + len(units) < len(shape)
+            for axis, dim in units.items() if len(units) == 1 and not batched else ():
                 kernel_axis = weight.axes[dim]
                 if kernel_axis is not None:
-                    linear = Linear(weight.leaf, kernel_axis, -1, here.number, axis)
+                    linear = Linear(leaf, kernel_axis, -1, here.number, axis)
                     return output._replace(linear=linear)
         elif here.name in ("add", "add_any") and value.linear is not None:
-            axis = value.linear.axis
-            still = here.still(1 - place, weight)
-            size = math.prod(self.program.shapes[weight.leaf].shape)
-            if {*range(len(shape))} <= {axis, *still} and size == shape[axis]:
-                found = value.linear._replace(bias=weight.leaf, equation=here.number)
-                self.linear.append(found)
+            axis, still = value.linear.axis, here.still(1 - place, weight)
+            if {axis, *still} >= {*range(len(shape))} and self.size(weight) == shape[axis]:
+                self.linear.append(value.linear._replace(bias=leaf, equation=here.number))
         return output
 
     def name(self, named: Sequence[tuple[str, ...]]) -> None:
@@ -518,51 +479,42 @@ class _Reader:
         places = {path: i for i, path in enumerate(leaf_paths(shapes))}
         for pair in named:
             for path in pair:
-                if path not in places:
-                    raise ConfigError(f"statistics names {path!r}: the network has no such leaf")
+                if places.get(path) not in self.met:
+                    why = "never meets activations" if path in places else "is no leaf"
+                    raise ConfigError(f"statistics names {path!r}: it {why} of the network")
             mean, variance = (places[path] for path in pair)
-            if any(one[:2] == (mean, variance) for one in self.statistics):
-                continue
-            met = [self.first.get(leaf, _First()).meeting for leaf in (mean, variance)]
-            if None in met:
-                raise ConfigError(f"statistics names {pair[0]!r}: it never meets activations")
-            at = min((one for one in met if one is not None), key=lambda one: one.equation)
-            self.statistics.append(at._replace(mean=mean, variance=variance))
+            if all(one[:2] != (mean, variance) for one in self.statistics):
+                at = min(self.met[mean], self.met[variance], key=lambda one: one.equation)
+                self.statistics.append(at._replace(mean=mean, variance=variance))
 
-    def roles(self, named: Sequence[tuple[str, ...]]) -> Roles:
+    def roles(self) -> Roles:
         count = len(self.program.shapes)
-        self.name(named)
         after = itertools.count(max(self.layers.values(), default=-1) + 1)
         unused = [leaf for leaf in range(count) if leaf not in self.layers]
         self.layers.update(zip(unused, after, strict=False))  # each is a layer of its own
-        for one in self.statistics:
-            for leaf, kind in ((one.mean, "mean"), (one.variance, "variance")):
-                self.first[leaf] = self.first[leaf]._replace(kind=kind)
-        firsts = [self.first.get(leaf, _First()) for leaf in range(count)]
-        used = [leaf for leaf, _ in self.contractions]
+        kinds = {one.mean: "mean" for one in self.statistics}
+        kinds |= {one.variance: "variance" for one in self.statistics}
+
+        def role(leaf: int) -> Role:
+            kind, first, flattened = self.first.get(leaf, ("unused", -1, ()))
+            contractions, elsewhere = self.contractions[leaf], leaf in self.elsewhere
+            kind = kinds.get(leaf, kind)
+            return Role(self.layers[leaf], kind, first, flattened, tuple(contractions), elsewhere)
+
+        hidden = [one for one in self.linear if one.equation < self.last]
         return Roles(
-            tuple(
-                Role(
-                    self.layers[leaf], first.kind, first.number, first.flattened,
-                    tuple(found for of, found in self.contractions if of == leaf),
-                    leaf in self.elsewhere,
-                )
-                for leaf, first in enumerate(firsts)
-            ),
+            tuple(map(role, range(count))),
             tuple(self.statistics),
-            tuple(
-                one for one in self.linear
-                if used.count(one.kernel) == 1 and one.equation < self.last
-            ),
-            tuple(self.roots.keys() - {one.variance for one in self.statistics}),
-        )  # fmt: skip
+            tuple(one for one in hidden if len(self.contractions[one.kernel]) == 1),
+            tuple(leaf for leaf in self.roots if leaf not in kinds),
+        )
 
 
 @functools.lru_cache(maxsize=64)
 def _read(program: Program, named: tuple[tuple[str, ...], ...]) -> Roles:
     reader = _Reader(program)
     values: list[_Value] = [
-        _Weight(tuple(range(len(spec.shape))), frozenset({i}), i, raw=True)
+        _Weight(tuple(range(len(spec.shape))), frozenset({i}), _Moment(i), raw=True)
         for i, spec in enumerate(program.shapes)
     ]
     inputs = program.closed.jaxpr.invars[len(values) :]
@@ -570,75 +522,60 @@ def _read(program: Program, named: tuple[tuple[str, ...], ...]) -> Roles:
     for result in reader.walk(program.closed, values, 0, ()):
         if isinstance(result, _Weight):
             reader.elsewhere.update(result.leaves)
-    return reader.roles(named)
+    reader.name(named)
+    return reader.roles()
 
 
 def _varying(shape: Sequence[int]) -> tuple[int | None, ...]:
     return tuple(-1 if n != 1 else None for n in shape)
 
 
-def _same_size(equation: core.JaxprEqn) -> bool:
+def _moves(equation: core.JaxprEqn) -> bool:
     """Whether an equation only changes the layout or type of its one operand."""
     shapes = [shape_of(atom) for atom in (*equation.invars, *equation.outvars)]
-    moves = len(shapes) == 2 and moved_axes(equation, [None] * len(shapes[0])) is not None
-    return moves and math.prod(shapes[0]) == math.prod(shapes[1])
+    if len(shapes) != 2 or moved_axes(equation, [None] * len(shapes[0])) is None:
+        return False
+    return math.prod(shapes[0]) == math.prod(shapes[1])
 
 
 def _combined(here: _Here, operands: Sequence[_Weight]) -> _Weight:
     """What an equation makes of weights alone."""
-    name, equation, shape = here.name, here.equation, shape_of(here.equation.outvars[0])
-    leaves = frozenset[int]().union(*(one.leaves for one in operands))
+    equation, shape = here.equation, shape_of(here.equation.outvars[0])
     moved = moved_axes(equation, operands[0].axes) if len(operands) == 1 else None
     if moved is not None:
-        whole = operands[0].whole and _same_size(equation)
-        return operands[0]._replace(axes=moved, whole=whole, raw=False)
-    if name not in ELEMENTWISE or not operands:
+        return operands[0]._replace(axes=moved, raw=False)
+    leaves = frozenset[int]().union(*(one.leaves for one in operands))
+    if here.name not in ELEMENTWISE:
         return _Weight(_varying(shape), leaves)
-    of_leaf = [i for i, one in enumerate(operands) if one.leaf is not None]
+    moments = {i: one.own for i, one in enumerate(operands) if one.own is not None}
     # A number, such as a counter that debiases an average, is done to the leaf beside it.
-    large = [i for i in of_leaf if math.prod(shape_of(equation.invars[i])) > 1] or of_leaf
-    main = large[0] if len({operands[i].leaf for i in large}) == 1 else None
-    own = operands[main] if main is not None else _Weight()
-    axes = tuple(
-        own.axes[dim]
-        if len(own.axes) == len(shape) and own.axes[dim] is not None
-        else -1
-        if any(one.axes[dim] is not None for one in operands if len(one.axes) == len(shape))
-        else None
-        for dim in range(len(shape))
-    )
-    made = _Weight(axes, leaves, own.leaf, depth=own.depth, whole=False)
-    if main is not None:
-        made = made._replace(steps=(*own.steps, (name, here.number, main)))
-    root, product = _normalising(name, equation, operands, main)
-    return made._replace(root=root, product=product)
+    large = [i for i in moments if math.prod(shape_of(equation.invars[i])) > 1] or [*moments]
+    main = large[0] if len({moments[i].leaf for i in large}) == 1 else -1
+    alike = [one.axes for one in operands if len(one.axes) == len(shape)]
+    axes = [-1 if any(one[dim] is not None for one in alike) else None for dim in range(len(shape))]
+    own = None
+    if main >= 0:
+        step = (here.name, here.number, main)
+        own = moments[main]._replace(steps=(*moments[main].steps, step))
+        pairs = zip(axes, operands[main].axes or axes, strict=True)
+        axes = [label if axis is None else axis for label, axis in pairs]
+    return _Weight(tuple(axes), leaves, own, _root(here, operands, moments, main))
 
 
-def _normalising(
-    name: str, equation: core.JaxprEqn, operands: Sequence[_Weight], main: int | None
-) -> tuple[_Moment | None, tuple[_Moment, _Moment] | None]:
-    """The root that an equation takes or passes on, and a mean times such a root."""
-
-    def moment(one: _Weight, deviation: bool = False) -> _Moment | None:
-        return None if one.leaf is None else _Moment(one.leaf, one.steps, one.depth, deviation)
-
-    power = equation.invars[-1]
-    half = name == "pow" and isinstance(power, core.Literal) and abs(float(power.val)) == 0.5
-    if (name in ("sqrt", "rsqrt") or half) and main is not None:
-        return moment(operands[main]), None
-    products = [one.product for one in operands if one.product is not None]
-    if name not in ("mul", "div") or len(operands) != 2:
-        passes = name in ("add", "sub", "neg") and bool(products)
-        return None, products[0] if passes else None
-    first, second = operands
+def _root(
+    here: _Here, operands: Sequence[_Weight], moments: dict[int, _Moment], main: int
+) -> _Moment | None:
+    """The root that an equation takes, or passes on in a product."""
+    power = here.equation.invars[-1]
+    half = here.name == "pow" and isinstance(power, core.Literal) and abs(float(power.val)) == 0.5
+    if here.name in ("sqrt", "rsqrt") or half:
+        return moments.get(main)
+    if here.name not in ("mul", "div"):
+        return None
     roots = [one.root for one in operands if one.root is not None]
-    if not roots and name == "div" and main != 0:
-        roots = [one for one in [moment(second, deviation=True)] if one is not None]
-    for one, other in ((first, second), (second, first)):
-        mean = moment(one) if one.root is None else None
-        if name == "mul" and mean and other.root and other.root.leaf != mean.leaf:
-            products = [(mean, other.root)]
-    return (roots or [None])[0], (products or [None])[0]
+    if not roots and here.name == "div" and main != 0 and 1 in moments:
+        return moments[1]._replace(deviation=True)
+    return roots[0] if roots else None
 
 
 def _passed(here: _Here, operands: Sequence[_Value], layer: int) -> _Active:

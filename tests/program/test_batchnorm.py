@@ -210,7 +210,6 @@ FORMS = {  # what the second leaf is to hold, and what both are to be divided by
     power: (np.var, 1),
     deviation: (np.std, 1),
     reciprocal: (np.std, 1),
-    fused: (np.var, 1),
     debiased: (np.var, 1 - 0.9**3),
 }
 
@@ -283,8 +282,16 @@ def test_statistics_that_the_user_names():
     new = recalibrate(centred, w, x, statistics=(("shift", "factor"),))
     np.testing.assert_allclose(new["shift"], x.mean((0, 1)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(new["factor"], x.var((0, 1)), rtol=1e-4)
-    with pytest.raises(mj.ConfigError, match="statistics names 'scale': the network has no such"):
-        recalibrate(centred, w, x, statistics=(("shift", "scale"),))
+    w = leaves_of_a_norm((3,))
+    with pytest.raises(mj.ConfigError, match="var: no mean goes with it; name the pair"):
+        recalibrate(fused, w, x)
+    new = recalibrate(fused, w, x, statistics=(("mean", "var"),))
+    np.testing.assert_allclose(new["mean"], x.mean((0, 1)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(new["var"], x.var((0, 1)), rtol=1e-4)
+    with pytest.raises(
+        mj.ConfigError, match="statistics names 'none': it is no leaf of the network"
+    ):
+        recalibrate(fused, w, x, statistics=(("mean", "none"),))
 
 
 @pytest.mark.parametrize(
