@@ -21,9 +21,11 @@ import pairs
 from pairs import midpoint
 
 import megajax as mj
-from megajax.config import Config, DataConfig, ModelConfig, ParentsConfig
 from megajax.evaluation.statistics import mean_interval
 from megajax.merging.merge import align_parents
+from megajax.run.config import Config
+from megajax.zoo.data import DataConfig, ParentsConfig
+from megajax.zoo.networks import ModelConfig
 
 METHODS = ("weights", "activations", "both")
 GRANULARITIES = ("global", "layer", "channel", "element")

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from timing import seconds
 
-from megajax.program.convolutions import widened
+from megajax.program.folding import widened
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 

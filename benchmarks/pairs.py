@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import megajax as mj
-from megajax.config import Config
+from megajax.run.config import Config
 from megajax.zoo import data, training
 from megajax.zoo import networks as models
 

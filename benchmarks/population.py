@@ -38,7 +38,7 @@ import megajax as mj
 from megajax.config import FitnessConfig
 from megajax.merging.fitness import accuracy, batches, evaluator, example_scores
 from megajax.merging.plans import Plan, plan_evaluation
-from megajax.program.convolutions import for_backend
+from megajax.program.folding import for_backend
 from megajax.zoo import networks as models
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {

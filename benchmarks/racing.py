@@ -24,7 +24,8 @@ import numpy as np
 import pairs
 
 import megajax as mj
-from megajax.config import Config, DataConfig, ParentsConfig
+from megajax.run.config import Config
+from megajax.zoo.data import DataConfig, ParentsConfig
 
 CONFIG = Config(
     data=DataConfig(validation_fraction=0.3), parents=ParentsConfig(shards="skewed", skew=0.95)

@@ -9,7 +9,6 @@ differences to the best parent (chosen on validation).
 """
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ import numpy as np
 import pairs
 
 import megajax as mj
-from megajax.config import Config, DataConfig, FitnessConfig, ParentsConfig
+from megajax.config import FitnessConfig
+from megajax.run.config import Config
+from megajax.zoo.data import DataConfig, ParentsConfig
 
 CONFIG = Config(
     data=DataConfig(validation_fraction=0.3), parents=ParentsConfig(shards="skewed", skew=0.95)
@@ -49,7 +50,7 @@ def pair(seed: int) -> dict[str, dict[str, float]]:
             (validation.images, validation.labels),
             genome=CONFIG.genome,
             fitness=FitnessConfig(metric=metric),
-            evolution=dataclasses.replace(CONFIG.evolution, generations_per_chunk=20),
+            evolution=CONFIG.evolution.replace(generations_per_chunk=20),
         )
         predictions[f"merged by {metric}"] = logits(result.variables)
     return {name: mj.measure(p, test.labels)._asdict() for name, p in predictions.items()}

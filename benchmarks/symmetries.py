@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 import megajax as mj
-from megajax.alignment import align, find_symmetries, permute, random_permutations
-from megajax.program.batchnorm import find_statistics
+from megajax.alignment import find_symmetries, match, permute, random_permutations
+from megajax.program.roles import find_statistics
 from megajax.trees import leaf_paths
 from megajax.zoo import networks as models
 
@@ -43,12 +43,12 @@ def main() -> None:
             found = find_statistics(apply_fn, first, images)
             ignore = {leaf_paths(first)[i] for s in found for i in (s.mean, s.variance)}
             start = time.perf_counter()
-            align(jax.random.key(0), symmetries, [first, second], ignore=ignore)
+            match(jax.random.key(0), symmetries, [first, second], ignore=ignore)
             line += f"{time.perf_counter() - start:>14.2f}"
             shuffled = permute(
                 symmetries, random_permutations(jax.random.key(2), symmetries), first
             )
-            (_, back), _ = align(jax.random.key(0), symmetries, [first, shuffled], ignore=ignore)
+            (_, back), _ = match(jax.random.key(0), symmetries, [first, shuffled], ignore=ignore)
             pairs = zip(jax.tree.leaves(first), jax.tree.leaves(back), strict=True)
             line += f"{'exact' if all(np.array_equal(a, b) for a, b in pairs) else 'no':>10}"
         print(line)

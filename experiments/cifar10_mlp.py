@@ -10,17 +10,12 @@ Accuracies and time: not measured (no GPU yet).
 `--config.smoke=True` cuts it down to a trial of a few minutes on 2 cores.
 """
 
-from ml_collections import ConfigDict
-
-from megajax.config import default_config
-from megajax.run.presets import sound_cifar10
+import megajax as mj
 
 
-def get_config() -> ConfigDict:
-    config = default_config(sound_cifar10())
-    config.model.name = "mlp"
-    config.model.options = {"hidden": (512, 512, 512)}
-    config.training.epochs = 100
-    config.training.learning_rate = 0.01
-    config.recalibrate = default_config().recalibrate  # there are no statistics
-    return config
+def get_config() -> mj.Config:
+    return mj.sound_cifar10().replace(
+        model=mj.ModelConfig(name="mlp", options={"hidden": (512, 512, 512)}),
+        training={"epochs": 100, "learning_rate": 0.01},
+        recalibrate=mj.RecalibrateConfig(),  # there are no statistics
+    )

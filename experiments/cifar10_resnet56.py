@@ -12,14 +12,8 @@ Accuracies and time: not measured (no GPU yet).
 `--config.smoke=True` cuts it down to a trial of a few minutes on 2 cores.
 """
 
-from ml_collections import ConfigDict
-
-from megajax.config import default_config
-from megajax.run.presets import sound_cifar10
+import megajax as mj
 
 
-def get_config() -> ConfigDict:
-    config = default_config(sound_cifar10())
-    config.model.name = "resnet"
-    config.model.options = {"depth": 56}
-    return config
+def get_config() -> mj.Config:
+    return mj.sound_cifar10().replace(model=mj.ModelConfig(name="resnet", options={"depth": 56}))

@@ -13,11 +13,8 @@ the better parent. Accuracies and time: not measured (no GPU yet).
 `--config.smoke=True` cuts it down to a trial of a few minutes on 2 cores.
 """
 
-from ml_collections import ConfigDict
-
-from megajax.config import default_config
-from megajax.run.presets import mega_paper
+import megajax as mj
 
 
-def get_config() -> ConfigDict:
-    return default_config(mega_paper())
+def get_config() -> mj.Config:
+    return mj.mega_paper()

@@ -13,19 +13,14 @@ Accuracies and time: not measured (no GPU yet).
 `--config.smoke=True` cuts it down to a trial of a few minutes on 2 cores.
 """
 
-from ml_collections import ConfigDict
-
-from megajax.config import default_config
-from megajax.run.presets import sound_cifar10
+import megajax as mj
 
 
-def get_config() -> ConfigDict:
-    config = default_config(sound_cifar10())
-    config.model.name = "resnet"
-    config.model.options = {"depth": 56}
-    config.parents.count = 8
-    config.evolution.population_size = 64
-    config.evolution.evaluation_budget = 64 * 101
-    config.hierarchy.enabled = True
-    config.finetune.epochs = 10
-    return config
+def get_config() -> mj.Config:
+    return mj.sound_cifar10().replace(
+        model=mj.ModelConfig(name="resnet", options={"depth": 56}),
+        parents=mj.ParentsConfig(count=8),
+        evolution={"population_size": 64, "evaluation_budget": 64 * 101},
+        hierarchy=mj.HierarchyConfig(enabled=True),
+        finetune=mj.FinetuneConfig(epochs=10),
+    )

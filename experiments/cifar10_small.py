@@ -8,29 +8,20 @@ epochs. Under 15 minutes on 2 cores, of which the training takes a third and ran
 cost of the evolution, another.
 """
 
-from ml_collections import ConfigDict
-
-from megajax.config import default_config
+import megajax as mj
 
 
-def get_config() -> ConfigDict:
-    config = default_config()
-    config.data.name = "cifar10"
-    config.data.standardize = True
-    config.data.limit = 20_000
-    config.data.validation_fraction = 0.05
-    config.model.name = "resnet"
-    config.model.options.depth = 8
-    config.parents.shards = "skewed"
-    config.parents.skew = 0.8
-    config.training.epochs = 3
-    config.training.batch_size = 128
-    config.training.learning_rate = 1e-2
-    config.align.method = "activations"
-    config.recalibrate.enabled = True
-    config.evolution.population_size = 16
-    config.evolution.generations = 8
-    config.baselines.names = ("uniform_average", "random_search")
-    config.robustness.severities = (1, 3, 5)
-    config.robustness.examples = 250
-    return config
+def get_config() -> mj.Config:
+    return mj.Config(
+        data=mj.DataConfig(
+            name="cifar10", standardize=True, limit=20_000, validation_fraction=0.05
+        ),
+        model=mj.ModelConfig(name="resnet", options={"depth": 8}),
+        parents=mj.ParentsConfig(shards="skewed", skew=0.8),
+        training=mj.TrainingConfig(epochs=3, batch_size=128, learning_rate=1e-2),
+        align=mj.AlignConfig(method="activations"),
+        recalibrate=mj.RecalibrateConfig(enabled=True),
+        evolution=mj.EvolutionConfig(population_size=16, generations=8),
+        baselines=mj.BaselinesConfig(names=("uniform_average", "random_search")),
+        robustness=mj.RobustnessConfig(severities=(1, 3, 5), examples=250),
+    )

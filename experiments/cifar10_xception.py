@@ -10,15 +10,11 @@ Accuracies and time: not measured (no GPU yet).
 `--config.smoke=True` cuts it down to a trial of a few minutes on 2 cores.
 """
 
-from ml_collections import ConfigDict
-
-from megajax.config import default_config
-from megajax.run.presets import sound_cifar10
+import megajax as mj
 
 
-def get_config() -> ConfigDict:
-    config = default_config(sound_cifar10())
-    config.model.name = "xception"
-    config.model.options = {"stem": "cifar"}
-    config.training.learning_rate = 0.05
-    return config
+def get_config() -> mj.Config:
+    return mj.sound_cifar10().replace(
+        model=mj.ModelConfig(name="xception", options={"stem": "cifar"}),
+        training={"learning_rate": 0.05},
+    )

@@ -8,18 +8,14 @@ needed; under 2 minutes on 2 cores, a third of it the search and random search a
 Seed 0: parents 78.8 % and 71.9 % on the test images, merged 93.3 %.
 """
 
-from ml_collections import ConfigDict
-
-from megajax.config import default_config
+import megajax as mj
 
 
-def get_config() -> ConfigDict:
-    config = default_config()
-    config.data.name = "digits"
-    config.data.validation_fraction = 0.3
-    config.model.name = "cnn"
-    config.parents.shards = "skewed"
-    config.parents.skew = 0.95
-    config.align.method = "activations"
-    config.recalibrate.enabled = True
-    return config
+def get_config() -> mj.Config:
+    return mj.Config(
+        data=mj.DataConfig(name="digits", validation_fraction=0.3),
+        model=mj.ModelConfig(name="cnn"),
+        parents=mj.ParentsConfig(shards="skewed", skew=0.95),
+        align=mj.AlignConfig(method="activations"),
+        recalibrate=mj.RecalibrateConfig(enabled=True),
+    )

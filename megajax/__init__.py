@@ -50,7 +50,7 @@ from megajax.merging.tree import TreeResult as TreeResult
 from megajax.merging.tree import merge_tree as merge_tree
 from megajax.program.batchnorm import recalibrate as recalibrate
 from megajax.program.batchnorm import repair as repair
-from megajax.program.layers import find_layers as find_layers
+from megajax.program.roles import find_layers as find_layers
 from megajax.search.genetic import GeneticAlgorithm as GeneticAlgorithm
 from megajax.search.methods import EvolutionConfig as EvolutionConfig
 

@@ -32,6 +32,7 @@ __all__ = [
     "at_least",
     "between",
     "fields",
+    "literal",
     "one_of",
 ]
 
@@ -248,6 +249,16 @@ def _read(kind: type[Section], name: str, value: Any) -> Any:
         else:
             return meaning
     return refused[0] if refused else value
+
+
+def literal(text: str) -> Any:
+    """What a text stands for by itself, where no annotation says it.
+
+    Example:
+        >>> literal("32"), literal("(1, 2)"), literal("same")
+        (32, (1, 2), 'same')
+    """
+    return next(_meanings(text))
 
 
 def _plain(value: Any) -> Any:

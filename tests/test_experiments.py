@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from megajax.config import from_dict, to_dict
+from megajax.run.config import from_dict, smoke, to_dict
 from megajax.run.presets import mega_paper
 from megajax.zoo import networks as models
 
@@ -21,10 +21,10 @@ CIFAR10 = ROOT.parent / "shared" / "data" / "tfds" / "cifar10"
 FAMILIES = {"resnet", "vgg", "densenet", "xception", "mlp"}
 
 
-def loaded(file, **overrides):
-    """The docstring and the checked configuration of an experiment."""
+def loaded(file):
+    """The docstring and the configuration of an experiment."""
     module = runpy.run_path(str(file))
-    return module["__doc__"], from_dict(module["get_config"]().to_dict() | overrides)
+    return module["__doc__"], module["get_config"]()
 
 
 def size(config):
@@ -39,7 +39,7 @@ def test_an_experiment_can_run_names_its_command_and_can_be_cut(file):
     text, config = loaded(file)
     assert f"    python -m megajax.run --config experiments/{file.name}" in text
     assert size(config) > 10_000
-    _, small = loaded(file, smoke=True)
+    small = smoke(config)
     assert size(small) < 200_000
     assert small.parents == config.parents
     assert (small.align, small.genome) == (config.align, config.genome)

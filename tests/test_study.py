@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from megajax.config import from_dict
 from megajax.run.cli import main
 
 STUDY = Path(__file__).parent.parent / "experiments" / "study"
@@ -20,7 +19,7 @@ def test_all_searches_of_all_cells_score_equally_many_networks(data):
     costs = set()
     for parents in CONFIG["PARENTS"]:
         for search in CONFIG["SEARCHES"]:
-            cell = from_dict(CONFIG["get_config"](f"{data}/{parents}/{search}").to_dict())
+            cell = CONFIG["get_config"](f"{data}/{parents}/{search}")
             evolution = cell.evolution
             elites = evolution.elites if evolution.survival == "generational" else 0
             size = evolution.population_size

@@ -14,10 +14,7 @@ Every search scores 1,920 networks. The cell `channel-aligned` has all baselines
 robustness.
 """
 
-from ml_collections import ConfigDict
-
-from megajax.config import default_config
-from megajax.run.presets import mega_paper, sound_cifar10
+import megajax as mj
 
 PARENTS = ("same", "skewed", "shared")
 GRANULARITIES = ("global", "layer", "channel", "element")
@@ -27,50 +24,50 @@ SEARCHES = tuple(
 )
 
 
-def get_config(cell: str = f"digits/skewed/{MAIN}") -> ConfigDict:
+def get_config(cell: str = f"digits/skewed/{MAIN}") -> mj.Config:
     data, parents, search = cell.split("/")
     if parents not in PARENTS or search not in SEARCHES:
         raise ValueError(f"{cell} is no cell; parents: {PARENTS}, searches: {SEARCHES}")
-    config = {"digits": digits, "cifar10": cifar10}[data]()
-
-    config.parents.shards = "same" if parents == "same" else "skewed"
-    config.parents.shared_initialization = parents == "shared"
-
     kind = search.removesuffix("-aligned")
     aligned = search != kind
-    config.align.method = "activations" if aligned else "none"
-    config.recalibrate.enabled = aligned or kind != "paper"
+    config = {"digits": digits, "cifar10": cifar10}[data]().replace(
+        parents={
+            "shards": "same" if parents == "same" else "skewed",
+            "shared_initialization": parents == "shared",
+        },
+        align={"method": "activations" if aligned else "none"},
+        recalibrate={"enabled": aligned or kind != "paper"},
+    )
     if kind == "paper":
-        paper = default_config(mega_paper())
-        config.genome, config.fitness, config.evolution = (
-            paper.genome,
-            paper.fitness,
-            paper.evolution,
+        paper = mj.mega_paper()
+        config = config.replace(
+            genome=paper.genome,
+            fitness=paper.fitness,
+            evolution=paper.evolution.replace(generations=100),  # 20 + 100 x 19 networks
         )
-        config.evolution.generations = 100  # 20 + 100 x 19 networks
     else:
-        config.genome.granularity = kind
-        config.evolution.population_size = 32
-        config.evolution.generations = 59  # 32 + 59 x 32 networks
+        config = config.replace(
+            genome={"granularity": kind},
+            evolution={"population_size": 32, "generations": 59},  # 32 + 59 x 32 networks
+        )
     if search != MAIN:
-        config.baselines.names = ("random_search",) if kind == "channel" else ()
-        config.robustness.enabled = False
+        names = ("random_search",) if kind == "channel" else ()
+        config = config.replace(baselines={"names": names}, robustness={"enabled": False})
     return config
 
 
-def digits() -> ConfigDict:
+def digits() -> mj.Config:
     """The CNNs of `experiments/digits.py`."""
-    config = default_config()
-    config.data.validation_fraction = 0.3
-    config.parents.skew = 0.95
-    config.baselines.names = "all"
-    return config
+    return mj.Config(
+        data=mj.DataConfig(validation_fraction=0.3),
+        parents=mj.ParentsConfig(skew=0.95),
+        baselines=mj.BaselinesConfig(names="all"),
+    )
 
 
-def cifar10() -> ConfigDict:
+def cifar10() -> mj.Config:
     """Well-trained ResNet-20, with the training of `experiments/cifar10_resnet56.py`."""
-    config = default_config(sound_cifar10())
-    config.model.name = "resnet"
-    config.model.options = {"depth": 20}
-    config.baselines.names = "all"
-    return config
+    return mj.sound_cifar10().replace(
+        model=mj.ModelConfig(name="resnet", options={"depth": 20}),
+        baselines=mj.BaselinesConfig(names="all"),
+    )

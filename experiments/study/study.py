@@ -22,7 +22,7 @@ import jax
 from config import MAIN, PARENTS, SEARCHES
 
 from megajax.evaluation.results import aggregate
-from megajax.run import store as workdir
+from megajax.io import read_json, write_json
 from megajax.run.cli import main as run
 
 HERE = Path(__file__).parent
@@ -46,9 +46,9 @@ def run_cell(
 
 def one_seed(folder: Path, seed: str) -> dict[str, Any]:
     """The results of the main search, with what the others found among the baselines."""
-    results: dict[str, Any] = workdir.read_json(folder / MAIN / seed / workdir.RESULTS)
+    results: dict[str, Any] = read_json(folder / MAIN / seed / RESULTS.name)
     for search in (search for search in SEARCHES if search != MAIN):
-        other = workdir.read_json(folder / search / seed / workdir.RESULTS)
+        other = read_json(folder / search / seed / RESULTS.name)
         name = search.replace("-", "_")
         cost = {"evaluations": other["evaluations"]}
         results["baselines"][f"evolved_{name}"] = cost | other["merged"]
@@ -77,7 +77,7 @@ def main() -> None:
         collected[parents] = aggregate([one_seed(folder, seed) for seed in seeds])
     if tuple(options.only) == PARENTS:
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        workdir.write_json(RESULTS, results | {options.data: collected})
+        write_json(RESULTS, results | {options.data: collected})
 
 
 if __name__ == "__main__":

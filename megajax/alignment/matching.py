@@ -22,31 +22,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from scipy.optimize import linear_sum_assignment
 
 from megajax.alignment.axes import Axis, boxes
-from megajax.alignment.propagation import Axes
-from megajax.alignment.symmetries import (
-    ApplyFn,
+from megajax.alignment.permutations import (
     Array,
-    Group,
     Permutations,
-    Site,
-    Symmetries,
-    Trace,
     compose,
     identity_permutations,
     permute,
-    site_at,
-    trace,
     units_of,
     validate,
 )
-from megajax.errors import ParentsError
-from megajax.program.jaxprs import delay, walk
+from megajax.alignment.propagation import Axes
+from megajax.alignment.symmetries import Group, Reading, Site, Symmetries, read, site_at
+from megajax.errors import ConfigError, DataError, ParentsError
+from megajax.program.jaxprs import delay, static, trace, walk
 from megajax.trees import leaves_by_path
+from megajax.types import ApplyFn
 
-__all__ = ["Alignment", "activation_matching", "align", "weight_matching"]
+__all__ = ["Alignment", "activation_matching", "match", "weight_matching"]
 
 Leaves = dict[str, Array]
 Similarity = Callable[[Group, bool], Array | None]
@@ -68,7 +62,7 @@ class Alignment(NamedTuple):
     objective: tuple[float, ...]
 
 
-def align(
+def match(
     key: jax.Array,
     symmetries: Symmetries,
     parents: Sequence[Any],
@@ -94,9 +88,9 @@ def align(
         parent 0 first).
       apply_fn: the network; only for activations.
       inputs: calibration inputs; only for activations.
-      ignore: paths of leaves that move but do not count; None means BatchNorm's statistics (leaves
-        named `mean` or `var`), whose scale would drown the weights: on a pair of trained ResNet-8
-        the re-estimated midpoint reached 63 % without them, 45 % with them.
+      ignore: paths of leaves that move but do not count; None means BatchNorm's statistics, whose
+        scale would drown the weights: on a pair of trained ResNet-8 the re-estimated midpoint
+        reached 63 % without them, 45 % with them.
       max_sweeps: visits of all groups before giving up on convergence.
 
     Returns:
@@ -105,7 +99,7 @@ def align(
     Raises:
       SymmetryError: the symmetries do not fit the parents.
       ParentsError: a parent has other leaves, or there is no such reference.
-      ValueError: there is no such method, or it lacks `apply_fn` and `inputs`.
+      ConfigError: there is no such method, or it lacks `apply_fn` and `inputs`.
 
     References: Ainsworth et al. 2022, Git Re-Basin, algorithms 1 (weight matching) and 2
     (MergeMany), and section 3.1 (activation matching).
@@ -114,14 +108,14 @@ def align(
     >>> hidden = Symmetries((Group("hidden", 2, (Site("w", 1), Site("v", 0))),))
     >>> parent = {"w": np.array([[1.0, 2.0]]), "v": np.array([3.0, 4.0])}
     >>> other = {"w": np.array([[2.0, 1.0]]), "v": np.array([4.0, 3.0])}
-    >>> (_, moved), info = align(jax.random.key(0), hidden, [parent, other])
+    >>> (_, moved), info = match(jax.random.key(0), hidden, [parent, other])
     >>> moved, info.permutations[1]
     ({'v': array([3., 4.]), 'w': array([[1., 2.]])}, {'hidden': array([1, 0])})
     """
     if method not in ("weights", "activations", "both"):
-        raise ValueError(f"method is {method!r}: choose weights, activations or both")
+        raise ConfigError(f"method is {method!r}: choose weights, activations or both")
     if reference == "mean" and method == "activations":
-        raise ValueError("reference is 'mean': only weights can be matched to a mean")
+        raise ConfigError("reference is 'mean': only weights can be matched to a mean")
     if reference != "mean" and reference not in range(len(parents)):
         raise ParentsError(f"reference is {reference!r}: the parents are 0 to {len(parents) - 1}")
     structure = str(jax.tree.structure(parents[0]))
@@ -134,7 +128,7 @@ def align(
     objective: tuple[float, ...] = ()
     if method != "weights":
         if apply_fn is None or inputs is None:
-            raise ValueError(f"method is {method!r}: it needs apply_fn and inputs")
+            raise ConfigError(f"method is {method!r}: it needs apply_fn and inputs")
         fixed = int(reference) if reference != "mean" else 0
         start, objective = activation_matching(symmetries, parents, apply_fn, inputs, fixed)
     if method != "activations":
@@ -176,6 +170,8 @@ def _step(symmetries: Symmetries, group: Group, similarity: Similarity) -> dict[
 
 def _assign(similarity: Array) -> Array:
     """For each row the column that it is matched with, for the largest sum."""
+    from scipy.optimize import linear_sum_assignment  # slow to load, and needed here alone
+
     return np.asarray(linear_sum_assignment(similarity, maximize=True)[1])
 
 
@@ -210,7 +206,7 @@ def weight_matching(
       parents: K variable pytrees.
       reference: the number of the parent that the others are matched to, or "mean".
       start: permutations of each parent to start from.
-      ignore: paths of leaves that do not count, as in `align`.
+      ignore: paths of leaves that do not count, as in `match`.
       max_sweeps: visits of all groups before giving up on convergence.
 
     Returns:
@@ -252,9 +248,7 @@ def _problem(
     reference: int | str,
     ignore: Collection[str] | None,
 ) -> _Problem:
-    if ignore is None:
-        paths = leaves_by_path(parents[0])
-        ignore = {path for path in paths if path.rpartition("/")[2] in ("mean", "var")}
+    ignore = symmetries.statistics if ignore is None else ignore
     groups = tuple(
         group._replace(sites=tuple(site for site in group.sites if site.path not in ignore))
         for group in symmetries.groups
@@ -454,33 +448,40 @@ def activation_matching(
     >>> activation_matching(found, [parent, other], mlp, x)[0][1]
     {'w': array([1, 0])}
     """
-    traced = trace(apply_fn, parents[0], inputs)
-    taps = _taps(symmetries, traced)
-
-    @jax.jit
-    def correlate(a: Any, b: Any, inputs: Any) -> dict[str, jax.Array]:
-        total: dict[str, jax.Array] = {}
-        pairs = zip(_read(traced, taps, a, inputs), _read(traced, taps, b, inputs), strict=True)
-        for (group, x), (_, y) in pairs:
-            block = _compare(_standardise(x), _standardise(y), group.within is not None)
-            total[group.name] = total.get(group.name, 0) + block
-        return total
-
+    network, groups = static(apply_fn), symmetries._replace(pinned=())
     placed = [identity_permutations(symmetries) for _ in parents]
     before = after = 0.0
     for k, parent in enumerate(parents):
         if k == reference:
             continue
-        blocks = {
-            name: np.asarray(block, np.float64)
-            for name, block in correlate(parents[reference], parent, inputs).items()
-        }
+        correlations = _correlate(network, groups, parents[reference], parent, inputs)
+        blocks = {name: np.asarray(block, np.float64) for name, block in correlations.items()}
+        for name, block in blocks.items():
+            if not np.isfinite(block).all():
+                raise DataError(
+                    f"the activations of group {name!r} on the calibration inputs are not finite"
+                )
         before += _paired(symmetries, blocks, placed[k])
         for group in symmetries.groups:
             if group.within is None:
                 placed[k].update(_step(symmetries, group, partial(_given, blocks)))
         after += _paired(symmetries, blocks, placed[k])
     return placed, (before, after)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _correlate(
+    apply_fn: ApplyFn, symmetries: Symmetries, a: Any, b: Any, inputs: Any
+) -> dict[str, jax.Array]:
+    """For each group the correlations of the units of two networks."""
+    reading = read(trace(apply_fn, a, inputs))
+    taps = _taps(symmetries, reading)
+    total: dict[str, jax.Array] = {}
+    pairs = zip(_hidden(reading, taps, a, inputs), _hidden(reading, taps, b, inputs), strict=True)
+    for (group, x), (_, y) in pairs:
+        block = _compare(_standardise(x), _standardise(y), group.within is not None)
+        total[group.name] = total.get(group.name, 0) + block
+    return total
 
 
 def _given(blocks: Mapping[str, Array], group: Group, across: bool) -> Array | None:
@@ -512,16 +513,16 @@ def _paired(symmetries: Symmetries, blocks: Mapping[str, Array], p: Permutations
 Taps = dict[int, list[tuple[int, Group, Site]]]
 
 
-def _taps(symmetries: Symmetries, traced: Trace) -> Taps:
+def _taps(symmetries: Symmetries, reading: Reading) -> Taps:
     """For every dot product and convolution, the operands that hold a group, and where."""
-    by_path = dict(zip(traced.paths, traced.axes, strict=True))
+    by_path = dict(zip(reading.paths, reading.axes, strict=True))
     known: dict[Axis, tuple[Group, Axis | None]] = {}
     for group in symmetries.groups:
         unit, holder = _atoms_of(group, by_path[group.sites[0].path])
         if unit is not None:
             known[unit] = group, holder
     taps: Taps = {}
-    for number, operands in traced.record.contracted.items():
+    for number, operands in reading.record.contracted.items():
         for place, axes in enumerate(operands):
             here = [
                 (unit, axis, at, factor)
@@ -559,8 +560,8 @@ def _atom_at(axes: Axes, axis: int, size: int, offset: int, stride: int) -> Axis
     return None
 
 
-def _read(
-    traced: Trace, taps: Taps, variables: Any, inputs: Any
+def _hidden(
+    reading: Reading, taps: Taps, variables: Any, inputs: Any
 ) -> Iterator[tuple[Group, jax.Array]]:
     """Runs the network and reads the hidden units at the taps: [copies, size, samples]."""
     hidden: list[tuple[Group, jax.Array]] = []
@@ -577,7 +578,7 @@ def _read(
 
     args = [_Value(leaf, False) for leaf in jax.tree.leaves(variables)]
     args += [_Value(leaf, True) for leaf in jax.tree.leaves(inputs)]
-    walk(traced.closed, args, visit, lambda constant: _Value(constant, False))
+    walk(reading.program.closed, args, visit, lambda constant: _Value(constant, False))
     return iter(hidden)
 
 

@@ -2,7 +2,8 @@
 
 `propagate` walks a jaxpr once and gives every value its axes (see `megajax.alignment.axes`). A rule
 states which axes must be permuted alike for the primitive to commute with the permutation. A
-primitive without a rule pins all that it touches and is reported.
+primitive without a rule, or with parameters that its rule does not know, pins all that it touches
+and is reported.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import numpy as np
 from jax.extend import core
 
 from megajax.alignment.axes import Axis, atom, concat, pin, product, split, unify
-from megajax.program.jaxprs import walk
+from megajax.program.jaxprs import ELEMENTWISE, UNKNOWN_FORM, bodies, shape_of, walk
 
-__all__ = ["RULES", "Axes", "Record", "first_uses", "fresh", "pin_all", "propagate"]
+__all__ = ["RULES", "Axes", "Record", "fresh", "pin_all", "propagate"]
 
 Axes = tuple[Axis | None, ...]
 """The axes of one value; None where the value is constant along the axis (or the size is 1)."""
@@ -35,11 +36,13 @@ class Record:
       contracted: for every dot product and convolution outside control flow, its number in a walk
         (see `megajax.program.jaxprs.walk`) and the axes of its operands.
       unknown: the names of the primitives that had no rule and touched an axis.
+      first: for each argument that has axes, the number of the equation that first reads it.
     """
 
     values: list[Axes] = dataclasses.field(default_factory=list)
     contracted: dict[int, list[Axes]] = dataclasses.field(default_factory=dict)
     unknown: set[str] = dataclasses.field(default_factory=set)
+    first: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
 Rule = Callable[[core.JaxprEqn, list[Axes], Record, int | None], list[Axes]]
@@ -85,12 +88,29 @@ def propagate(
     >>> [axis.size for axis in out]
     [2, 4]
     """
+    place = {} if inside else {id(axes): i for i, axes in enumerate(args) if axes}
+    last = 0
 
     def visit(number: int, eqn: core.JaxprEqn, operands: Sequence[Axes]) -> Sequence[Axes]:
-        rule = RULES.get(eqn.primitive.name, _unknown)
-        results = rule(eqn, list(operands), record, None if inside else number)
+        nonlocal last
+        last = number + 1
+        note(operands, number)
+        at = None if inside else number
+        rule, ranks = RULES.get(eqn.primitive.name, _unknown), list(map(len, _shapes(eqn)))
+        try:
+            results = rule(eqn, list(operands), record, at)
+            known = list(map(len, results)) == ranks
+        except UNKNOWN_FORM:
+            known = False
+        if not known:
+            results = _unknown(eqn, list(operands), record, at)
         record.values.extend(results)
         return results
+
+    def note(operands: Sequence[Axes], number: int) -> None:
+        for axes in operands:
+            if id(axes) in place:
+                record.first.setdefault(place[id(axes)], number)
 
     def lift(value: Any) -> Axes:
         axes = _constant(value)
@@ -98,32 +118,9 @@ def propagate(
         return axes
 
     record.values.extend(args)
-    return walk(closed, args, visit, lift)
-
-
-def first_uses(closed: core.ClosedJaxpr) -> list[int | None]:
-    """The number of the equation that first reads each argument; None where none does.
-
-    >>> closed = jax.make_jaxpr(lambda a, b, c: (b + 1) * a)(1.0, 1.0, 1.0)
-    >>> first_uses(closed)
-    [1, 0, None]
-    """
-    first: dict[int, int] = {}
-    met = 0
-
-    def visit(number: int, eqn: core.JaxprEqn, operands: Sequence[int | None]) -> Sequence[None]:
-        nonlocal met
-        met = number + 1
-        for argument in operands:
-            if argument is not None:
-                first.setdefault(argument, number)
-        return [None] * len(eqn.outvars)
-
-    count = len(closed.jaxpr.invars)
-    for argument in walk(closed, range(count), visit, lambda value: None):
-        if argument is not None:
-            first.setdefault(argument, met)
-    return [first.get(argument) for argument in range(count)]
+    results = walk(closed, args, visit, lift)
+    note(results, last)
+    return results
 
 
 def _constant(value: Any) -> Axes:
@@ -140,12 +137,8 @@ def _constant(value: Any) -> Axes:
     )
 
 
-def _shape(x: core.Var | core.Literal) -> tuple[int, ...]:
-    return tuple(getattr(x.aval, "shape", ()))
-
-
 def _shapes(eqn: core.JaxprEqn) -> list[tuple[int, ...]]:
-    return [_shape(x) for x in eqn.outvars]
+    return [shape_of(x) for x in eqn.outvars]
 
 
 def _unify_all(many: Iterable[Axes]) -> Axes:
@@ -233,7 +226,7 @@ def _broadcast_in_dim(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes
 
 
 def _reshape(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
-    old, new = _shape(eqn.invars[0]), tuple(eqn.params["new_sizes"])
+    old, new = shape_of(eqn.invars[0]), tuple(eqn.params["new_sizes"])
     axes = ins[0]
     if eqn.params.get("dimensions") is not None or 0 in old:
         pin_all(axes, "reshape")
@@ -265,7 +258,7 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int],
 
 def _concatenate(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     d = eqn.params["dimension"]
-    segments = [axes[d] or atom(_shape(x)[d]) for axes, x in zip(ins, eqn.invars, strict=True)]
+    segments = [axes[d] or atom(shape_of(x)[d]) for axes, x in zip(ins, eqn.invars, strict=True)]
     tied = list(_unify_all((*axes[:d], None, *axes[d + 1 :]) for axes in ins))
     tied[d] = concat(segments)
     return [tuple(tied)]
@@ -293,7 +286,7 @@ def _split(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 
 def _pad(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     out = []
-    shapes = zip(ins[0], _shape(eqn.invars[0]), _shapes(eqn)[0], strict=True)
+    shapes = zip(ins[0], shape_of(eqn.invars[0]), _shapes(eqn)[0], strict=True)
     for (axis, n, new), (low, high, between) in zip(
         shapes, eqn.params["padding_config"], strict=True
     ):
@@ -312,7 +305,7 @@ def _slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     out = []
     for axis, n, start, stop, stride in zip(
         ins[0],
-        _shape(eqn.invars[0]),
+        shape_of(eqn.invars[0]),
         p["start_indices"],
         p["limit_indices"],
         strides,
@@ -329,7 +322,7 @@ def _slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 
 
 def _dynamic_slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
-    shapes = zip(ins[0], _shape(eqn.invars[0]), _shapes(eqn)[0], strict=True)
+    shapes = zip(ins[0], shape_of(eqn.invars[0]), _shapes(eqn)[0], strict=True)
     return [
         tuple(
             axis if axis is None or n == new else _pinned(axis, new, "dynamic_slice")
@@ -340,7 +333,7 @@ def _dynamic_slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 
 def _dynamic_update_slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     out = []
-    shapes = zip(ins[0], ins[1], _shape(eqn.invars[0]), _shape(eqn.invars[1]), strict=True)
+    shapes = zip(ins[0], ins[1], shape_of(eqn.invars[0]), shape_of(eqn.invars[1]), strict=True)
     for axis, update, n, m in shapes:
         if n == m:
             out.append(unify(axis, update))
@@ -363,7 +356,7 @@ def _gather(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     """Indexed axes are pinned; axes taken whole go through, as do those of the indices."""
     operand, indices = ins
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    shape = _shape(eqn.invars[0])
+    shape = shape_of(eqn.invars[0])
     pin(indices[-1], "gather")
     batch = list(indices[:-1])
     for i, j in zip(
@@ -413,7 +406,7 @@ def _conv_general_dilated(
         return _unknown(eqn, ins, record, number)
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
     image, kernel = ins
-    (image_shape, kernel_shape), (shape,) = (_shape(x) for x in eqn.invars), _shapes(eqn)
+    (image_shape, kernel_shape), (shape,) = (shape_of(x) for x in eqn.invars), _shapes(eqn)
     batch, channels, *space = numbers.lhs_spec
     outputs, inputs, *window = numbers.rhs_spec
     out: list[Axis | None] = [None] * len(shape)
@@ -461,7 +454,7 @@ def _reduce_window(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 
 
 def _cond(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
-    results = [propagate(branch, ins[1:], record, inside=True) for branch in eqn.params["branches"]]
+    results = [propagate(branch.closed, ins[1:], record, inside=True) for branch in bodies(eqn)]
     return [_unify_all(alike) for alike in zip(*results, strict=True)]
 
 
@@ -471,34 +464,37 @@ def _carried(init: Axes, shape: Sequence[int]) -> Axes:
 
 
 def _scan(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
-    p = eqn.params
-    first, last = p["num_consts"], p["num_consts"] + p["num_carry"]
+    (body,) = bodies(eqn)
+    last = len(ins) - body.sliced
+    first = last - body.carried
     carry = [
-        _carried(axes, _shape(x))
+        _carried(axes, shape_of(x))
         for axes, x in zip(ins[first:last], eqn.invars[first:last], strict=True)
     ]
+    length = eqn.params["length"]
     # With a carry the steps come one after another; without, they are alike.
-    step = atom(p["length"], "loop order" if carry else None)
+    step = atom(length, "loop order" if carry else None)
     for axes in ins[last:]:
         unify(axes[0], step if axes[0] is not None else None)
     held = Record(unknown=record.unknown)
     args = [*ins[:first], *carry, *(axes[1:] for axes in ins[last:])]
-    results = propagate(p["jaxpr"], args, held, inside=True)
+    results = propagate(body.closed, args, held, inside=True)
     # What a step holds is one entry of what the loop holds.
     record.values.extend((*axes, step) for axes in held.values)
     after = [_unify_all(pair) for pair in zip(carry, results[: len(carry)], strict=True)]
-    time = None if p["length"] == 1 else step
+    time = None if length == 1 else step
     return [*after, *((time, *axes) for axes in results[len(carry) :])]
 
 
 def _while(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
-    p = eqn.params
-    first, last = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+    ask, body = bodies(eqn)
+    last = len(ins) - body.carried
     carry = [
-        _carried(axes, _shape(x)) for axes, x in zip(ins[last:], eqn.invars[last:], strict=True)
+        _carried(axes, shape_of(x)) for axes, x in zip(ins[last:], eqn.invars[last:], strict=True)
     ]
-    propagate(p["cond_jaxpr"], [*ins[:first], *carry], record, inside=True)
-    results = propagate(p["body_jaxpr"], [*ins[first:last], *carry], record, inside=True)
+    placed = [*ins[:last], *carry]
+    propagate(ask.closed, [placed[i] for i in ask.operands], record, inside=True)
+    results = propagate(body.closed, [placed[i] for i in body.operands], record, inside=True)
     return [_unify_all(pair) for pair in zip(carry, results, strict=True)]
 
 
@@ -512,19 +508,8 @@ def _iota(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     ]
 
 
-ELEMENTWISE = tuple(
-    """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
-    clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv
-    erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to lgamma
-    log log1p logistic lt lt_to max min mul name ne neg nextafter not or polygamma
-    population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt
-    select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin
-    sinh sqrt square stop_gradient sub tan tanh xor zeta
-    """.split()  # noqa: SIM905
-)
-EACH = ("device_put", "optimization_barrier")
-REDUCTIONS = (
+_EACH = ("device_put", "optimization_barrier")
+_REDUCTIONS = (
     "reduce_and",
     "reduce_max",
     "reduce_min",
@@ -533,15 +518,15 @@ REDUCTIONS = (
     "reduce_sum",
     "reduce_xor",
 )
-ORDERED = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "rev", "sort")
-WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
+_ORDERED = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "rev", "sort")
+_WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(EACH, _each),
-    **dict.fromkeys(REDUCTIONS, _reduce),
-    **dict.fromkeys(ORDERED, _ordered("axis", "dimension", "dimensions")),
-    **dict.fromkeys(WINDOWS, _reduce_window),
+    **dict.fromkeys(_EACH, _each),
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    **dict.fromkeys(_ORDERED, _ordered("axis", "dimension", "dimensions")),
+    **dict.fromkeys(_WINDOWS, _reduce_window),
     "argmax": _locate,
     "argmin": _locate,
     "broadcast_in_dim": _broadcast_in_dim,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from megajax.errors import ParentsError
-from megajax.program.batchnorm import find_statistics
+from megajax.program.roles import find_statistics
 from megajax.trees import leaf_paths
 from megajax.types import ApplyFn, PyTree
 

@@ -22,7 +22,7 @@ from megajax.merging.merge import (
 )
 from megajax.merging.problem import FitnessConfig, Problem, RecalibrateConfig, with_genome
 from megajax.merging.tasks import as_tasks, check_inputs
-from megajax.program.batchnorm import find_statistics
+from megajax.program.roles import find_statistics
 from megajax.search import evosax
 from megajax.search.methods import EvolutionConfig
 from megajax.sections import Section, at_least, one_of

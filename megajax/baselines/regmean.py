@@ -22,10 +22,12 @@ from megajax.baselines.averages import uniform_average
 from megajax.baselines.given import Given, Result, baseline
 from megajax.baselines.leaves import is_floating
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.program.jaxprs import Delayed, delay, moved_axes, shape_of, trace, walk
+from megajax.program.jaxprs import Delayed, delay, run, shape_of, static, trace
+from megajax.program.roles import Contraction, Role, find_roles
+from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn, Key, PyTree
 
-__all__ = ["Kernel", "find_kernels", "gram_matrices", "regmean"]
+__all__ = ["Kernel", "check_inputs", "find_kernels", "gram_matrices", "regmean"]
 
 _RIDGE = 1e-6
 
@@ -71,38 +73,38 @@ def find_kernels(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> tuple[Ker
         >>> [(kernel.leaf, kernel.inputs) for kernel in find_kernels(apply_fn, w, jnp.ones((4, 2)))]
         [(1, 2), (2, 3)]
     """
-    program = trace(apply_fn, variables, inputs)
-    found: dict[int, Kernel] = {}
-    otherwise: set[int] = set()
+    shapes = trace(apply_fn, variables, inputs).shapes
+    roles = find_roles(apply_fn, variables, inputs).leaves
+    made = (_kernel(leaf, *one) for leaf, one in enumerate(zip(roles, shapes, strict=True)))
+    found = [kernel for kernel in made if kernel is not None]
+    return tuple(sorted(found, key=lambda kernel: kernel.uses[0]))
 
-    def visit(number: int, equation: core.JaxprEqn, operands: Sequence[_Value]) -> list[_Value]:
-        active = any(operand.active for operand in operands)
-        outputs = [_Value(active)] * len(equation.outvars)
-        view = None if active or not operands else _viewed(equation, operands[0])
-        if view is not None:
-            return [view]
-        kernel = _contracted(number, equation, operands)
-        for index in {operand.leaf for operand in operands} - {None}:
-            assert index is not None
-            earlier = found.get(index)
-            if kernel is None or kernel.leaf != index:
-                otherwise.add(index)
-            elif earlier is None:
-                found[index] = kernel
-            elif earlier[1:4] == kernel[1:4]:
-                found[index] = earlier._replace(uses=earlier.uses + kernel.uses)
-            else:
-                otherwise.add(index)
-        return outputs
 
-    values = [
-        _Value(leaf=i, axes=tuple(range(len(shape.shape)))) if is_floating(shape) else _Value()
-        for i, shape in enumerate(program.shapes)
-    ]
-    values += [_Value(active=True) for _ in jax.tree.leaves(inputs)]
-    for result in walk(program.closed, values, visit, lambda constant: _Value()):
-        otherwise |= {result.leaf} - {None}
-    return tuple(kernel for index, kernel in found.items() if index not in otherwise)
+def _kernel(leaf: int, role: Role, spec: Any) -> Kernel | None:
+    """The kernel that a leaf is; None if it is none, or is used in two ways."""
+    forms = {_form(one) for one in role.contractions}
+    form = forms.pop() if len(forms) == 1 else None
+    if form is None or role.elsewhere or not is_floating(spec):
+        return None
+    return Kernel(leaf, *form, tuple((one.number, 1 - one.operand) for one in role.contractions))
+
+
+def _form(one: Contraction) -> tuple[tuple[int, ...], int, int] | None:
+    """Order, inputs and groups of a kernel, as one contraction has it."""
+    params, shape = one.equation.params, shape_of(one.equation.invars[one.operand])
+    if one.equation.primitive.name == "dot_general":
+        contracted, batch = (dims[one.operand] for dims in params["dimension_numbers"])
+        if batch:
+            return None
+        inputs, groups = tuple(contracted), 1
+        outputs = tuple(dim for dim in range(len(shape)) if dim not in inputs)
+    else:
+        if one.operand == 0 or params["batch_group_count"] != 1:
+            return None
+        output, *window = params["dimension_numbers"].rhs_spec
+        inputs, outputs, groups = tuple(window), (output,), params["feature_group_count"]
+    order = tuple(axis for dim in (*inputs, *outputs) if (axis := one.axes[dim]) is not None)
+    return order, math.prod(shape[dim] for dim in inputs), groups
 
 
 def gram_matrices(
@@ -127,20 +129,40 @@ def gram_matrices(
         convolution.
 
     Raises:
-        DataError: there are no inputs.
+        DataError: there are no inputs, or they are not finite.
 
     Example:
         >>> gram_matrices(lambda w, x: x @ w, np.ones((2, 1)), np.array([[1.0, 2.0]]))[0].tolist()
         [[[1.0, 2.0], [2.0, 4.0]]]
     """
-    inputs = np.asarray(inputs)
-    if len(inputs) == 0:
-        raise DataError("the calibration inputs are empty: Gram matrices need at least one")
+    count = check_inputs(inputs)
     total: dict[int, np.ndarray] = {}
-    for batch in np.array_split(inputs, -(-len(inputs) // batch_size)):
-        for leaf, gram in _grams(apply_fn, variables, batch).items():
+    for rows in np.array_split(np.arange(count), -(-count // batch_size)):
+        batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
+        for leaf, gram in _grams(static(apply_fn), variables, batch).items():
             total[leaf] = total.get(leaf, 0.0) + np.asarray(gram, np.float64)
     return total
+
+
+def check_inputs(inputs: Any) -> int:
+    """The number of calibration examples.
+
+    Raises:
+        DataError: there are none, or they are not finite.
+
+    Example:
+        >>> check_inputs(np.ones((3, 2)))
+        3
+    """
+    for path, leaf in leaves_by_path(inputs).items():
+        bad = np.size(leaf) - int(np.isfinite(np.asarray(leaf, np.float32)).sum())
+        if bad:
+            at = f"the calibration inputs {path}".strip()
+            raise DataError(f"{at}: {bad} of {np.size(leaf)} values are not finite")
+    count = min((len(leaf) for leaf in jax.tree.leaves(inputs)), default=0)
+    if count == 0:
+        raise DataError("the calibration inputs are empty")
+    return count
 
 
 def regmean(
@@ -162,7 +184,8 @@ def regmean(
     Args:
         apply_fn: the network, in inference mode.
         parents: K variable pytrees of one structure, hidden units aligned.
-        inputs: `[n, ...]`, or a list of K such arrays: each parent's own training inputs.
+        inputs: `[n, ...]` (any pytree but a list), or a list of K: each parent's own training
+            inputs.
         alpha: 1 for the exact solution, 0 to weigh every input by itself; the paper takes 0.9, and
             0.1 where 0.9 degenerates.
         batch_size: the largest batch to run.
@@ -193,7 +216,8 @@ def regmean(
     own = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs] * len(parents)
     if len(own) != len(parents):
         raise ParentsError(f"{len(own)} lists of inputs are given for {len(parents)} parents")
-    kernels = find_kernels(apply_fn, parents[0], np.asarray(own[0])[:batch_size])
+    first = jax.tree.map(lambda x: np.asarray(x)[:batch_size], own[0])
+    kernels = find_kernels(apply_fn, parents[0], first)
     if not kernels:
         raise ConfigError("regmean: the program contracts no leaf with activations")
     grams = [
@@ -225,57 +249,6 @@ def _solve(matrices: Sequence[np.ndarray], grams: Sequence[np.ndarray], alpha: f
     return solution
 
 
-class _Value(NamedTuple):
-    """What is known of an intermediate.
-
-    Attributes:
-        active: it depends on the inputs.
-        leaf: it is this leaf with its axes moved, and axes of length one added or dropped.
-        axes: the leaf's axis at each dimension; None where one was added.
-    """
-
-    active: bool = False
-    leaf: int | None = None
-    axes: tuple[int | None, ...] = ()
-
-
-def _viewed(equation: core.JaxprEqn, value: _Value) -> _Value | None:
-    """The leaf behind an equation that only changes its layout or type; None for any other."""
-    if value.leaf is None or len(equation.outvars) != 1:
-        return None
-    sizes = (math.prod(shape_of(atom)) for atom in (equation.invars[0], equation.outvars[0]))
-    axes = moved_axes(equation, value.axes) if len(set(sizes)) == 1 else None
-    return None if axes is None else value._replace(axes=axes)
-
-
-def _contracted(number: int, equation: core.JaxprEqn, operands: Sequence[_Value]) -> Kernel | None:
-    """The kernel of a contraction of activations with a leaf."""
-    name, params = equation.primitive.name, equation.params
-    if name not in ("dot_general", "conv_general_dilated"):
-        return None
-    place = next((i for i in (1, 0) if operands[i].leaf is not None), None)
-    if place is None or not operands[1 - place].active:
-        return None
-    kernel, shape = operands[place], shape_of(equation.invars[place])
-    if name == "dot_general":
-        contracted, batch = (dims[place] for dims in params["dimension_numbers"])
-        if batch:
-            return None
-        inputs = tuple(contracted)
-        outputs = tuple(d for d in range(len(shape)) if d not in inputs)
-        groups = 1
-    else:
-        if place == 0 or params["batch_group_count"] != 1:
-            return None
-        output, *inputs_ = params["dimension_numbers"].rhs_spec
-        inputs, outputs, groups = tuple(inputs_), (output,), params["feature_group_count"]
-    moved = [kernel.axes[d] for d in (*inputs, *outputs)]
-    order = tuple(axis for axis in moved if axis is not None)
-    size = math.prod(shape[d] for d in inputs)
-    assert kernel.leaf is not None
-    return Kernel(kernel.leaf, order, size, groups, ((number, 1 - place),))
-
-
 @partial(jax.jit, static_argnums=0)
 def _grams(apply_fn: ApplyFn, variables: PyTree, inputs: jax.Array) -> dict[int, jax.Array]:
     kernels = find_kernels(apply_fn, variables, inputs)
@@ -292,9 +265,8 @@ def _grams(apply_fn: ApplyFn, variables: PyTree, inputs: jax.Array) -> dict[int,
             total[kernel.leaf] = total.get(kernel.leaf, 0.0) + gram
         return delay(equation, operands)
 
-    program = trace(apply_fn, variables, inputs)
-    arguments = [partial(jnp.asarray, leaf) for leaf in jax.tree.leaves((variables, inputs))]
-    walk(program.closed, arguments, look, lambda constant: partial(jnp.asarray, constant))
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(variables)]
+    run(trace(apply_fn, variables, inputs), leaves, inputs, look, uses)
     return total
 
 

@@ -13,10 +13,9 @@ Perturbations, ICLR 2019.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -25,16 +24,18 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.special import softmax
 
-from megajax.config import CORRUPTIONS as NAMES
-from megajax.config import PUBLISHED_CORRUPTIONS, DataConfig, RobustnessConfig
 from megajax.errors import DataError
+from megajax.keys import named_key
+from megajax.sections import Section, at_least, between
 from megajax.types import Key
-from megajax.zoo.data import load_part
+from megajax.zoo.data import DataConfig, load_part
 
 __all__ = [
     "CORRUPTIONS",
+    "PUBLISHED_CORRUPTIONS",
     "Corruption",
     "Robustness",
+    "RobustnessConfig",
     "Source",
     "agreement",
     "brightness",
@@ -213,6 +214,51 @@ CORRUPTIONS: dict[str, Corruption] = {
     "jpeg_compression": jpeg_compression,
 }
 
+PUBLISHED_CORRUPTIONS: tuple[str, ...] = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "frosted_glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic",
+    "pixelate",
+    "jpeg_compression",
+)
+"""Those of CIFAR-10-C."""
+
+
+class RobustnessConfig(Section):
+    """Whether all networks are also tested on corrupted test images, and on which.
+
+    Attributes:
+        enabled: measure it, once, after the search.
+        published: take the published CIFAR-10-C (`cifar10_corrupted` of TFDS, in `data.data_dir`)
+            instead of corrupting the test images here.
+        corruptions: names of corruptions; none means all that there are, here or published.
+        severities: from 1 to 5.
+        examples: at most this many test images, the first ones; None takes all.
+    """
+
+    section = "robustness"
+    enabled: bool = True
+    published: bool = False
+    corruptions: tuple[str, ...] = ()
+    severities: tuple[Annotated[int, between(1, 5)], ...] = (1, 2, 3, 4, 5)
+    examples: Annotated[int, at_least(1)] | None = 1000
+
+    def _check(self) -> None:
+        names = PUBLISHED_CORRUPTIONS if self.published else tuple(CORRUPTIONS)
+        known = set(self.corruptions) <= set(names)
+        self.require(known, "corruptions", f"choose from {', '.join(names)}")
+        self.require(bool(self.severities), "severities", "at least one is needed")
+
 
 def corrupt(key: Key, images: npt.ArrayLike, name: str, severity: int) -> Images:
     """Corrupts images by a named corruption.
@@ -235,7 +281,7 @@ def corrupt(key: Key, images: npt.ArrayLike, name: str, severity: int) -> Images
     """
     if name not in CORRUPTIONS:
         raise DataError(f"{name!r} is no corruption: there are {', '.join(CORRUPTIONS)}")
-    own = jax.random.fold_in(jax.random.fold_in(key, NAMES.index(name)), severity)
+    own = jax.random.fold_in(named_key(key, name), severity)
     return CORRUPTIONS[name](own, images, severity)
 
 
@@ -369,7 +415,9 @@ def measure_robustness(
         (0.75, [[1.0, 1.0, 1.0, 0.0]])
     """
     config = config or RobustnessConfig()
-    names = config.corruptions or (PUBLISHED_CORRUPTIONS if config.published else NAMES)
+    names = config.corruptions or (
+        PUBLISHED_CORRUPTIONS if config.published else tuple(CORRUPTIONS)
+    )
     accuracy: dict[str, dict[str, list[float]]] = {}
     right_of: dict[str, npt.NDArray[np.int64]] = {}
     first_labels = None
@@ -446,7 +494,7 @@ def published(data: DataConfig | None = None, examples: int | None = None) -> So
     config = data or DataConfig()
 
     def source(name: str, severity: int) -> tuple[Images, npt.NDArray[Any]]:
-        of_pair = dataclasses.replace(config, name=f"cifar10_corrupted/{name}_{severity}")
+        of_pair = config.replace(name=f"cifar10_corrupted/{name}_{severity}")
         split = load_part(of_pair, "test")
         return split.images[:examples], split.labels[:examples]
 

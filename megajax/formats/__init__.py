@@ -2,21 +2,25 @@
 
 `load_parents` and `export` are the two ends; what lies between them:
 
-    networks    load_network, load_parents, save_network       exporting   the same, with a card
-    matching    which array becomes which leaf                 mapping     what a match is
-    state_dict  PyTorch's modules and our layers               search      the modules' order
-    uses        what the program does with each leaf           layouts     the rule table
-    trees       pytrees as named arrays                        files       sums, whole writes
-    msgpack, npz, orbax, safetensors    one format each
+    loading     load_network, load_parents, map_names     saving      save_network, export, the card
+    naming      which array becomes which leaf            mapping     what a match is
+    state_dict  PyTorch's modules and our layers          ordering    the modules' order
+    uses        what the program does with each leaf      layouts     the rule table
+    kinds       the formats, one file each                arrays      pytrees, files as named arrays
+    disk        sums, whole writes                        adapters    Flax models as functions
 """
 
-from megajax.formats.exporting import export as export
-from megajax.formats.exporting import model_card as model_card
-from megajax.formats.files import fingerprint as fingerprint
+from megajax.formats.adapters import Network as Network
+from megajax.formats.adapters import from_linen as from_linen
+from megajax.formats.adapters import from_nnx as from_nnx
+from megajax.formats.adapters import to_nnx as to_nnx
+from megajax.formats.disk import fingerprint as fingerprint
+from megajax.formats.kinds import FORMATS as FORMATS
+from megajax.formats.loading import check_logits as check_logits
+from megajax.formats.loading import load_network as load_network
+from megajax.formats.loading import load_parents as load_parents
+from megajax.formats.loading import map_names as map_names
 from megajax.formats.mapping import NameMap as NameMap
-from megajax.formats.networks import FORMATS as FORMATS
-from megajax.formats.networks import check_logits as check_logits
-from megajax.formats.networks import load_network as load_network
-from megajax.formats.networks import load_parents as load_parents
-from megajax.formats.networks import map_names as map_names
-from megajax.formats.networks import save_network as save_network
+from megajax.formats.saving import export as export
+from megajax.formats.saving import model_card as model_card
+from megajax.formats.saving import save_network as save_network

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from megajax.formats.layouts import Layout
-from megajax.formats.uses import Slot
-from megajax.types import PyTree
 
-__all__ = ["Entry", "NameMap", "Target", "dims", "some"]
+__all__ = ["Entry", "NameMap", "dims", "some"]
 
 _LISTED = 10
+_RARE = 2
 
 
 class Entry(NamedTuple):
@@ -41,43 +41,51 @@ class NameMap(NamedTuple):
     entries: tuple[Entry, ...]
     ignored: tuple[str, ...] = ()
 
-    def describe(self) -> str:
-        """The mapping as a table.
+    def describe(self, short: bool = False) -> str:
+        """The mapping as a table with a line for each array.
 
-        Returns:
-            One line for each array.
+        Args:
+            short: only how many arrays follow each rule, which ones follow a rare one, and what no
+                leaf takes.
 
         Example:
             >>> layout = Layout("transposed", (10, 64), (10, 64), (1, 0), (64, 10))
-            >>> print(NameMap("a.npz", (Entry("fc.weight", "head/kernel", layout),)).describe())
+            >>> names = NameMap("a.npz", (Entry("fc.weight", "head/kernel", layout),), ("epoch",))
+            >>> print(names.describe())
             a.npz      shape    leaf         shape    rule
             fc.weight  [10,64]  head/kernel  [64,10]  transposed
+            epoch               -                     ignored
+            >>> print(names.describe(short=True))
+            a.npz: 1 array becomes a leaf (1 transposed)
+              fc.weight becomes head/kernel, transposed
+              ignored: epoch
         """
+        if short:
+            return self._summary()
         rows = [(self.file, "shape", "leaf", "shape", "rule")]
         for name, path, layout in self.entries:
             rows.append((name, dims(layout.source), path, dims(layout.shape), layout.note))
         rows += [(name, "", "-", "", "ignored") for name in self.ignored]
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        padded = [
-            "  ".join(
-                [*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]
-            )
-            for row in rows
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        padded = (map(str.ljust, row, widths) for row in rows)
+        return "\n".join("  ".join(row).rstrip() for row in padded)
+
+    def _summary(self) -> str:
+        rules = Counter(entry.layout.note for entry in self.entries)
+        counts = "; ".join(f"{count} {rule}" for rule, count in rules.most_common())
+        become = "array becomes a leaf" if len(self.entries) == 1 else "arrays become leaves"
+        lines = [f"{self.file}: {len(self.entries)} {become} ({counts})"]
+        lines += [
+            f"  {name} becomes {path}, {layout.note}"
+            for name, path, layout in self.entries
+            if layout.note != "as is" and rules[layout.note] <= _RARE
         ]
-        return "\n".join(padded)
-
-
-class Target(NamedTuple):
-    """The network that a file is to be loaded into.
-
-    Attributes:
-        variables: of one network, or their shapes and dtypes.
-        layers: `layers()` finds the modules that its leaves would be in PyTorch, in the order of
-            the program (see `uses.find_modules`); None if there is no program to find them in.
-    """
-
-    variables: PyTree
-    layers: Callable[[], Sequence[tuple[Slot, ...]]] | None = None
+        if self.ignored:
+            kinds = Counter(name.rpartition(".")[2] for name in self.ignored)
+            alike = [f"{count} {kind}" for kind, count in kinds.items() if count > 1]
+            single = [name for name in self.ignored if kinds[name.rpartition(".")[2]] == 1]
+            lines.append(f"  ignored: {some([*alike, *single])}")
+        return "\n".join(lines)
 
 
 def dims(shape: Sequence[int]) -> str:

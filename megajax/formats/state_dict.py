@@ -7,18 +7,19 @@ lists the candidates, never a guess.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from megajax.errors import InterchangeError
-from megajax.formats.files import Spec, Stored
+from megajax.formats.arrays import Spec, Stored
 from megajax.formats.layouts import as_is
-from megajax.formats.mapping import Entry, Target, dims, some
-from megajax.formats.search import orders
+from megajax.formats.mapping import Entry, dims, some
+from megajax.formats.ordering import orders
 from megajax.formats.uses import Slot
 
-__all__ = ["is_state_dict", "match_state_dict"]
+__all__ = ["Layers", "is_state_dict", "match_state_dict"]
+
+Layers: TypeAlias = Callable[[], Sequence[tuple[Slot, ...]]]
 
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _COUNTER = "num_batches_tracked"  # of BatchNorm: it plays no part in inference
@@ -30,9 +31,6 @@ def is_state_dict(names: Collection[str], paths: Collection[str] = ()) -> bool:
     Args:
         names: of the arrays in a file.
         paths: of our leaves; names of which most are just these are not a state dict's.
-
-    Returns:
-        The answer.
 
     Example:
         >>> is_state_dict(["fc.weight", "fc.bias"]), is_state_dict(["params/fc/kernel"])
@@ -47,7 +45,7 @@ def is_state_dict(names: Collection[str], paths: Collection[str] = ()) -> bool:
 
 def match_state_dict(
     stored: Stored,
-    target: Target,
+    find_layers: Layers | None,
     names: Sequence[str],
     renamed: Mapping[str, str],
     wanted: Mapping[str, Spec],
@@ -57,7 +55,7 @@ def match_state_dict(
 
     Args:
         stored: the opened file.
-        target: the network.
+        find_layers: finds the layers, in the order of the program; None if there is no program.
         names: the tensors of the file that count.
         renamed: tensors -> paths of the leaves that the user says they are.
         wanted: path -> shape and dtype of every leaf, in flattening order.
@@ -80,31 +78,25 @@ def match_state_dict(
         >>> layers = [(Slot(i, "weight", linear(spec.shape, [0])),)
         ...           for i, spec in enumerate(wanted.values())]
         >>> stored = Stored(Path("net.npz"), specs, lambda names: {})
-        >>> entries = match_state_dict(stored, Target({}, lambda: layers), list(specs), {}, wanted)
+        >>> entries = match_state_dict(stored, lambda: layers, list(specs), {}, wanted)
         >>> [(entry.name, entry.path) for entry in entries]
         [('0.weight', 'a'), ('2.weight', 'b'), ('4.weight', 'c')]
     """
-    if target.layers is None:
+    if find_layers is None:
         raise InterchangeError(
             f"{stored.path} is a PyTorch state dict: to match it, like= must be a module or a "
             "megajax.Network, and inputs= a batch of inputs (or its shape and dtype)"
         )
-    paths = list(wanted)
-    layers = list(target.layers())
+    paths, layers = list(wanted), list(find_layers())
     used = {slot.leaf for layer in layers for slot in layer}
-    layers += [
-        (Slot(leaf, None, as_is(wanted[path].shape)),)
-        for leaf, path in enumerate(paths)
-        if leaf not in used
-    ]
+    unused = [leaf for leaf in range(len(paths)) if leaf not in used]
+    layers += [(Slot(leaf, None, as_is(wanted[paths[leaf]].shape)),) for leaf in unused]
     names = [name for name in names if name.rpartition(".")[2] != _COUNTER or name in renamed]
     sides = _Sides(stored, paths, wanted, free, layers, _modules(names))
     pins = _pins(sides, renamed)
-    own = _by_own_names(sides)
-    if own and all(own[layer] == module for layer, module in pins.items()):
-        pairs = own
-    else:
-        lost = [i for i, layer in enumerate(layers) if layer[0].leaf not in used and i not in pins]
+    pairs = _by_own_names(sides)
+    if not pairs or any(pairs[layer] != module for layer, module in pins.items()):
+        lost = [i for i in range(len(layers) - len(unused), len(layers)) if i not in pins]
         if lost:
             raise InterchangeError(
                 f"{stored.path}: the program does not use {_leaves(sides, lost)}; say with rename= "
@@ -146,32 +138,24 @@ def _modules(names: Collection[str]) -> dict[str, dict[str, str]]:
 
 
 def _entries(sides: _Sides, layer: int, module: str) -> list[Entry]:
-    """What a module's tensors become in a layer that it fits."""
+    """What a module's tensors become in a layer, whatever their shapes; none if they are others."""
     tensors, slots = sides.modules[module], sides.layers[layer]
-    if len(slots) == 1 and slots[0].tensor not in tensors:  # a parameter of its own
-        (slot,), (name,) = slots, tensors.values()
+    if {slot.tensor for slot in slots} == {*tensors}:
+        return [Entry(tensors[s.tensor or ""], sides.paths[s.leaf], s.layout) for s in slots]
+    if len(slots) == len(tensors) == 1 and ("" in tensors or slots[0].tensor is None):
+        (slot,), (name,) = slots, tensors.values()  # a parameter of its own
         return [Entry(name, sides.paths[slot.leaf], as_is(slot.layout.shape))]
-    return [Entry(tensors[s.tensor or ""], sides.paths[s.leaf], s.layout) for s in slots]
+    return []
 
 
-def _same_tensors(sides: _Sides, layer: int, module: str) -> bool:
-    """Whether a module has just the tensors of a layer, of whatever shapes."""
-    tensors, slots = sides.modules[module], sides.layers[layer]
-    if {slot.tensor for slot in slots} == set(tensors):
-        return True
-    single = len(slots) == 1 and len(tensors) == 1
-    return single and ("" in tensors or slots[0].tensor is None)
-
-
-def _fits(sides: _Sides, layer: int, module: str) -> bool:
-    """Whether a module has just the tensors of a layer, in their shapes."""
-    if not _same_tensors(sides, layer, module):
-        return False
-    for name, path, layout in _entries(sides, layer, module):
-        shape = sides.stored.specs[name].shape
-        if shape != layout.source and not (path in sides.free and len(shape) == len(layout.source)):
+def _fits(sides: _Sides, layer: int, module: str, lengths: bool = True) -> bool:
+    """Whether a module has just a layer's tensors, in their shapes or, without `lengths`, ranks."""
+    entries = _entries(sides, layer, module)
+    for name, path, layout in entries:
+        shape, any_length = sides.stored.specs[name].shape, path in sides.free or not lengths
+        if shape != layout.source and not (any_length and len(shape) == len(layout.source)):
             return False
-    return True
+    return bool(entries)
 
 
 def _is_free(sides: _Sides, layer: int) -> bool:
@@ -180,22 +164,19 @@ def _is_free(sides: _Sides, layer: int) -> bool:
 
 def _pins(sides: _Sides, renamed: Mapping[str, str]) -> dict[int, str]:
     """Layer -> module, where the user has named a leaf for one of its tensors."""
-    paths, layers = sides.paths, sides.layers
-    layer_of = {paths[slot.leaf]: i for i, layer in enumerate(layers) for slot in layer}
+    layer_of = {sides.paths[s.leaf]: i for i, layer in enumerate(sides.layers) for s in layer}
     module_of = {name: m for m, tensors in sides.modules.items() for name in tensors.values()}
     pins: dict[int, str] = {}
     for name, path in renamed.items():
         layer, module = layer_of[path], module_of[name]
-        other = pins.setdefault(layer, module)
-        if other != module:
-            raise InterchangeError(f"rename puts {module} and {other} where leaf {path} is")
         if not _fits(sides, layer, module):
             raise InterchangeError(f"{sides.stored.path}: {_unlike(sides, layer, module)}")
         if all((name, path) != entry[:2] for entry in _entries(sides, layer, module)):
             raise InterchangeError(f"rename {name!r} to {path!r}: it is another of the tensors")
-    twice = [module for module, count in Counter(pins.values()).items() if count > 1]
-    if twice:
-        raise InterchangeError(f"rename puts {twice[0]} into two layers")
+        others = [m for i, m in pins.items() if (i == layer) != (m == module)]
+        if others:
+            raise InterchangeError(f"rename {name!r} to {path!r} contradicts that of {others[0]}")
+        pins[layer] = module
     return pins
 
 
@@ -221,60 +202,52 @@ def _in_order(sides: _Sides, pins: Mapping[int, str]) -> dict[int, str]:
     if len(layers) > len(modules):  # free leaves need not be there
         optional = [i for i in layers if i not in pins and _is_free(sides, i)]
         layers = [i for i in layers if i not in optional[: len(layers) - len(modules)]]
-    _check_counts(sides, layers, modules, pins)
+    _check_counts(sides, layers, pins)
     pinned = set(pins.values())
 
-    def may_be(layer: int, module: str) -> bool:
-        if layer in pins or module in pinned:
-            return pins.get(layer) == module
-        return _fits(sides, layer, module)
+    def may_be(place: int, module: str) -> bool:
+        if layers[place] in pins or module in pinned:
+            return pins.get(layers[place]) == module
+        return _fits(sides, layers[place], module)
 
-    found, complete = orders(modules, lambda place, name: may_be(layers[place], name))
-    apart: dict[int, str] = {}
+    found, complete = orders(modules, may_be)
+    apart: Mapping[int, str] = {}
     if not found and complete and pins:  # the user knows better than the names' numbers
-        apart = dict(pins)
+        apart = pins
         layers = [layer for layer in layers if layer not in pins]
         modules = [module for module in modules if module not in pinned]
-        found, complete = orders(modules, lambda place, name: may_be(layers[place], name))
+        found, complete = orders(modules, may_be)
     if len(found) == 1 and complete:
-        return apart | dict(zip(layers, found[0], strict=True))
+        return {**apart, **dict(zip(layers, found[0], strict=True))}
     if found:
-        place = next(
-            (n for n, names in enumerate(zip(*found, strict=True)) if len({*names}) > 1), 0
-        )
-        candidates = sorted({order[place] for order in found})
-        problem = f"could be {' or '.join(candidates)}"
+        options = [sorted({*names}) for names in zip(*found, strict=True)]
+        place = next((n for n, names in enumerate(options) if len(names) > 1), 0)
+        candidates, why = options[place], ""
     else:
         place = next(n for n in range(len(layers)) if layers[n] not in pins)
-        candidates = [name for name in modules if may_be(layers[place], name)]
-        problem = (
-            f"could be {' or '.join(candidates)}, but no order of all modules is the program's"
-        )
+        candidates = [name for name in modules if may_be(place, name)]
+        why = ", but no order of all modules is the program's"
     tensor, path, _ = _entries(sides, layers[place], candidates[0])[0]
     raise InterchangeError(
-        f"{sides.stored.path}: leaf {path} {problem}; say which one it is, for example by "
-        f"rename={{{tensor!r}: {path!r}}}"
+        f"{sides.stored.path}: leaf {path} could be {' or '.join(candidates)}{why}; say which one "
+        f"it is, for example by rename={{{tensor!r}: {path!r}}}"
     )
 
 
-def _check_counts(
-    sides: _Sides, layers: Sequence[int], modules: Sequence[str], pins: Mapping[int, str]
-) -> None:
+def _check_counts(sides: _Sides, layers: Sequence[int], pins: Mapping[int, str]) -> None:
     """Checks that each side has as many modules of a kind as the other."""
-    left = [module for module in modules if module not in pins.values()]
+    left = [module for module in sides.modules if module not in pins.values()]
     without = []
     for layer in sorted(layers, key=lambda i: _is_free(sides, i)):  # those of any shape come last
-        if layer in pins:
-            continue
         module = next((module for module in left if _fits(sides, layer, module)), None)
-        if module is None:
+        if layer not in pins and module is None:
             without.append(layer)
-        else:
-            left.remove(module)
+        elif layer not in pins:
+            left.remove(str(module))
     wrong = []
     for layer in [*without]:
-        alike = [module for module in left if _is_alike(sides, layer, module)]
-        rivals = [other for other in without if any(_is_alike(sides, other, m) for m in alike)]
+        alike = [module for module in left if _fits(sides, layer, module, lengths=False)]
+        rivals = [i for i in without if any(_fits(sides, i, m, lengths=False) for m in alike)]
         if len(alike) == 1 and rivals == [layer]:  # surely meant for each other
             wrong.append(_unlike(sides, layer, alike[0]))
             without.remove(layer)
@@ -289,21 +262,14 @@ def _check_counts(
         raise InterchangeError(f"{sides.stored.path}: {'; '.join(wrong)}")
 
 
-def _is_alike(sides: _Sides, layer: int, module: str) -> bool:
-    """Whether only lengths tell a module from a layer."""
-    return _same_tensors(sides, layer, module) and all(
-        len(sides.stored.specs[name].shape) == len(layout.source)
-        for name, _, layout in _entries(sides, layer, module)
-    )
-
-
 def _unlike(sides: _Sides, layer: int, module: str) -> str:
     """Where a module does not have the shapes of a layer."""
-    if not _same_tensors(sides, layer, module):
+    entries = _entries(sides, layer, module)
+    if not entries:
         names = ", ".join(sides.modules[module].values())
         return f"{names} cannot be {_leaves(sides, [layer])}"
     differing = []
-    for name, path, layout in _entries(sides, layer, module):
+    for name, path, layout in entries:
         shape, ours = sides.stored.specs[name].shape, sides.wanted[path]
         if shape != layout.source:
             before = f" ({dims(layout.source)} in PyTorch)" if ours.shape != layout.source else ""

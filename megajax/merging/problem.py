@@ -7,6 +7,7 @@ where genes become networks; it knows nothing of how genes vary.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +23,7 @@ from megajax.merging.genome import Genome
 from megajax.merging.metrics import METRICS, Metric, accuracy, binary_accuracy, default_metric
 from megajax.merging.tasks import Batches, Task, batches
 from megajax.program.batchnorm import recalibrate
-from megajax.program.convolutions import for_backend
+from megajax.program.folding import Folded, Prepared, fold, for_backend
 from megajax.program.gradients import with_fast_gradients
 from megajax.program.prefix import own_leaves, split
 from megajax.search.genetic import Race
@@ -240,7 +241,7 @@ def express(problem: Problem, genes: Genes) -> PyTree:
     variables = problem.genome.express(genes, problem.parents)
     if problem.calibration is None:
         return variables
-    new = recalibrate(_network(problem, 0), variables, problem.calibration)
+    new = recalibrate(for_backend(problem.networks[0]), variables, problem.calibration)
     is_parent = _is_parent(problem, variables)
     return jax.tree.map(lambda old, new: jnp.where(is_parent, old, new), variables, new)
 
@@ -438,29 +439,20 @@ def map_chunks(function: Callable[[Any], Any], xs: PyTree, chunk: int) -> Any:
     return jax.lax.map(function, xs, batch_size=chunk)
 
 
-def _network(problem: Problem, task: int) -> ApplyFn:
-    return for_backend(problem.networks[task])
-
-
 def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[jax.Array, Aux]]:
     """`score(variables) -> (fitness, aux)` of one network on all tasks."""
-    networks = [_network(problem, number) for number in range(len(problem.networks))]
-    data = list(problem.batches)
+    networks, data = list(problem.networks), list(problem.batches)
     if problem.prefix and genes is not None:
         networks[0], data[0] = _after_prefix(problem, genes)
 
     def score(variables: PyTree) -> tuple[jax.Array, Aux]:
         scores, right = [], []
-        for network, metric, of_task in zip(networks, problem.metrics, data, strict=True):
-
-            def pass_(batch: Batches, network: Any = network, metric: Any = metric) -> Any:
-                outputs = network(variables, batch.inputs)
-                statistics = metric.statistics(outputs, batch.targets)
-                if not problem.per_example:
-                    return statistics, ()
-                return statistics, _hits(outputs, batch.targets) & batch.valid
-
-            statistics, hits = jax.lax.map(pass_, of_task)
+        rows = zip(map(fold, networks), problem.metrics, data, strict=True)
+        for network, metric, of_task in rows:
+            one_batch = jax.tree.map(operator.itemgetter(0), of_task.inputs)
+            prepared = network.prepare(variables, one_batch)
+            of_batch = partial(_pass, network, prepared, metric, problem.per_example)
+            statistics, hits = jax.lax.map(of_batch, of_task)
             scores.append(metric.of(statistics, of_task.valid))
             right.append(hits)
         hits = ()
@@ -473,6 +465,15 @@ def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[j
         return fitness.astype(jnp.float32), Aux(each, hits)
 
     return score
+
+
+def _pass(
+    network: Folded, prepared: Prepared, metric: Metric, per_example: bool, batch: Batches
+) -> tuple[PyTree, Any]:
+    """The statistics of a batch, and who is right on which example, if that is asked for."""
+    outputs = network.apply(prepared, batch.inputs)
+    statistics = metric.statistics(outputs, batch.targets)
+    return statistics, _hits(outputs, batch.targets) & batch.valid if per_example else ()
 
 
 def _hits(outputs: Any, targets: Any) -> jax.Array:
@@ -503,13 +504,13 @@ def _after_prefix(problem: Problem, genes: Genes) -> tuple[ApplyFn, Batches]:
     (data,) = problem.batches
     few = jax.tree.map(lambda leaf: leaf[0], data.inputs)
     own = own_leaves(problem.genome.express, anyone, problem.parents)
-    parts = split(_network(problem, 0), variables, few, own)
+    parts = split(problem.networks[0], variables, few, own)
     if parts is None:
-        return _network(problem, 0), data
+        return problem.networks[0], data
     each = jax.tree.leaves(jax.eval_shape(parts.first, variables, few))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in each) * len(data.valid)
     if size > _MOST_FEATURES:
-        return _network(problem, 0), data
+        return problem.networks[0], data
     features = jax.lax.map(partial(parts.first, variables), data.inputs)
     return parts.rest, data._replace(inputs=(data.inputs, features))
 

@@ -24,7 +24,7 @@ from megajax.errors import ConfigError, ParentsError
 from megajax.merging.devices import Layout
 from megajax.merging.merge import MergeResult, merge
 from megajax.merging.tasks import Task, as_tasks, check_inputs, counted
-from megajax.program.batchnorm import find_statistics
+from megajax.program.roles import find_statistics
 from megajax.search.loop import Info, State
 from megajax.search.methods import EvolutionConfig
 from megajax.sections import Section

@@ -1,12 +1,14 @@
 """Traced programs: walked equation by equation, or run with somebody stepping in.
 
-Knows jaxprs and nothing of what networks are made of; `layers` and `normalization` read them.
+The only module that knows JAX's versions: names of primitives, forms of their parameters. It knows
+nothing of what networks are made of.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Hashable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,93 +19,187 @@ from megajax.types import ApplyFn, PyTree
 
 __all__ = [
     "CALLS",
+    "CONTRACTIONS",
+    "ELEMENTWISE",
+    "UNKNOWN_FORM",
+    "Body",
     "Delayed",
     "Program",
+    "Visit",
+    "bodies",
     "body_of",
     "delay",
     "known",
     "moved_axes",
+    "produced_axes",
+    "run",
     "run_equation",
+    "run_scan",
     "shape_of",
+    "size_of",
+    "static",
     "trace",
     "walk",
 ]
 
+_CUSTOM = ("custom_jvp_call", "custom_vjp_call")
 CALLS = frozenset(
-    {
-        "call",
-        "checkpoint",
-        "closed_call",
-        "core_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "jit",
-        "pjit",
-        "remat2",
-    }
-)
+    (*_CUSTOM, "call", "checkpoint", "closed_call", "core_call", "eval_jaxpr", "jit", "pjit")
+) | {"remat2"}
 """Primitives that do what a program of theirs does, once and on their own operands."""
+
+CONTRACTIONS = ("dot_general", "conv_general_dilated", "ragged_dot_general", "gather")
+"""Primitives in which a leaf meets activations to make new ones: products, and look-ups."""
+
+ELEMENTWISE = frozenset(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil
+    clamp clz complex conj convert_element_type copy cos cosh digamma div eq eq_to erf erf_inv
+    erfc exp exp2 expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to lgamma
+    log log1p log2 logistic lt lt_to max min mul name ne neg nextafter not one_minus_square or
+    polygamma polynomial population_count pow real reduce_precision regularized_incomplete_beta rem
+    round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical
+    sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
+    """.split()  # noqa: SIM905
+)
+"""Primitives that act on each entry by itself."""
+
+_SAME = ("convert_element_type", "copy", "copy_p", "name", "sharding_constraint", "stop_gradient")
+
+UNKNOWN_FORM = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What reading parameters raises where another version of JAX gives them another form."""
 
 Delayed: TypeAlias = Callable[[], Any]
 """A value that is computed when it is asked for."""
 
+Visit: TypeAlias = Callable[[int, core.JaxprEqn, Sequence[Any]], Sequence[Any]]
+"""`visit(number, equation, operands)` returns the values of the equation's outputs."""
 
-class Program(NamedTuple):
-    """A traced network.
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A traced network; compared by identity, so that what is found out about it can be cached.
 
     Attributes:
         closed: the program; its arguments are the variables' leaves, then the inputs'.
         shapes: shapes and dtypes of the variables' leaves.
         treedef: structure of the variables.
+        input_tree: structure of the inputs.
+        output_tree: structure of the outputs.
     """
 
     closed: core.ClosedJaxpr
-    shapes: list[Any]
+    shapes: tuple[Any, ...]
     treedef: Any
+    input_tree: Any
+    output_tree: Any
+
+
+class Body(NamedTuple):
+    """A program inside control flow.
+
+    Attributes:
+        closed: the program.
+        operands: which operands of the equation its arguments are.
+        carried: how many of the arguments, those before the sliced ones, change from step to step.
+        sliced: how many of the last arguments are one entry (along axis 0) of the operand.
+    """
+
+    closed: core.ClosedJaxpr
+    operands: tuple[int, ...]
+    carried: int = 0
+    sliced: int = 0
 
 
 def trace(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> Program:
-    """Traces a network without running it.
+    """Traces a network without running it; the same network on the same shapes only once.
 
     Args:
-        apply_fn: `apply_fn(variables, inputs) -> logits`.
+        apply_fn: the network.
         variables: of one network, or their shapes and dtypes.
-        inputs: a batch of inputs, or its shape and dtype.
-
-    Returns:
-        The program.
+        inputs: a batch of inputs, or its shapes and dtypes.
 
     Example:
         >>> import numpy as np
         >>> len(trace(lambda w, x: x @ w, np.ones((3, 2)), np.ones((1, 3))).closed.eqns)
         1
     """
-    shapes, treedef = jax.tree.flatten(jax.eval_shape(lambda tree: tree, variables))
+    specs, treedef = jax.tree.flatten(jax.eval_shape(_same, variables))
+    input_specs, input_tree = jax.tree.flatten(jax.eval_shape(_same, inputs))
+    config: Any = jax.config
+    context = (
+        config.jax_enable_x64,
+        config.jax_default_matmul_precision,
+        config.jax_numpy_dtype_promotion,
+    )
+    shapes = (tuple(specs), tuple(input_specs))
+    return _trace(static(apply_fn), treedef, input_tree, shapes, context)
 
-    def flat_apply(flat: Sequence[jax.Array], inputs: Any) -> jax.Array:
-        return apply_fn(jax.tree.unflatten(treedef, flat), inputs)
 
-    return Program(jax.make_jaxpr(flat_apply)(shapes, inputs), shapes, treedef)
+@functools.lru_cache(maxsize=64)
+def _trace(
+    apply_fn: ApplyFn, treedef: Any, input_tree: Any, shapes: tuple[Any, Any], context: Hashable
+) -> Program:
+    del context  # what tracing depends on besides its arguments
+    specs, input_specs = shapes
+
+    def flat(leaves: Sequence[Any], inputs: Sequence[Any]) -> Any:
+        return apply_fn(jax.tree.unflatten(treedef, leaves), jax.tree.unflatten(input_tree, inputs))
+
+    closed, outputs = jax.make_jaxpr(flat, return_shape=True)(specs, input_specs)
+    return Program(closed, specs, treedef, input_tree, jax.tree.structure(outputs))
+
+
+def _same(tree: PyTree) -> PyTree:
+    return tree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ByIdentity:
+    """A function that has no hash, as one that has."""
+
+    apply_fn: ApplyFn
+
+    def __call__(self, variables: PyTree, inputs: Any) -> Any:
+        return self.apply_fn(variables, inputs)
+
+
+def static(apply_fn: ApplyFn) -> ApplyFn:
+    """The network as a static argument: itself, or a wrapper where it cannot be hashed.
+
+    Example:
+        >>> static(max) is max
+        True
+    """
+    try:
+        hash(apply_fn)
+    except TypeError:
+        return _ByIdentity(apply_fn)
+    return apply_fn
 
 
 def walk(
     closed: core.ClosedJaxpr,
     arguments: Sequence[Any],
-    visit: Callable[[int, core.JaxprEqn, Sequence[Any]], Sequence[Any]],
+    visit: Visit,
     lift: Callable[[Any], Any],
-    numbers: Iterator[int] | None = None,
+    start: int = 0,
+    wanted: Collection[int] | None = None,
 ) -> list[Any]:
     """Visits the equations in the order of execution, those inside calls too.
 
-    What a value is, is up to the visitor: a description, a delayed array, anything.
+    What a value is, is up to the visitor: a description, a delayed array, anything. Control flow is
+    visited as one equation; a visitor that walks into its `bodies` starts at the number after its
+    own, and so an equation has the same number in every walk.
 
     Args:
         closed: the program.
         arguments: values of its arguments.
-        visit: `visit(number, equation, operands)` returns the values of the outputs; the number
-            counts the visits, and is the same in every walk.
+        visit: gets the equation's number and the values of its operands.
         lift: makes a value from a constant.
-        numbers: continues a walk, inside a call.
+        start: the number of the first equation.
+        wanted: functions with derivatives of their own (`jax.custom_jvp`) that hold none of these
+            equations are visited whole, so that running them keeps the derivatives.
 
     Returns:
         The values of the program's results.
@@ -119,8 +215,7 @@ def walk(
         1 sin
         [None]
     """
-    numbers = itertools.count() if numbers is None else numbers
-    jaxpr = closed.jaxpr
+    jaxpr, number = closed.jaxpr, start
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, map(lift, closed.consts), strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -129,24 +224,138 @@ def walk(
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
+        body, after = body_of(equation), number + _numbers(equation)
+        if wanted is not None and equation.primitive.name in _CUSTOM:
+            body = body if any(number <= one < after for one in wanted) else None
         outputs: Sequence[Any]
-        if equation.primitive.name in CALLS:
-            outputs = walk(body_of(equation), operands, visit, lift, numbers)
+        if body is None:
+            outputs = visit(number, equation, operands)
         else:
-            outputs = visit(next(numbers), equation, operands)
+            outputs = walk(body, operands, visit, lift, number, wanted)
         values.update(zip(equation.outvars, outputs, strict=True))
+        number = after
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def size_of(closed: core.ClosedJaxpr) -> int:
+    """How many equations a program has, with those inside calls and control flow.
+
+    Example:
+        >>> size_of(jax.make_jaxpr(jax.jit(lambda x: 2 * x + 1))(1.0))
+        2
+    """
+    return sum(map(_numbers, closed.jaxpr.eqns))
+
+
+def _numbers(equation: core.JaxprEqn) -> int:
+    """How many numbers an equation takes, with what is inside it."""
+    body = body_of(equation)
+    if body is not None:
+        return max(size_of(body), 1)
+    return 1 + sum(size_of(one.closed) for one in bodies(equation))
+
+
+def body_of(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
+    """The program that a call does; None for what is no call, or none of a form that is known.
+
+    Example:
+        >>> equation = jax.make_jaxpr(jax.jit(lambda x: 2 * x))(1.0).eqns[0]
+        >>> len(body_of(equation).eqns)
+        1
+    """
+    if equation.primitive.name not in CALLS:
+        return None
+    whole = _whole_body(equation)
+    return None if whole is None else whole.closed
+
+
+def bodies(equation: core.JaxprEqn) -> list[Body]:
+    """The programs inside control flow; none for other equations, or forms that are not known.
+
+    Example:
+        >>> def f(x):
+        ...     return jax.lax.scan(lambda carry, x: (carry + x, None), 0.0, x)[0]
+        >>> [(body.operands, body.carried, body.sliced)
+        ...  for body in bodies(jax.make_jaxpr(f)(jax.numpy.ones(3)).eqns[-1])]
+        [((0, 1), 1, 1)]
+    """
+    name, params, count = equation.primitive.name, equation.params, len(equation.invars)
+    try:
+        if name == "cond":
+            return [Body(_closed(one), tuple(range(1, count))) for one in params["branches"]]
+        if name == "while":
+            first = params["cond_nconsts"]
+            last = first + params["body_nconsts"]
+            carry = tuple(range(last, count))
+            return [
+                Body(_closed(params["cond_jaxpr"]), (*range(first), *carry), len(carry)),
+                Body(_closed(params["body_jaxpr"]), (*range(first, last), *carry), len(carry)),
+            ]
+        whole = None if name in CALLS else _whole_body(equation)
+        if whole is None or name != "scan":
+            return [] if whole is None else [whole]
+        # Which are carried and which are sliced is told by the shapes, in every version of JAX.
+        inside = whole.closed.jaxpr
+        carried = sum(map(_same_rank, equation.outvars, inside.outvars))
+        sliced = count - sum(map(_same_rank, equation.invars, inside.invars))
+        return [whole._replace(carried=carried, sliced=sliced)]
+    except UNKNOWN_FORM:
+        return []
+
+
+def _whole_body(equation: core.JaxprEqn) -> Body | None:
+    """The one program inside an equation that takes its operands and gives its outputs."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    body = next((equation.params[name] for name in names if name in equation.params), None)
+    if not isinstance(body, (core.Jaxpr, core.ClosedJaxpr)):
+        return None
+    closed = _closed(body)
+    fits = len(closed.jaxpr.invars) == len(equation.invars)
+    fits = fits and len(closed.jaxpr.outvars) == len(equation.outvars)
+    return Body(closed, tuple(range(len(equation.invars)))) if fits else None
+
+
+def _closed(jaxpr: Any) -> core.ClosedJaxpr:
+    return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
+
+
+def _same_rank(one: Any, other: Any) -> bool:
+    return len(shape_of(one)) == len(shape_of(other))
+
+
+def run(
+    program: Program,
+    leaves: Sequence[Any],
+    inputs: Any,
+    visit: Visit,
+    wanted: Collection[int] | None = (),
+) -> Any:
+    """Runs a program with somebody stepping in; nothing is computed that no output needs.
+
+    Args:
+        program: the traced network.
+        leaves: of its variables; a list may change on the way, for a leaf is read when its value is
+            used.
+        inputs: a batch.
+        visit: gets and returns `Delayed` values; `delay` does what an equation says.
+        wanted: as for `walk`.
+
+    Returns:
+        The outputs.
+
+    Example:
+        >>> program = trace(lambda w, x: w * x, 2.0, 3.0)
+        >>> float(run(program, [2.0], 3.0, lambda number, *equation: delay(*equation)))
+        6.0
+    """
+    arguments: list[Delayed] = [partial(leaves.__getitem__, i) for i in range(len(program.shapes))]
+    arguments += map(known, jax.tree.leaves(inputs))
+    results = walk(program.closed, arguments, visit, known, wanted=wanted)
+    return jax.tree.unflatten(program.output_tree, [result() for result in results])
 
 
 def delay(equation: core.JaxprEqn, operands: Sequence[Delayed]) -> list[Delayed]:
     """The outputs of an equation, computed at the first use of one of them.
-
-    Args:
-        equation: any equation.
-        operands: its operands.
-
-    Returns:
-        Its outputs.
 
     Example:
         >>> equation = jax.make_jaxpr(lambda x: 2 * x)(1.0).eqns[0]
@@ -175,14 +384,7 @@ def known(value: Any) -> Delayed:
 
 
 def run_equation(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
-    """Does what an equation says.
-
-    Args:
-        equation: any equation.
-        operands: arrays, one for each of its operands.
-
-    Returns:
-        Its outputs.
+    """Does what an equation says, on arrays.
 
     Example:
         >>> equation = jax.make_jaxpr(lambda x: 2 * x)(1.0).eqns[0]
@@ -197,23 +399,51 @@ def run_equation(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     return outputs
 
 
-def body_of(equation: core.JaxprEqn) -> core.ClosedJaxpr:
-    """The program that a call does.
+def run_scan(
+    equation: core.JaxprEqn,
+    operands: Sequence[Any],
+    step: Callable[[list[Any]], tuple[list[Any], PyTree]],
+) -> tuple[list[Any], PyTree]:
+    """Runs a `lax.scan` with another step.
 
     Args:
-        equation: of one of the `CALLS`.
+        equation: the scan.
+        operands: arrays.
+        step: from the arguments of the body to its results, and whatever else each step gives.
 
     Returns:
-        Its program.
+        The outputs, and what else the steps gave, stacked along axis 0.
 
     Example:
-        >>> equation = jax.make_jaxpr(jax.jit(lambda x: 2 * x))(1.0).eqns[0]
-        >>> len(body_of(equation).eqns)
-        1
+        >>> def f(x):
+        ...     return jax.lax.scan(lambda carry, x: (carry + x, None), 0.0, x)[0]
+        >>> x = jax.numpy.ones(3)
+        >>> equation = jax.make_jaxpr(f)(x).eqns[-1]
+        >>> run_scan(equation, [0.0, x], lambda inside: ([inside[0] + 2 * inside[1]], {}))
+        ([Array(6., dtype=float32)], {})
     """
-    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    body = next(equation.params[name] for name in names if name in equation.params)
-    return body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
+    (body,) = bodies(equation)
+    last = len(operands) - body.sliced
+    first = last - body.carried
+    held = list(operands[:first])
+
+    def inside(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], Any]:
+        results, more = step([*held, *carry, *sliced])
+        return results[: body.carried], (results[body.carried :], more)
+
+    avals: list[Any] = [atom.aval for atom in equation.outvars[: body.carried]]
+    carry = [
+        value if hasattr(value, "dtype") else jax.numpy.asarray(value, aval.dtype)
+        for value, aval in zip(operands[first:last], avals, strict=True)
+    ]
+    carry, (stacked, more) = jax.lax.scan(
+        inside,
+        carry,
+        list(operands[last:]),
+        length=equation.params["length"],
+        reverse=equation.params["reverse"],
+    )
+    return [*carry, *stacked], more
 
 
 def moved_axes(
@@ -237,20 +467,65 @@ def moved_axes(
         (1, 0)
     """
     name = equation.primitive.name
-    if name in ("convert_element_type", "copy", "copy_p"):
-        return tuple(axes)
-    if name == "transpose":
-        return tuple(axes[dim] for dim in equation.params["permutation"])
-    shape = shape_of(equation.outvars[0])
-    if name == "broadcast_in_dim":
-        places = dict(zip(equation.params["broadcast_dimensions"], axes, strict=True))
-        return tuple(places.get(dim) for dim in range(len(shape)))
+    try:
+        if name in _SAME:
+            return tuple(axes)
+        if name == "transpose":
+            return tuple(axes[dim] for dim in equation.params["permutation"])
+        shape = shape_of(equation.outvars[0])
+        if name == "broadcast_in_dim":
+            places = dict(zip(equation.params["broadcast_dimensions"], axes, strict=True))
+            return tuple(places.get(dim) for dim in range(len(shape)))
+    except UNKNOWN_FORM:
+        return None
     if name in ("reshape", "squeeze", "expand_dims"):
         before = shape_of(equation.invars[0])
         if [n for n in before if n != 1] == [n for n in shape if n != 1]:
             kept = iter([axis for axis, n in zip(axes, before, strict=True) if n != 1])
             return tuple(next(kept) if n != 1 else None for n in shape)
     return None
+
+
+def produced_axes(equation: core.JaxprEqn, operand: int) -> dict[int, int]:
+    """Which dimensions of a contraction's result are an operand's own: those it is not summed over.
+
+    Args:
+        equation: any equation.
+        operand: number of the operand.
+
+    Returns:
+        Dimension of the result -> dimension of the operand; none for what is no contraction.
+
+    Example:
+        >>> import numpy as np
+        >>> equation = jax.make_jaxpr(lambda x, w: x @ w)(np.ones((5, 2)), np.ones((2, 3))).eqns[0]
+        >>> produced_axes(equation, 0), produced_axes(equation, 1)
+        ({0: 0}, {1: 1})
+    """
+    name = equation.primitive.name
+    numbers: Any = equation.params.get("dimension_numbers")
+    shapes = [shape_of(atom) for atom in equation.invars[:2]]
+    try:
+        if name == "dot_general":
+            contracted, batch = numbers
+            free = [
+                [dim for dim in range(len(shape)) if dim not in (*contracted[i], *batch[i])]
+                for i, shape in enumerate(shapes)
+            ]
+            first = len(batch[0]) + (len(free[0]) if operand else 0)
+            return {first + i: dim for i, dim in enumerate(free[operand])}
+        if name == "conv_general_dilated":
+            if operand == 0:
+                return {numbers.out_spec[0]: numbers.lhs_spec[0]}
+            return {numbers.out_spec[1]: numbers.rhs_spec[0]}
+        if name == "gather" and operand == 0:
+            gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+            window = [dim for dim in range(len(shapes[0])) if dim not in gone]
+            pairs = zip(numbers.offset_dims, window, strict=True)
+            return {out: dim for out, dim in pairs if dim not in numbers.start_index_map}
+    except UNKNOWN_FORM:
+        pass
+    return {}
 
 
 def shape_of(atom: Any) -> tuple[int, ...]:
@@ -261,5 +536,4 @@ def shape_of(atom: Any) -> tuple[int, ...]:
         >>> shape_of(jax.make_jaxpr(lambda x: x + x)(np.ones((2, 3))).eqns[0].outvars[0])
         (2, 3)
     """
-    shape: tuple[int, ...] = atom.aval.shape
-    return shape
+    return tuple(getattr(atom.aval, "shape", ()))

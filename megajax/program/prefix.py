@@ -6,25 +6,27 @@ programs, and which leaves are an individual's own; nothing of masks, metrics or
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
 
-from megajax.program.jaxprs import Delayed, delay, known, trace, walk
+from megajax.program.jaxprs import Delayed, Program, delay, known, run, trace, walk
 from megajax.types import ApplyFn, Genes, PyTree
 
 __all__ = ["Split", "features_size", "own_leaves", "split"]
 
 
 class Split(NamedTuple):
-    """A network in two parts.
+    """A network in two parts, which compare equal to those of an equal network.
 
     Attributes:
         first: `first(variables, inputs [b, ...]) -> features`, a list of arrays that depend on
             leaves that all individuals have in common, and on no other.
-        rest: `rest(variables, (inputs, features)) -> logits [b, C]`.
+        rest: `rest(variables, (inputs, features)) -> outputs`.
     """
 
     first: Callable[[PyTree, Any], list[jax.Array]]
@@ -46,10 +48,10 @@ def own_leaves(
         same numbers.
 
     Example:
-        >>> from megajax.merging.masks import masks
-        >>> one = {"u": jax.numpy.ones(3), "v": jax.numpy.ones(3)}
-        >>> genome = masks(one, 2, granularity="leaf", freeze="u")
-        >>> own_leaves(genome.express, jax.numpy.ones((1, 2)), genome.stack([one, one]))
+        >>> parents = {"u": jax.numpy.ones((2, 3)), "v": jax.numpy.ones((2, 3))}
+        >>> def express(genes, parents):
+        ...     return {"u": parents["u"][0], "v": genes @ parents["v"]}
+        >>> own_leaves(express, jax.numpy.ones(2), parents)
         [False, True]
     """
     program = trace(express, genes, context)
@@ -69,7 +71,7 @@ def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]
     Args:
         apply_fn: the network.
         variables: of one network, or their shapes and dtypes.
-        inputs: one batch, or its shape and dtype.
+        inputs: one batch, or its shapes and dtypes.
         own: for each leaf whether individuals differ in it; see `own_leaves`.
 
     Returns:
@@ -86,62 +88,9 @@ def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]
         >>> bool((parts.rest(w, (x, parts.first(w, x))) == apply_fn(w, x)).all())
         True
     """
-    if all(own):
+    if all(own) or not _border(trace(apply_fn, variables, inputs), tuple(own)):
         return None
-    program = trace(apply_fn, variables, inputs)
-    arguments = [_Trait(own=one) for one in own]
-    arguments += [_Trait(of_inputs=True) for _ in jax.tree.leaves(inputs)]
-    border: dict[tuple[int, int], bool] = {}  # of each feature, whether a contraction is in it
-
-    def use(trait: _Trait) -> None:
-        if trait.place is not None and trait.of_inputs and not trait.own:
-            border[trait.place] = trait.contracted
-
-    def visit(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) -> list[_Trait]:
-        own = any(operand.own for operand in operands)
-        of_inputs = any(operand.of_inputs for operand in operands)
-        if own:
-            for operand in operands:
-                use(operand)
-        work = any(operand.contracted for operand in operands if operand.of_inputs)
-        work |= of_inputs and equation.primitive.name in ("dot_general", "conv_general_dilated")
-        return [
-            _Trait(own, of_inputs, work, (number, index)) for index in range(len(equation.outvars))
-        ]
-
-    for result in walk(program.closed, arguments, visit, lambda constant: _Trait()):
-        use(result)
-    if not any(border.values()):
-        return None
-    places = sorted(border)
-
-    def first(variables: PyTree, inputs: Any) -> list[jax.Array]:
-        found: dict[tuple[int, int], Delayed] = {}
-
-        def keep(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:
-            outputs = delay(equation, operands)
-            found.update({(number, index): output for index, output in enumerate(outputs)})
-            return outputs
-
-        values = [*jax.tree.leaves(variables), *jax.tree.leaves(inputs)]
-        walk(program.closed, [known(value) for value in values], keep, known)
-        return [found[place]() for place in places]
-
-    structure: Any = jax.tree.structure(jax.eval_shape(apply_fn, variables, inputs))
-
-    def rest(variables: PyTree, inputs: Any) -> PyTree:
-        images, features = inputs
-        there = {place: known(value) for place, value in zip(places, features, strict=True)}
-
-        def replace(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:
-            outputs = delay(equation, operands)
-            return [there.get((number, index), output) for index, output in enumerate(outputs)]
-
-        values = [*jax.tree.leaves(variables), *jax.tree.leaves(images)]
-        outputs = walk(program.closed, [known(value) for value in values], replace, known)
-        return structure.unflatten([output() for output in outputs])
-
-    return Split(first, rest)
+    return Split(*(_Part(apply_fn, tuple(own), part) for part in (_first, _rest)))
 
 
 def features_size(apply_fn: ApplyFn, variables: PyTree, batches: Any, own: Sequence[bool]) -> int:
@@ -150,7 +99,7 @@ def features_size(apply_fn: ApplyFn, variables: PyTree, batches: Any, own: Seque
     Args:
         apply_fn: the network.
         variables: of one network, or their shapes and dtypes.
-        batches: the inputs `[B, b, ...]`, or their shape and dtype.
+        batches: the inputs, leaves `[B, b, ...]`, or their shapes and dtypes.
         own: as for `split`.
 
     Example:
@@ -161,13 +110,11 @@ def features_size(apply_fn: ApplyFn, variables: PyTree, batches: Any, own: Seque
         >>> features_size(apply_fn, w, x, [False, True]), features_size(apply_fn, w, x, [True] * 2)
         (160, 0)
     """
-    batch = jax.ShapeDtypeStruct(batches.shape[1:], batches.dtype)
+    batch = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), batches)
     parts = split(apply_fn, variables, batch, own)
-    if parts is None:
-        return 0
-    features = jax.eval_shape(parts.first, variables, batch)
+    features = jax.eval_shape(parts.first, variables, batch) if parts is not None else []
     each = sum(int(one.size) * int(one.dtype.itemsize) for one in features)
-    return int(batches.shape[0]) * each
+    return int(jax.tree.leaves(batches)[0].shape[0]) * each
 
 
 class _Trait(NamedTuple):
@@ -184,3 +131,68 @@ class _Trait(NamedTuple):
     of_inputs: bool = False
     contracted: bool = False
     place: tuple[int, int] | None = None
+
+
+@functools.lru_cache(maxsize=64)
+def _border(program: Program, own: tuple[bool, ...]) -> tuple[tuple[int, int], ...]:
+    """The values at which individuals begin to differ; none if no contraction lies before them."""
+    arguments = [_Trait(own=one) for one in own]
+    arguments += [_Trait(of_inputs=True)] * (len(program.closed.jaxpr.invars) - len(own))
+    border: dict[tuple[int, int], bool] = {}  # of each feature, whether a contraction is in it
+
+    def use(trait: _Trait) -> None:
+        if trait.place is not None and trait.of_inputs and not trait.own:
+            border[trait.place] = trait.contracted
+
+    def visit(number: int, equation: core.JaxprEqn, operands: Sequence[_Trait]) -> list[_Trait]:
+        own = any(operand.own for operand in operands)
+        of_inputs = any(operand.of_inputs for operand in operands)
+        for operand in operands if own else ():
+            use(operand)
+        work = any(operand.contracted for operand in operands if operand.of_inputs)
+        work |= of_inputs and equation.primitive.name in ("dot_general", "conv_general_dilated")
+        outputs = range(len(equation.outvars))
+        return [_Trait(own, of_inputs, work, (number, index)) for index in outputs]
+
+    for result in walk(program.closed, arguments, visit, lambda constant: _Trait()):
+        use(result)
+    return tuple(sorted(border)) if any(border.values()) else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """One part of a network; compared by what it is a part of."""
+
+    apply_fn: ApplyFn
+    own: tuple[bool, ...]
+    run: Callable[[Program, tuple[bool, ...], PyTree, Any], Any]
+
+    def __call__(self, variables: PyTree, inputs: Any) -> Any:
+        images = inputs[0] if self.run is _rest else inputs
+        return self.run(trace(self.apply_fn, variables, images), self.own, variables, inputs)
+
+
+def _first(program: Program, own: tuple[bool, ...], variables: PyTree, inputs: Any) -> Any:
+    places = _border(program, own)
+    found: dict[tuple[int, int], Delayed] = {}
+
+    def keep(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:
+        outputs = delay(equation, operands)
+        found.update({(number, index): output for index, output in enumerate(outputs)})
+        return outputs
+
+    values = map(known, jax.tree.leaves((variables, inputs)))
+    walk(program.closed, list(values), keep, known, wanted={number for number, _ in places})
+    return [found[place]() for place in places]
+
+
+def _rest(program: Program, own: tuple[bool, ...], variables: PyTree, inputs: Any) -> Any:
+    inputs, features = inputs
+    there = dict(zip(_border(program, own), map(known, features), strict=True))
+
+    def replace(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:
+        outputs = enumerate(delay(equation, operands))
+        return [there.get((number, index), output) for index, output in outputs]
+
+    wanted = {number for number, _ in there}
+    return run(program, jax.tree.leaves(variables), inputs, replace, wanted)

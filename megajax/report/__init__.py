@@ -20,10 +20,9 @@ from matplotlib.figure import Figure
 
 from megajax.evaluation.predictions import Predictions
 from megajax.evaluation.results import Comparison, comparison, entries, is_aggregate
-from megajax.io import write_bytes
+from megajax.io import write_bytes, write_text
 from megajax.report import plots, text
 from megajax.report.page import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
-from megajax.run.store import write_text
 
 __all__ = ["NOT_HELD_OUT", "answer", "rows", "write_report"]
 

@@ -30,12 +30,14 @@ from megajax.evaluation.predictions import (
 )
 from megajax.evaluation.results import aggregate, comparison
 from megajax.evaluation.statistics import Difference, Interval, holm, mcnemar, paired_t
+from megajax.io import flatten, read_json, write_json, write_text
 from megajax.report import NOT_HELD_OUT
 from megajax.report.page import Block, Heading, Paragraph, Table, to_markdown
 from megajax.report.text import p_value, percent, points, with_interval
-from megajax.run.store import RESULTS, flatten, read_json, write_json, write_text
 
 __all__ = ["Run", "against_first", "load_run", "main", "page", "settings", "summary"]
+
+RESULTS = "results.json"
 
 
 class Run(NamedTuple):

@@ -6,60 +6,64 @@
     python -m megajax.run --config other.py --workdir OLD --fork NEW
     python -m megajax.run --config exp.py --distributed
 
-The same command goes on where an interrupted one stopped. `--fork` starts a run with another
-configuration from the state of an old one, which stays as it is. With `--distributed` several
-processes, each started with this command, do one run together (docs/scaling.md). A config file is a
-Python program: run only those you trust. A mistake in it, in a flag or in the data is one line on
-the standard error and exit code 2. What a run does is in `megajax.run.pipeline`.
+A config file is a Python program with a function get_config() that returns a megajax.Config; run
+only those that you trust. `exp.py:word` calls get_config("word"). The same command goes on where an
+interrupted one stopped; Ctrl-C stops it as soon as its state is saved. A mistake in a flag, in the
+config file or in the data is one line on the standard error and exit code 2.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import dataclasses
+import difflib
+import itertools
 import logging
 import os
+import re
+import shutil
 import signal
 import sys
+import textwrap
+import threading
 import traceback
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
-from absl import flags
-from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 
 from megajax import report
-from megajax.config import Config, from_dict
-from megajax.errors import ConfigError, Interrupted, MegajaxError, first_line
+from megajax.errors import ConfigError, DeviceError, Interrupted, MegajaxError, first_line
 from megajax.evaluation.results import aggregate
+from megajax.io import write_json
 from megajax.run import pipeline
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
+from megajax.run.config import Config, override, smoke
+from megajax.sections import fields
 
-__all__ = ["main"]
+__all__ = ["load_config", "main", "make_cores_devices"]
 
-_FLAGS = ("coordinator", "processes", "process")  # of --distributed
+_FLAGS = {
+    "config": ("FILE[:WORD]", "the config file, and an argument for its get_config()"),
+    "workdir": ("DIR", "folder of the run; otherwise runs/NAME-seedSEED"),
+    "fork": ("NEW", "start another run, in NEW, from the state of the one in --workdir"),
+    "seeds": ("SEEDS", "a run for each seed, in DIR/seedSEED: FIRST:END (without END) or A,B,C"),
+    "distributed": (None, "this is one of several processes that do one run together"),
+    "coordinator": ("HOST:PORT", "of process 0, where the cluster's environment does not say it"),
+    "processes": ("N", "how many processes there are; likewise"),
+    "process": ("I", "the number of this one, from 0; the only flag that differs among them"),
+    "help": (None, "show this text"),
+}
+_ABOUT_FIELDS = (
+    "Fields of the configuration, as --config.SECTION.FIELD=VALUE, with their defaults. A value is "
+    "read as its field takes it: None, a number, a name, or several names as a,b."
+)
 _RUNS_PER_CACHE = 20  # a process can hold the compiled programs of about a hundred
-
-
-class _Run(NamedTuple):
-    """One run that the command line asks for.
-
-    Attributes:
-        config: every choice.
-        folder: its workdir.
-        origin: the workdir that it starts from, if it is a fork.
-        label: how its errors begin, where there are several runs.
-    """
-
-    config: Config
-    folder: Path
-    origin: Path | None
-    label: str = ""
 
 
 class _Cluster(NamedTuple):
@@ -68,6 +72,23 @@ class _Cluster(NamedTuple):
     coordinator: str | None
     processes: int | None
     process: int | None
+
+
+class _Run(NamedTuple):
+    """One run: its configuration and workdir, where it is forked from, and its errors' start."""
+
+    config: Config
+    folder: Path
+    origin: Path | None
+    label: str = ""
+
+
+class _Order(NamedTuple):
+    """What the command line asks for: runs, where a summary of them goes, and who does them."""
+
+    runs: list[_Run]
+    summary: Path | None
+    cluster: _Cluster | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,118 +108,155 @@ def main(argv: Sequence[str] | None = None) -> int:
         agreed.append(distributed.largest(signals[0] if signals else 0))
         return agreed[-1] > 0
 
-    with _one_line_warnings(errors):
-        try:
-            runs, summary, cluster = _parse(list(sys.argv if argv is None else argv))
-            if cluster is not None:
-                distributed.connect(*cluster)
-            with _collected(signals, errors):
-                _do(runs, summary, stopping)
-        except Interrupted as error:
-            if distributed.is_first():
-                errors.print(str(error))
-            return 128 + agreed[-1]
-        except MegajaxError as error:
-            where = "" if distributed.is_first() else f"process {jax.process_index()}: "
-            errors.print(f"{where}error: {error}")
-            return 2
-        except KeyboardInterrupt:
-            errors.print("interrupted")
-            return 128 + (signals[-1] if signals else signal.SIGINT)
+    try:
+        with _one_line_warnings(errors), _collected(signals, errors):
+            order = _parse(list(sys.argv if argv is None else argv)[1:])
+            if order is None:
+                return 0
+            if order.cluster is not None:
+                distributed.connect(*order.cluster)
+            _find_devices()
+            _do(order, stopping)
+    except Interrupted as error:
+        if distributed.is_first():
+            errors.print(str(error))
+        return 128 + agreed[-1]
+    except MegajaxError as error:
+        where = "" if distributed.is_first() else f"process {jax.process_index()}: "
+        errors.print(f"{where}error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        return 128 + (signals[-1] if signals else signal.SIGINT)
     return 0
 
 
-def _do(runs: Sequence[_Run], summary: Path | None, stopping: Callable[[], bool]) -> None:
+def load_config(place: str) -> Config:
+    """What the `get_config()` of a file returns. Its neighbours can be imported by it.
+
+    Args:
+        place: the file, with `:WORD` for `get_config("WORD")`.
+
+    Raises:
+        ConfigError: there is no such file or function, or it fails; names the line.
+    """
+    name, _, word = place.partition(":")
+    file = Path(name).expanduser().resolve()
+    if not file.is_file():
+        raise ConfigError(f"config file {name} does not exist")
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    module = types.ModuleType("__config__")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module
+    try:
+        exec(compile(file.read_bytes(), str(file), "exec"), module.__dict__)
+        if not callable(getattr(module, "get_config", None)):
+            raise ConfigError(f"{name}: the config file has no function get_config()")
+        config = module.get_config(*([word] if word else []))
+    except MegajaxError:
+        raise
+    except Exception as error:  # whatever a program may raise
+        raise ConfigError(_place_and_reason(error, file)) from None
+    if not isinstance(config, Config):
+        raise ConfigError(
+            f"{name}: get_config() returned {type(config).__name__}: a megajax.Config is needed"
+        )
+    return config
+
+
+def make_cores_devices() -> None:
+    """Makes a device of each core, unless the environment says how many there are to be.
+
+    XLA does not keep several cores busy with one network: two cores score twice as many if each has
+    networks of its own (benchmarks/population.py). Only CPUs are concerned.
+    """
+    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    jax.config.update("jax_num_cpu_devices", distributed.cores())
+
+
+def _do(order: _Order, stopping: Callable[[], bool]) -> None:
     """Does the runs; finished ones are not done again. Several have a summary in the end."""
     console, results = Console(quiet=not distributed.is_first()), []
-    for number, (config, folder, origin, label) in enumerate(runs, start=1):
-        folders = [folder] if origin is None else [folder, origin]
+    for number, (config, folder, origin, label) in enumerate(order.runs, start=1):
         try:
-            with distributed.own_folders(folders) as (own, *old):
-                origin = old[0] if old else None
-                results.append(pipeline.run(config, own, console, origin=origin, stopping=stopping))
+            results.append(pipeline.run(config, folder, console, origin=origin, stopping=stopping))
         except MegajaxError as error:
             error.args = (f"{label}{error}",)
             raise
         if number % _RUNS_PER_CACHE == 0:
             jax.clear_caches()
-    if summary is not None and distributed.is_first():
+    if order.summary is not None and distributed.is_first():
         combined = aggregate(results)
-        report.write_report(summary.parent, combined)
-        workdir.write_json(summary, combined)
+        report.write_report(order.summary.parent, combined)
+        write_json(order.summary, combined)
         console.print(report.answer(combined), soft_wrap=True, highlight=False)
-        console.print(f"all seeds: {summary}", soft_wrap=True)
+        console.print(f"all seeds: {order.summary}", soft_wrap=True)
 
 
-def _parse(argv: list[str]) -> tuple[list[_Run], Path | None, _Cluster | None]:
-    """The runs that the flags and their config file ask for, where a summary goes, and who runs."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Python file with get_config().",
-        lock_config=False,
-        accept_new_attributes=True,  # so that all unknown fields are named by from_dict
-        flag_values=values,
-        sys_argv=argv,
-    )
-    for name, default, text in (
-        ("workdir", None, "Folder of the run; runs/NAME-seedSEED if absent."),
-        ("fork", None, "New folder, for a run that starts from the state of the one in --workdir."),
-        ("seeds", None, "Several runs, in WORKDIR/seedSEED: FIRST:END (without END) or A,B,C."),
-    ):
-        flags.DEFINE_string(name, default, text, flag_values=values)
-    text = "One of several processes of one run; all are started with the same command."
-    flags.DEFINE_bool("distributed", False, text, flag_values=values)
-    text = "HOST:PORT of process 0, where the cluster's environment does not say it."
-    flags.DEFINE_string("coordinator", None, text, flag_values=values)
-    text = "How many processes there are; likewise."
-    flags.DEFINE_integer("processes", None, text, flag_values=values)
-    text = "The number of this process, from 0; likewise. The only flag that differs among them."
-    flags.DEFINE_integer("process", None, text, flag_values=values)
-    flags.DEFINE_bool("help", False, "Shows this help.", short_name="h", flag_values=values)
-    try:
-        rest = values(argv)
-        if values.help:
-            print(f"{__doc__}\n{values.main_module_help()}")
-            raise SystemExit(0)
-        if len(rest) > 1:
-            raise ConfigError(f"{rest[1]!r} is no flag; see --help")
-        if values["config"].value is None:
-            raise ConfigError("--config FILE is missing; see --help")
-        file = Path(values["config"].config_filename.split(":")[0])
-        if not file.exists():
-            raise ConfigError(f"config file {file} does not exist")
-        chosen = values.config
-        if not isinstance(chosen, ConfigDict):
-            raise ConfigError(
-                f"get_config() returned {type(chosen).__name__}: start from "
-                "megajax.config.default_config() and return it"
-            )
-        config = from_dict(chosen.to_dict())
-        cluster = _cluster(values.distributed, config, *(values[name].value for name in _FLAGS))
-    except (MegajaxError, SystemExit, KeyboardInterrupt):
-        raise
-    except Exception as error:  # whatever a config file or a flag may raise
-        raise ConfigError(_describe(error)) from None
-    return *_plan(config, file.stem, values.workdir, values.fork, values.seeds), cluster
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
 
 
-def _cluster(
-    distributed: bool,
-    config: Config,
-    coordinator: str | None,
-    processes: int | None,
-    process: int | None,
-) -> _Cluster | None:
-    cluster = _Cluster(coordinator, processes, process)
-    given = [value is not None for value in cluster]
-    if not distributed:
-        if any(given):
-            raise ConfigError(f"--{_FLAGS[given.index(True)]} is given without --distributed")
+def _parse(arguments: list[str]) -> _Order | None:
+    """What is asked for; None if it was help, which is given."""
+    changes, rest = _overrides(arguments)
+    parser = _Parser(prog="python -m megajax.run", add_help=False, allow_abbrev=False)
+    for name, (value, _) in _FLAGS.items():
+        short = ["-h"] if name == "help" else []
+        kind: dict[str, Any] = {} if value else {"action": "store_true"}
+        if name in ("processes", "process"):
+            kind["type"] = int
+        parser.add_argument(f"--{name}", *short, **kind)
+    given, unknown = parser.parse_known_args(rest)
+    if given.help:
+        print(_help())
         return None
-    if any(given) and not all(given):
-        raise ConfigError(f"--{_FLAGS[given.index(False)]} is missing: it takes all three or none")
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{n}" for n in _FLAGS], n=1)
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        raise ConfigError(f"{unknown[0]!r} is no flag; {hint}")
+    if given.config is None:
+        raise ConfigError("--config FILE is missing; see --help")
+    config = override(load_config(given.config), changes)
+    config = smoke(config) if config.smoke else config
+    cluster = _cluster(given, config)
+    file, _, word = given.config.partition(":")
+    name = Path(file).stem + (f"-{re.sub(r'[^a-zA-Z0-9_.=]+', '-', word)}" if word else "")
+    return _Order(*_plan(config, name, given.workdir, given.fork, given.seeds), cluster)
+
+
+def _overrides(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The fields that are set, as texts, and the other arguments."""
+    changes, rest = {}, []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if not argument.startswith("--config."):
+            rest.append(argument)
+            continue
+        field, given, value = argument.removeprefix("--config.").partition("=")
+        if not given:  # `--config.smoke`, or the value is the next argument
+            value = left.pop(0) if left and not left[0].startswith("--") else "True"
+        changes[field] = value
+    return changes, rest
+
+
+def _cluster(given: argparse.Namespace, config: Config) -> _Cluster | None:
+    cluster = _Cluster(given.coordinator, given.processes, given.process)
+    there = {name: value is not None for name, value in cluster._asdict().items()}
+    if not given.distributed:
+        for name in there:
+            if there[name]:
+                raise ConfigError(f"--{name} is given without --distributed")
+        return None
+    if any(there.values()) and not all(there.values()):
+        missing = next(name for name in there if not there[name])
+        raise ConfigError(f"--{missing} is missing: it takes all three or none")
     if config.evolution.time_budget is not None:
         raise ConfigError(
             f"evolution.time_budget is {config.evolution.time_budget}: with --distributed, whose "
@@ -211,8 +269,8 @@ def _plan(
     config: Config, name: str, folder: str | None, fork: str | None, seeds: str | None
 ) -> tuple[list[_Run], Path | None]:
     default = Path("runs") / (f"{name}-seed{config.seed}" if seeds is None else name)
-    old = default if folder is None else Path(folder)
-    new, origin = (old, None) if fork is None else (Path(fork), old)
+    old = default if folder is None else Path(folder).expanduser()
+    new, origin = (old, None) if fork is None else (Path(fork).expanduser(), old)
     if fork is not None and folder is None:
         raise ConfigError("--fork needs the --workdir to start from")
     if origin is not None and new.resolve() == origin.resolve():
@@ -221,15 +279,16 @@ def _plan(
         return [_Run(config, new, origin)], None
     if workdir.is_workdir(new):
         raise ConfigError(f"--seeds: {new} holds a single run; choose another --workdir")
-    return [
+    runs = [
         _Run(
-            dataclasses.replace(config, seed=seed),
+            config.replace(seed=seed),
             new / f"seed{seed}",
             None if origin is None else origin / f"seed{seed}",
             label=f"seed {seed}: ",
         )
         for seed in _seeds(seeds)
-    ], new / workdir.RESULTS
+    ]
+    return runs, new / workdir.RESULTS
 
 
 def _seeds(text: str) -> list[int]:
@@ -246,9 +305,44 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
+def _help() -> str:
+    width = min(shutil.get_terminal_size((80, 24)).columns, 100)
+
+    def indented(text: str, by: int) -> str:
+        return textwrap.fill(text, width, initial_indent=" " * by, subsequent_indent=" " * by)
+
+    parts = [__doc__.rstrip(), "", "Flags:"]
+    for name, (value, meaning) in _FLAGS.items():
+        parts += [f"  --{name} {value or ''}".rstrip(), indented(meaning + ".", 6)]
+    parts += ["", indented(_ABOUT_FIELDS, 0)]
+    for section, own in itertools.groupby(fields(Config), key=lambda f: f.name.partition(".")[0]):
+        kind = Config.model_fields[section].annotation
+        about = [] if kind in (int, bool) or not hasattr(kind, "section") else [kind.__doc__ or ""]
+        parts += ["", *(indented(text.splitlines()[0], 0) for text in about)]
+        for field in own:
+            parts.append(f"  --config.{field.name}={field.default}")
+            parts.append(indented(f"{field.meaning} Takes {field.kind}.", 6))
+    return "\n".join(parts)
+
+
+def _find_devices() -> None:
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        asked = f"JAX_PLATFORMS is {wanted!r}: " if wanted else ""
+        raise DeviceError(f"{asked}{first_line(error)}") from None
+
+
 @contextlib.contextmanager
 def _collected(signals: list[int], errors: Console) -> Iterator[None]:
-    """Collects SIGINT and SIGTERM, for the run to stop where it can save; a second one ends it."""
+    """Collects SIGINT and SIGTERM, for the run to stop where it can save; a second one ends it.
+
+    Outside the main thread, where Python allows no handlers, whoever owns that one decides.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         signals.append(number)
@@ -266,61 +360,30 @@ def _collected(signals: list[int], errors: Console) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_line_warnings(errors: Console) -> Iterator[None]:
-    """Shows the package's warnings as lines, and not what Orbax says where an error follows."""
+    """Shows the package's warnings as lines."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if distributed.is_first():
                 errors.print(f"warning: {record.getMessage()}")
 
-    def unraisablehook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # Orbax's threads, after the error
-            hook(unraisable)
-
-    ours, orbax, handler = logging.getLogger("megajax"), logging.getLogger("absl"), Handler()
-    before = orbax.level, ours.propagate
-    hook, sys.unraisablehook = sys.unraisablehook, unraisablehook
+    ours, handler = logging.getLogger("megajax"), Handler()
+    before = ours.propagate
     ours.addHandler(handler)
     ours.propagate = False
-    orbax.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        sys.unraisablehook = hook
         ours.removeHandler(handler)
-        orbax.setLevel(before[0])
-        ours.propagate = before[1]
+        ours.propagate = before
 
 
-def _describe(error: Exception) -> str:
-    """One line on what went wrong, with the place in the config file where there is one."""
+def _place_and_reason(error: Exception, file: Path) -> str:
+    """One line on what went wrong, with the place in the config file."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}: {error.msg}"
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    if isinstance(error, flags.Error):
-        cause: BaseException = error
-        while (before := cause.__cause__ or cause.__context__) is not None:
-            cause = before
-        # Of a config file the library only says that it failed.
-        return f"{message} {first_line(cause)}" if message.endswith(":") else message
-    if isinstance(error, AttributeError) and "'get_config'" in message:
-        return "the config file has no function get_config()"
-    packages = (str(Path(module.__file__ or "").parent) for module in (flags, config_flags, jax))
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if last.filename.startswith(tuple(packages)) else f"{last.filename}, line "
-    where += f"{last.lineno}: " if where else ""
-    return f"{where}{type(error).__name__}: {message}"
-
-
-def make_cores_devices() -> None:
-    """Makes a device of each core, unless the environment says how many there are to be.
-
-    XLA does not keep several cores busy with one network: two cores score twice as many if each has
-    networks of its own (benchmarks/population.py). Only CPUs are concerned.
-    """
-    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    if "JAX_NUM_CPU_DEVICES" in os.environ:
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cores or 1)
+    inside = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+    ]
+    where = f"{file}, line {inside[-1].lineno}" if inside else str(file)
+    return f"{where}: {type(error).__name__}: {first_line(error)}"

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megajax.config import DataConfig, RobustnessConfig
 from megajax.evaluation.measures import measure
 from megajax.evaluation.predictions import Predictions, from_logits
 from megajax.evaluation.robustness import (
+    RobustnessConfig,
     agreement,
     calibration_error,
     measure_robustness,
@@ -23,7 +23,7 @@ from megajax.evaluation.robustness import (
     published,
 )
 from megajax.types import Key
-from megajax.zoo.data import Dataset
+from megajax.zoo.data import DataConfig, Dataset
 
 __all__ = ["Measured", "measure_networks"]
 

@@ -25,14 +25,24 @@ from rich.table import Table
 
 import megajax
 from megajax import report
-from megajax.config import Config, to_dict
 from megajax.errors import ConfigError, DeviceError, Interrupted, WorkdirError
 from megajax.evaluation.predictions import load_predictions
+from megajax.io import digest, flatten, read_json
 from megajax.run import processes as distributed
-from megajax.run import stages
 from megajax.run import store as workdir
 from megajax.run.checkpoint import Checkpoints
-from megajax.run.stages import Outcomes, Task
+from megajax.run.choices import check_choices
+from megajax.run.config import Config, to_dict
+from megajax.run.stages import (
+    aligning,
+    comparing,
+    finetuning,
+    measuring,
+    parents,
+    reporting,
+    searching,
+)
+from megajax.run.stages.task import Outcomes, Task, kept, prepare
 from megajax.run.store import Outcome
 
 __all__ = ["STAGES", "Stage", "run"]
@@ -63,17 +73,17 @@ _SEARCH = ("recalibrate", "genome", "fitness", "evolution", "hierarchy", "align"
 
 STAGES: Mapping[str, Stage] = {
     "parents": Stage(
-        stages.obtain_parents,
+        parents.obtain_parents,
         depends=("seed", "data", "model", "parents", "training"),
         lighter=("training.batch_size",),
     ),
     "align": Stage(
-        stages.align,
+        aligning.align,
         depends=("align", "recalibrate.examples"),
         lighter=("recalibrate.examples",),
     ),
     "search": Stage(
-        stages.search,
+        searching.search,
         depends=_SEARCH,
         state_depends=(
             "recalibrate",
@@ -85,11 +95,11 @@ STAGES: Mapping[str, Stage] = {
         lighter=("fitness.population_chunk", "fitness.batch_size", "evolution.population_size"),
     ),
     "finetune": Stage(
-        stages.finetune, depends=("finetune", "training"), lighter=("training.batch_size",)
+        finetuning.finetune, depends=("finetune", "training"), lighter=("training.batch_size",)
     ),
-    "baselines": Stage(stages.run_baselines, depends=("baselines", *_SEARCH)),
-    "measure": Stage(stages.measure, depends=("robustness",)),
-    "report": Stage(stages.write_report, depends=("export", "tensorboard")),
+    "baselines": Stage(comparing.compare, depends=("baselines", *_SEARCH)),
+    "measure": Stage(measuring.measure, depends=("robustness",)),
+    "report": Stage(reporting.write_report, depends=("export", "tensorboard")),
 }
 
 
@@ -109,8 +119,8 @@ def run(
         console: where progress and the final table go; None says nothing.
         origin: another workdir, whose state a new one starts from as far as the configurations
             agree. It is left as it is.
-        stopping: asked after every epoch, chunk of generations and stage; if true, the state is
-            saved and `Interrupted` raised.
+        stopping: asked after every epoch, chunk of generations, baseline and stage; if true, the
+            state is saved and `Interrupted` raised.
 
     Returns:
         The content of `results.json`.
@@ -119,7 +129,8 @@ def run(
         MegajaxError: data, parents, configuration, workdir or device cannot work.
     """
     console = console or Console(quiet=True)
-    workdir.check_config(folder, to_dict(config))
+    with distributed.together():
+        workdir.check(folder, to_dict(config))
     results = _finished(config, folder)
     if results is not None:
         console.print(f"{folder} is finished; its result was:", soft_wrap=True)
@@ -129,13 +140,16 @@ def run(
     started = time.monotonic()
     with contextlib.ExitStack() as held:
         with distributed.together():
-            task = stages.prepare(config, folder, console, stopping)
-            held.enter_context(workdir.locked(folder))
-            _open(task, origin)
+            task = prepare(config, folder, console, stopping, source=origin)
+            check_choices(task)
+        with distributed.together():
+            if distributed.is_first():
+                held.enter_context(workdir.locked(folder))
+                _open(task, origin)
         outcomes = {"data": Outcome(seconds=time.monotonic() - started)}
         for name, stage in STAGES.items():
             outcomes[name] = _done(name, stage, task, outcomes)
-        results = _results(folder)
+        results = dict(read_json(folder / workdir.RESULTS))
     _show(console, folder, results)
     console.print(f"report: {folder / 'report.md'}", soft_wrap=True)
     return results
@@ -143,45 +157,36 @@ def run(
 
 def _done(name: str, stage: Stage, task: Task, outcomes: Outcomes) -> Outcome:
     """The outcome of a stage: stored, or else made now, and stored."""
-    key = _identity(task.config, stage.depends, outcomes)
-    try:
-        outcome = workdir.load_outcome(task.folder, name, key)
-    except WorkdirError as error:
-        _log.warning("%s: %s is done again", error, name)
-        outcome = None
-    if outcome is not None:
-        task.console.print(f"{name}: taken from {task.folder}", soft_wrap=True)
-        return outcome
-    if task.stopping():
-        raise Interrupted(f"stopped before the stage {name}; the same command goes on from there")
-
     of_state = stage.depends if stage.state_depends is None else stage.state_depends
     states = task.folder / "checkpoints" / name
-    started = time.monotonic()
-    with _faults(name, stage, task):
-        (task.folder / workdir.RESULTS).unlink(missing_ok=True)  # it is of another outcome
+
+    def make() -> Outcome:
+        if task.stopping():
+            raise Interrupted(
+                f"stopped before the stage {name}; the same command goes on from there"
+            )
+        if distributed.is_first():  # what it says is of another outcome
+            (task.folder / workdir.RESULTS).unlink(missing_ok=True)
         identity = _identity(task.config, of_state, outcomes)
-        with Checkpoints(states, identity, task.config.checkpoint) as checkpoints:
-            outcome = stage.run(task, outcomes, checkpoints)
-        if outcome.seconds is None:
-            outcome = outcome._replace(seconds=time.monotonic() - started)
-        workdir.save_outcome(task.folder, name, key, outcome)
-        if stage.state_depends is None:
+        checkpoints = Checkpoints(states, identity, task.config.checkpoint)
+        return stage.run(task, outcomes, checkpoints)
+
+    with _faults(name, stage, task):
+        key = _identity(task.config, stage.depends, outcomes)
+        outcome = kept(task, name, key, make)
+        if stage.state_depends is None and distributed.is_first():
             shutil.rmtree(states, ignore_errors=True)
-    # Read back, so that later stages see the same whether or not the run was interrupted here.
-    outcome = workdir.load_outcome(task.folder, name, key)
-    assert outcome is not None
     return outcome
 
 
 def _identity(config: Config, fields: Sequence[str], outcomes: Outcomes) -> str:
-    """The digest of what a stage depends on: the stage before, so all before, and its fields."""
+    """The digest of what a stage depends on: the stages before it, and its fields."""
     values = to_dict(config)
     chosen = {}
     for field in fields:
         section, _, name = field.partition(".")
         chosen[field] = values[section][name] if name else values[section]
-    return workdir.digest([[outcome.identity for outcome in outcomes.values()], chosen])
+    return digest([[outcome.identity for outcome in outcomes.values()], chosen])
 
 
 def _finished(config: Config, folder: Path) -> dict[str, Any] | None:
@@ -194,13 +199,9 @@ def _finished(config: Config, folder: Path) -> dict[str, Any] | None:
             if outcome is None:
                 return None
             outcomes[name] = outcome
-        return _results(folder)
+        results: dict[str, Any] = read_json(folder / workdir.RESULTS)
     except WorkdirError:
         return None
-
-
-def _results(folder: Path) -> dict[str, Any]:
-    results: dict[str, Any] = workdir.read_json(folder / workdir.RESULTS)
     return results
 
 
@@ -209,29 +210,31 @@ def _open(task: Task, origin: Path | None) -> None:
     config, folder, here = to_dict(task.config), task.folder, _environment()
     if origin is None and workdir.is_half_copied(folder):
         raise WorkdirError(f"{folder} is the copy of a --fork that was interrupted: repeat that")
-    if not workdir.is_workdir(folder):
-        fork = {} if origin is None else {"forked_from": _fork(config, origin, folder)}
+    workdir.check(folder, config)  # again: until the lock was ours, others could write it
+    if not (workdir.is_workdir(folder) and workdir.is_started(folder)):
+        fork = {} if origin is None else {"forked_from": _fork(task, origin)}
         workdir.write_config(folder, config, here | fork)
         return
-    workdir.check_config(folder, config)  # again: until the lock was ours, others could write it
-    there = workdir.read_config(folder)
-    changed = [name for name in here if there[name] != here[name]]
-    if changed:
-        _log.warning(
-            "%s was started with other %s: the result may differ from an undisturbed run's in the "
-            "last bits",
-            folder,
-            " and ".join(changed),
-        )
+    there = flatten(workdir.read_config(folder))
+    for name, value in flatten(here).items():
+        if name in there and there[name] != value:
+            _log.warning(
+                "%s was started with %s %s, and goes on with %s: the last bits may differ from an "
+                "undisturbed run's",
+                folder,
+                name,
+                there[name],
+                value,
+            )
 
 
-def _fork(config: Mapping[str, Any], origin: Path, folder: Path) -> dict[str, Any]:
+def _fork(task: Task, origin: Path) -> dict[str, Any]:
     """Copies the state of another workdir; what of it does not fit the configuration is not used.
 
     Returns:
         Where the new workdir comes from: the other one, what changed, and where that came from.
     """
-    changes = workdir.config_changes(origin, config)
+    changes = workdir.config_changes(origin, to_dict(task.config))
     first = next(iter(STAGES.values()))
     lost = [name for name in changes if name.split(".")[0] in first.depends]
     if lost:
@@ -239,8 +242,14 @@ def _fork(config: Mapping[str, Any], origin: Path, folder: Path) -> dict[str, An
             f"--fork: nothing of {origin} can be kept when {', '.join(lost)} changes; start anew"
         )
     with workdir.locked(origin):
-        workdir.copy_state(origin, folder)
+        workdir.copy_state(origin, task.folder)
         before = workdir.read_config(origin).get("forked_from")
+    changed = ", ".join(f"{name} is {here!r}" for name, (_, here) in changes.items())
+    task.console.print(
+        f"forked from {origin}{f', where now {changed}' if changed else ''}",
+        soft_wrap=True,
+        highlight=False,
+    )
     return {"workdir": str(origin), "changes": changes, "forked_from": before}
 
 
@@ -268,11 +277,19 @@ def _faults(name: str, stage: Stage, task: Task) -> Iterator[None]:
 
 
 def _environment() -> dict[str, Any]:
+    """What the last bits of the results depend on, beside the configuration."""
     device = jax.devices()[0]
     return {
         "versions": {"megajax": megajax.__version__, "python": platform.python_version()}
         | {name: metadata.version(name) for name in _PACKAGES},
-        "device": {"platform": device.platform, "kind": device.device_kind},
+        "device": {
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "number": jax.device_count(),
+        },
+        "cores": distributed.cores(),
+        "x64": jax.config.read("jax_enable_x64"),
+        "prng": str(jax.random.key_impl(jax.random.key(0))),
     }
 
 

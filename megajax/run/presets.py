@@ -1,22 +1,21 @@
 """Configurations that have a name: the published protocol, and a sound one to set beside it.
 
-A config file starts from one by `default_config(mega_paper())` and changes what it wants.
+A config file starts from one and changes what it wants: `mega_paper().replace(seed=1)`.
 """
 
 from __future__ import annotations
 
 from megajax.config import (
     AlignConfig,
-    Config,
-    DataConfig,
     EvolutionConfig,
     FitnessConfig,
     GenomeConfig,
-    ModelConfig,
-    ParentsConfig,
     RecalibrateConfig,
-    TrainingConfig,
 )
+from megajax.run.config import Config
+from megajax.zoo.data import DataConfig, ParentsConfig
+from megajax.zoo.networks import ModelConfig
+from megajax.zoo.training import TrainingConfig
 
 __all__ = ["mega_paper", "sound_cifar10"]
 
@@ -52,8 +51,7 @@ def mega_paper() -> Config:
     and epsilon of BatchNorm.
 
     Returns:
-        The configuration; `merge_sections` has what `megajax.merge` takes of it, and
-        `default_config` makes it editable for a config file.
+        The configuration; `merge_sections` has what `megajax.merge` takes of it.
 
     Example:
         >>> mega_paper().evolution.survival, mega_paper().genome.kind

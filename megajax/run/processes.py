@@ -1,29 +1,27 @@
 """What the processes of one run must agree on.
 
 Every process does the whole run, the same stages in the same order, and they work together only
-where a program spans the devices of all (`megajax.merging.devices`). So they must hold the same parents,
-stop at the same place and fail together; and only the first of them may write to the workdir. In a
-run of one process every function here returns at once.
+where a program spans the devices of all (`megajax.merging.devices`). So they must hold the same
+parents, stop at the same place and fail together; and only the first of them writes to the workdir,
+which all of them read. In a run of one process every function here returns at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from megajax.errors import ProcessError, first_line
-from megajax.run import store as workdir
 from megajax.types import PyTree
 
-__all__ = ["connect", "is_first", "largest", "of_first", "own_folders", "several", "together"]
+__all__ = ["connect", "cores", "is_first", "largest", "of_first", "several", "together"]
 
 # Seconds that a process that ends waits for the others; they may be stuck where it has failed.
 _PATIENCE = 60
@@ -40,9 +38,9 @@ def connect(
 
     Args:
         coordinator: `host:port` of the first process; None takes what the cluster's environment
-            says (SLURM, Open MPI, Kubernetes, ...), here as below.
-        processes: how many there are.
-        process: the number of this one, from 0.
+            says (SLURM, Open MPI, Kubernetes, ...).
+        processes: how many there are; None likewise.
+        process: the number of this one, from 0; None likewise.
         timeout: seconds to wait for the others.
 
     Raises:
@@ -66,6 +64,18 @@ def connect(
         )
     except (RuntimeError, ValueError, TypeError) as error:
         raise ProcessError(f"--distributed: no connection: {first_line(error)}") from None
+
+
+def cores() -> int:
+    """How many cores this process may use.
+
+    Example:
+        >>> cores() > 0
+        True
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def several() -> bool:
@@ -150,46 +160,6 @@ def together() -> Iterator[None]:
         raise failure
     if any(failed):
         raise ProcessError(f"process {failed.index(1)} cannot go on; it says why")
-
-
-@contextlib.contextmanager
-def own_folders(folders: Sequence[Path]) -> Iterator[list[Path]]:
-    """The workdirs in which this process may write.
-
-    Those of the first process are the real ones. The others get copies, which are removed in the
-    end; nobody goes on before all copies are made.
-
-    Args:
-        folders: workdirs, which need not exist.
-
-    Raises:
-        WorkdirError: one of them cannot be copied, or another run is at work there.
-        ProcessError: that happened to another process.
-
-    Example:
-        >>> with own_folders([Path("runs")]) as folders:
-        ...     folders
-        [PosixPath('runs')]
-    """
-    if not several():
-        yield list(folders)
-        return
-    begun = [folder for folder in folders if workdir.is_workdir(folder)]
-    with contextlib.ExitStack() as locks, contextlib.ExitStack() as held:
-        own = list(folders)
-        with together():  # from here on nobody changes them
-            if is_first():
-                for folder in begun:
-                    locks.enter_context(workdir.locked(folder))
-        with together():
-            if not is_first():
-                private = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="megajax-")))
-                own = [private / str(number) for number in range(len(folders))]
-                for old, new in zip(folders, own, strict=True):
-                    if old in begun:
-                        workdir.copy_whole(old, new)
-        locks.close()
-        yield own
 
 
 def _wait_for(coordinator: str, timeout: int) -> None:

@@ -1,11 +1,11 @@
-"""The workdir of a run: which files there are, and how they are written so that none is ever half.
+"""The workdir of a run: which files there are, and what of them a later start may rely on.
 
-config.json       the resolved configuration, versions, device
+config.json       the resolved configuration, and what the bits of the results depend on
 stages/           what each finished stage found: figures, and which files hold the rest
 checkpoints/      the state of a stage under way, to go on from
 parents/0, ...    the parents; aligned/0, ... the same with hidden units in correspondence
 metrics.jsonl     one line for each generation
-merged/           the merged network: `load_network(workdir / "merged")`
+merged/           the merged network: `megajax.load_network(workdir / "merged")`
 results.json      the figures; its presence means that the run is finished
 report.md, plots/ for people
 """
@@ -14,57 +14,41 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from flax import serialization
-
-from megajax.errors import WorkdirError
-from megajax.io import file_digest, write_bytes
+from megajax.errors import MegajaxError, WorkdirError
+from megajax.formats import FORMATS, load_network, save_network
+from megajax.io import digest, file_digest, flatten, read_json, write_json
 from megajax.types import PyTree
 
 __all__ = [
     "METRICS",
-    "PLAN",
     "RESULTS",
     "Outcome",
-    "check_config",
+    "check",
     "config_changes",
     "copy_state",
-    "copy_whole",
-    "digest",
-    "flatten",
     "is_half_copied",
+    "is_started",
     "is_workdir",
-    "load_network",
     "load_outcome",
     "locked",
     "read_config",
-    "read_json",
-    "read_lines",
-    "save_network",
     "save_outcome",
     "write_config",
-    "write_json",
-    "write_lines",
-    "write_text",
 ]
 
 RESULTS = "results.json"
 METRICS = "metrics.jsonl"
-PLAN = "plan.json"
 _CONFIG = "config.json"
 _LOCK = ".lock"
 _COPYING = ".copying"
-_NETWORK = "variables.msgpack"
+_NETWORK = FORMATS["msgpack"].files[0]
 _DIGEST = "sha256"  # of the rest, in the files that are not for people
 _FREE = "checkpoint."  # fields that may differ: they have no influence on the result
 
@@ -87,31 +71,37 @@ class Outcome(NamedTuple):
     identity: str = ""
 
 
-def check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Checks that a workdir is free or holds a run with this configuration.
+def check(folder: Path, config: Mapping[str, Any]) -> None:
+    """Checks that a folder is free, or holds a run with this configuration.
+
+    A run that has found nothing yet stands in nobody's way.
 
     Args:
         folder: the workdir, which need not exist.
         config: the resolved configuration, as plain data.
 
     Raises:
-        WorkdirError: it holds a run with another configuration (lists the fields), or its
-            `config.json` is damaged.
+        WorkdirError: it holds other things, or a run with another configuration (lists the
+            fields), or its `config.json` is damaged.
 
     Example:
         >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp()) / "run"
-        >>> check_config(folder, {"seed": 0})
+        >>> check(folder, {"seed": 0})
         >>> write_config(folder, {"seed": 0}, {"jax": "0.10.2"})
-        >>> check_config(folder, {"seed": 1})
+        >>> save_outcome(folder, "parents", "key", Outcome())
+        >>> check(folder, {"seed": 1})
         Traceback (most recent call last):
         ...
         megajax.errors.WorkdirError: .../run holds a run with another configuration: seed is 0
         there, 1 here; choose another --workdir, or start one from its state: --fork NEW_WORKDIR
     """
     if not is_workdir(folder):
+        there = folder.iterdir() if folder.is_dir() else iter(())
+        if not is_half_copied(folder) and any(path.name[0] != "." for path in there):
+            raise WorkdirError(f"{folder} holds other things than a run: choose an empty --workdir")
         return
-    changed = config_changes(folder, config)
+    changed = config_changes(folder, config) if is_started(folder) else {}
     if changed:
         fields = ", ".join(
             f"{name} is {there!r} there, {here!r} here" for name, (there, here) in changed.items()
@@ -127,6 +117,12 @@ def is_workdir(folder: Path) -> bool:
     return (folder / _CONFIG).exists()
 
 
+def is_started(folder: Path) -> bool:
+    """Whether a run has found anything that would be lost."""
+    found = ((folder / part).rglob("*") for part in ("stages", "checkpoints"))
+    return any(path.is_file() for paths in found for path in paths)
+
+
 def is_half_copied(folder: Path) -> bool:
     """Whether `copy_state` was interrupted."""
     return (folder / _COPYING).exists() and not is_workdir(folder)
@@ -138,7 +134,7 @@ def config_changes(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[A
     Raises:
         WorkdirError: there is no configuration in it that can be read.
     """
-    there, here = flatten(read_config(folder)["config"]), flatten(_plain(config))
+    there, here = flatten(read_config(folder)["config"]), flatten(_as_json(config))
     return {
         name: (there.get(name), here.get(name))
         for name in {**here, **there}
@@ -177,7 +173,7 @@ def write_config(folder: Path, config: Mapping[str, Any], about: Mapping[str, An
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes out of a workdir, which is made if need be.
+    """Keeps other runs out of a workdir, which is made if need be.
 
     The operating system lets go of the lock when the process ends, however it ends.
 
@@ -220,37 +216,11 @@ def copy_state(old: Path, new: Path) -> None:
     Raises:
         WorkdirError: a file cannot be read or written.
     """
-    _copy(old, new, leave=(_CONFIG, PLAN, RESULTS, "report.*", "plots"))
-
-
-def copy_whole(old: Path, new: Path) -> None:
-    """Copies a workdir with all that there is, so that a run goes on in the copy as in the first.
-
-    Args:
-        old: the workdir; nobody may be at work there.
-        new: made if need be.
-
-    Raises:
-        WorkdirError: a file cannot be read or written.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> write_config(folder / "old", {"seed": 0}, {})
-        >>> copy_whole(folder / "old", folder / "new")
-        >>> read_config(folder / "new")["config"]
-        {'seed': 0}
-    """
-    _copy(old, new)
-    (new / _COPYING).unlink(missing_ok=True)
-
-
-def _copy(old: Path, new: Path, leave: Sequence[str] = ()) -> None:
-    ignore = shutil.ignore_patterns(_LOCK, "*.partial", *leave)
+    leave = shutil.ignore_patterns(_CONFIG, _LOCK, RESULTS, "*.partial", "report.*", "plots")
     try:
         new.mkdir(parents=True, exist_ok=True)
         (new / _COPYING).touch()
-        shutil.copytree(old, new, ignore=ignore, dirs_exist_ok=True)
+        shutil.copytree(old, new, ignore=leave, dirs_exist_ok=True)
     except (OSError, shutil.Error) as error:
         raise WorkdirError(f"{old} cannot be copied to {new}: {error}") from None
 
@@ -268,7 +238,8 @@ def save_outcome(folder: Path, name: str, key: str, outcome: Outcome) -> None:
         WorkdirError: a file cannot be written.
     """
     for network, variables in outcome.networks.items():
-        save_network(folder / network, variables)
+        with _as_workdir():
+            save_network(folder / network, variables)
     files = [*(f"{network}/{_NETWORK}" for network in outcome.networks), *outcome.files]
     record = {
         "key": key,
@@ -312,146 +283,13 @@ def load_outcome(folder: Path, name: str, key: str) -> Outcome | None:
     for file, noted in record["files"].items():
         if file_digest(folder / file) != noted:
             raise WorkdirError(f"{folder / file} is damaged")
-    networks = {network: load_network(folder / network) for network in record["networks"]}
+    with _as_workdir():
+        networks = {
+            network: load_network(folder / network / _NETWORK) for network in record["networks"]
+        }
     files = [file for file in record["files"] if Path(file).parent.as_posix() not in networks]
     identity = digest([key, record["values"], record["files"]])
     return Outcome(networks, record["values"], files, record["seconds"], identity)
-
-
-def digest(value: Any) -> str:
-    """The SHA-256 digest of plain data.
-
-    Example:
-        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
-        True
-    """
-    text = json.dumps(_plain(value), sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-        WorkdirError: it cannot be written.
-    """
-    write_bytes(path, text.encode())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all; numbers that are not finite become null.
-
-    Raises:
-        WorkdirError: it cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "x.json"
-        >>> write_json(path, {"nll": float("nan"), "accuracy": np.float32(0.5)})
-        >>> read_json(path)
-        {'nll': None, 'accuracy': 0.5}
-    """
-    write_text(path, json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Reads JSON.
-
-    Raises:
-        WorkdirError: the file cannot be read or is damaged.
-    """
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise WorkdirError(f"{path} is damaged: {error}") from None
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]], *, append: bool = False) -> None:
-    """Writes one JSON line for each row, in place of the file or at its end.
-
-    Only the whole file is written so that it is never half; a line at the end may be.
-
-    Raises:
-        WorkdirError: it cannot be written.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "x.jsonl"
-        >>> write_lines(path, [{"generation": 0}])
-        >>> write_lines(path, [{"generation": 1}], append=True)
-        >>> read_lines(path)
-        [{'generation': 0}, {'generation': 1}]
-    """
-    text = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
-    if not append:
-        write_text(path, text)
-        return
-    try:
-        with path.open("a") as file:
-            file.write(text)
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of one JSON object a line.
-
-    Raises:
-        WorkdirError: the file cannot be read or is damaged.
-    """
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise WorkdirError(f"{path} is damaged: {error}") from None
-
-
-def save_network(folder: Path, variables: PyTree) -> None:
-    """Saves the variables of one network, as Flax msgpack.
-
-    Args:
-        folder: made if need be; it then holds `variables.msgpack`.
-        variables: pytree of arrays in containers that Flax can serialise.
-
-    Raises:
-        WorkdirError: it cannot be written.
-    """
-    state = serialization.to_state_dict(jax.device_get(variables))
-    write_bytes(folder / _NETWORK, serialization.msgpack_serialize(state))
-
-
-def load_network(folder: Path | str, like: PyTree | None = None) -> PyTree:
-    """Loads a network saved by `save_network`, such as a run's `merged` folder.
-
-    Args:
-        folder: where it was saved.
-        like: variables of the same structure; given, the result has its containers. Otherwise it is
-            made of dictionaries.
-
-    Returns:
-        The variables, NumPy arrays.
-
-    Raises:
-        WorkdirError: the file cannot be read, is damaged, or does not fit `like`.
-
-    Example:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> save_network(folder, {"params": {"kernel": np.eye(2)}})
-        >>> load_network(folder)["params"]["kernel"].tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
-    """
-    path = Path(folder) / _NETWORK
-    try:
-        state = serialization.msgpack_restore(path.read_bytes())
-        return state if like is None else serialization.from_state_dict(like, state)
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # msgpack and flax raise many kinds for damaged bytes
-        raise WorkdirError(f"{path} is damaged or does not fit: {error}") from None
 
 
 def _record(folder: Path, name: str) -> Path:
@@ -469,28 +307,16 @@ def _unsealed(path: Path) -> dict[str, Any]:
     return value
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
-        return _plain(np.asarray(value).tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def _as_json(value: Mapping[str, Any]) -> Any:
+    """Lists for tuples, as a file has it."""
+    return json.loads(json.dumps(value))
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots.
-
-    Example:
-        >>> flatten({"data": {"name": "digits"}, "seed": 0})
-        {'data.name': 'digits', 'seed': 0}
-    """
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+@contextlib.contextmanager
+def _as_workdir() -> Iterator[None]:
+    try:
+        yield
+    except WorkdirError:
+        raise
+    except MegajaxError as error:
+        raise WorkdirError(str(error)) from None

@@ -1,8 +1,10 @@
 """Images: load them, split them, check them, and deal them out to the parents.
 
 `load` gives three disjoint splits of scikit-learn's bundled digits or of any image classification
-set that tensorflow-datasets (TFDS) has prepared on this machine. Nothing here ever touches the
-network, with one exception that the user has to ask for by name:
+set that tensorflow-datasets (TFDS) has prepared. The first reading leaves all arrays of the set in
+`DATA_DIR/megajax/NAME.npz` (in `~/.cache/megajax` if DATA_DIR is read-only); where that file is,
+TFDS is not needed, so it may be copied to a machine without. Nothing here ever touches the network,
+with one exception that the user has to ask for by name:
 
     pip install "megajax[prepare]"
     python -m megajax.data prepare cifar10 --data_dir DIR
@@ -24,26 +26,67 @@ import contextlib
 import hashlib
 import importlib.util
 import itertools
+import json
 import logging
 import os
+import re
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from megajax.config import DataConfig, ParentsConfig
 from megajax.errors import DataError, MegajaxError, first_line
+from megajax.sections import Fraction, Pattern, Place, Section, at_least, one_of
 
-__all__ = ["Dataset", "Split", "check_dataset", "load", "load_part", "prepare", "shards"]
+__all__ = [
+    "SHARDS",
+    "DataConfig",
+    "Dataset",
+    "ParentsConfig",
+    "Split",
+    "check_dataset",
+    "load",
+    "load_part",
+    "prepare",
+    "shards",
+]
 
 DIGITS = "digits"
 BLOCK = 1000  # records per read: twice as fast as one by one
+_PARTS = ("train", "validation", "test")
+
+
+class DataConfig(Section):
+    """Which images and how they are split.
+
+    Attributes:
+        name: `digits` (scikit-learn's, bundled) or the name of a TFDS image classification set.
+        data_dir: TFDS directory that holds the prepared set; None takes TFDS's own default.
+        validation_fraction: share of the training images set aside for validation.
+        test_fraction: share of all images set aside for the test, for sets without a test split.
+        limit: at most this many images in each split (for quick trials); None takes all.
+        standardize: subtract each channel's mean over the training images and divide by its
+            standard deviation; otherwise pixels stay in [0, 1].
+        image_size: resize the images of a TFDS set to so many pixels a side; None keeps them.
+    """
+
+    section = "data"
+    name: str = "digits"
+    data_dir: Place | None = None
+    validation_fraction: Fraction = 0.1
+    test_fraction: Fraction = 0.25
+    limit: Annotated[int, at_least(1)] | None = None
+    standardize: bool = False
+    image_size: Annotated[int, at_least(1)] | None = None
+
+    def _check(self) -> None:
+        self.require(bool(self.name), "name", "a data set must be named")
 
 
 class Split(NamedTuple):
@@ -117,6 +160,8 @@ def load(key: int | jax.Array, config: DataConfig) -> Dataset:
         [1213, 135, 449]
     """
     source = _load_digits() if config.name == DIGITS else _load_tfds(config)
+    if "train" not in source.parts:
+        raise DataError(f"{config.name} has no train split, only {', '.join(source.parts)}")
     sizes = {part: len(labels) for part, (_, labels) in source.parts.items()}
     starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
     rows = _draw(_generator(key), sizes, config)
@@ -156,13 +201,10 @@ def load_part(config: DataConfig, part: str) -> Split:
         DataError: the set is unknown, not prepared, no image classification set, or has no such
             part. Never waits for a network.
     """
-    with _quiet():
-        builder = _opened(config)
-        if part not in builder.info.splits:
-            raise DataError(
-                f"{config.name} has no {part} split, only {', '.join(builder.info.splits)}"
-            )
-        images, labels = _cached(builder, part, config)
+    source = _load_tfds(config)
+    if part not in source.parts:
+        raise DataError(f"{config.name} has no {part} split, only {', '.join(source.parts)}")
+    images, labels = source.parts[part]
     return Split(_to_unit(images), labels)
 
 
@@ -224,6 +266,92 @@ def check_dataset(dataset: Dataset) -> None:
                 )
 
 
+def _same(
+    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
+) -> list[npt.NDArray[Any]]:
+    return [np.arange(len(labels))] * config.count
+
+
+def _disjoint(
+    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
+) -> list[npt.NDArray[Any]]:
+    return np.array_split(rng.permutation(np.arange(len(labels))), config.count)
+
+
+def _skewed(
+    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
+) -> list[npt.NDArray[Any]]:
+    parents = np.arange(config.count)
+    homes = min(config.count, num_classes)
+    dealt: list[list[npt.NDArray[Any]]] = [[] for _ in parents]
+    for c in range(num_classes):
+        members = rng.permutation(np.flatnonzero(labels == c))
+        at_home = parents % homes == c % homes
+        cut = len(members) if at_home.all() else round(config.skew * len(members))
+        for group, portion in ((at_home, members[:cut]), (~at_home, members[cut:])):
+            # In random order, because the first parts of an uneven cut are the larger ones.
+            takers = rng.permutation(parents[group])
+            for parent, part in zip(
+                takers, np.array_split(portion, max(len(takers), 1)), strict=False
+            ):
+                dealt[parent].append(part)
+    return [np.concatenate(parts) for parts in dealt]
+
+
+SHARDS: dict[str, Callable[..., list[npt.NDArray[Any]]]] = {
+    "same": _same,
+    "disjoint": _disjoint,
+    "skewed": _skewed,
+}
+"""What the parents see: name -> `(rng, labels, num_classes, config) -> indices of each parent`."""
+
+
+class ParentsConfig(Section):
+    """How many parents there are, and what each one saw or where it comes from.
+
+    Attributes:
+        paths: files or folders of trained parents, at least two (see `load_parents`); they are then
+            loaded and none is trained. Empty: `count` parents are trained.
+        keep: pairs (regular expression for leaf paths, number of a parent): those leaves come from
+            that parent alone, and may have other shapes in the others.
+        rename: pairs (name in a file, or regular expression for it; path of the leaf), where the
+            automatic match is not enough.
+        ignore: regular expression; arrays of the files whose name it matches are left out.
+        cast: floating-point arrays of the files may have another precision.
+        count: number of parents K; with `paths`, their number.
+        shards: `same` (all training images for each), `disjoint` (equal parts) or `skewed` (each
+            parent is at home in its own classes and sees few images of the others).
+        skew: for `skewed`, the share of a class's images that goes to the parent at home in it;
+            1 means that a parent never sees the other classes.
+        shared_initialization: all parents start from the same weights.
+    """
+
+    section = "parents"
+    paths: tuple[Place, ...] = ()
+    keep: tuple[tuple[Pattern, int], ...] = ()
+    rename: tuple[tuple[Pattern, str], ...] = ()
+    ignore: Pattern | None = None
+    cast: bool = False
+    count: int = 2
+    shards: Annotated[str, one_of(SHARDS)] = "same"
+    skew: Fraction = 0.8
+    shared_initialization: bool = False
+
+    def _check(self) -> None:
+        if self.paths:
+            named = len(self.paths) >= 2 and all(self.paths)
+            self.require(named, "paths", "at least two paths are needed for a merge")
+            fits = self.count in (type(self).model_fields["count"].default, len(self.paths))
+            self.require(fits, "count", f"parents.paths names {len(self.paths)}")
+            object.__setattr__(self, "count", len(self.paths))
+        self.require(self.count >= 2, "count", "at least two parents are needed for a merge")
+        there = all(0 <= parent < self.count for _, parent in self.keep)
+        self.require(there, "keep", f"the parents are 0 to {self.count - 1}")
+        for name in ("rename", "ignore"):
+            ok = bool(self.paths) or not getattr(self, name)
+            self.require(ok, name, "it is for parents from files, and parents.paths is empty")
+
+
 def shards(
     key: int | jax.Array, labels: npt.ArrayLike, num_classes: int, config: ParentsConfig
 ) -> list[npt.NDArray[np.int32]]:
@@ -251,14 +379,8 @@ def shards(
         >>> shards(0, [0, 1, 2, 3, 0, 1], 4, skewed)
         [array([0, 2, 4], dtype=int32), array([1, 3, 5], dtype=int32)]
     """
-    rng, labels = _generator(key), np.asarray(labels)
-    everything = np.arange(len(labels))
-    if config.shards == "same":
-        dealt = [everything] * config.count
-    elif config.shards == "disjoint":
-        dealt = np.array_split(rng.permutation(everything), config.count)
-    else:
-        dealt = _skewed(rng, labels, num_classes, config)
+    labels = np.asarray(labels)
+    dealt = SHARDS[config.shards](_generator(key), labels, num_classes, config)
     for parent, shard in enumerate(dealt):
         if not len(shard):
             raise DataError(
@@ -321,26 +443,6 @@ def _draw(
     return {name: (part, rows[name][: config.limit]) for name, part in drawn.items()}
 
 
-def _skewed(
-    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
-) -> list[npt.NDArray[Any]]:
-    parents = np.arange(config.count)
-    homes = min(config.count, num_classes)
-    dealt: list[list[npt.NDArray[Any]]] = [[] for _ in parents]
-    for c in range(num_classes):
-        members = rng.permutation(np.flatnonzero(labels == c))
-        at_home = parents % homes == c % homes
-        cut = len(members) if at_home.all() else round(config.skew * len(members))
-        for group, portion in ((at_home, members[:cut]), (~at_home, members[cut:])):
-            # In random order, because the first parts of an uneven cut are the larger ones.
-            takers = rng.permutation(parents[group])
-            for parent, part in zip(
-                takers, np.array_split(portion, max(len(takers), 1)), strict=False
-            ):
-                dealt[parent].append(part)
-    return [np.concatenate(parts) for parts in dealt]
-
-
 def _load_digits() -> _Source:
     from sklearn.datasets import load_digits
 
@@ -361,15 +463,45 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-@_quiet()
 def _load_tfds(config: DataConfig) -> _Source:
-    builder = _opened(config)
-    names = [name for name in ("train", "validation", "test") if name in builder.info.splits]
-    if "train" not in names:
-        raise DataError(f"{config.name} has no train split, only {', '.join(builder.info.splits)}")
-    parts = {name: _cached(builder, name, config) for name in names}
-    num_classes = builder.info.features[builder.info.supervised_keys[1]].num_classes
-    return _Source(parts, int(num_classes), str(builder.info.full_name))
+    """A set from its cache or, where that is absent, damaged or older, from TFDS."""
+    for path in _cache_files(config):
+        source = _read_cache(path, _stamp(config))
+        if source is not None:
+            return source
+    with _quiet(), _one_line(config):
+        builder = _opened(config)
+        there = [name for name in _PARTS if name in builder.info.splits]
+        parts = {name: _read(builder, name, config) for name in there}
+        num_classes = builder.info.features[builder.info.supervised_keys[1]].num_classes
+        source = _Source(parts, int(num_classes), str(builder.info.full_name))
+    for path in _cache_files(config):
+        # It only saves time: a full disk must not stop a run.
+        with contextlib.suppress(OSError):
+            _write_cache(path, source, _stamp(config))
+            break
+    return source
+
+
+@contextlib.contextmanager
+def _one_line(config: DataConfig) -> Iterator[None]:
+    """Whatever TFDS raises for files that are missing, cut or damaged becomes one line."""
+    where = f"{config.name} in {_data_dir(config)}"
+    try:
+        yield
+    except MegajaxError:
+        raise
+    except ImportError as error:
+        raise DataError(
+            f"{where} cannot be read without {error.name}: pip install tensorflow-datasets "
+            f"array_record importlib_resources pillow, or copy {_cache_files(config)[0]} from a "
+            "machine that has read it"
+        ) from None
+    except Exception as error:  # of many kinds
+        raise DataError(
+            f"{where} cannot be read: {first_line(error)}; is a file missing or damaged? To make "
+            f"it anew, delete the folder and {_how_to_prepare(config)}"
+        ) from error
 
 
 def _opened(config: DataConfig) -> Any:
@@ -446,53 +578,72 @@ def _resized(image: npt.NDArray[np.uint8], size: int | None) -> npt.NDArray[np.u
     return np.asarray(square, np.uint8).reshape(size, size, channels)
 
 
-def _cached(
-    builder: Any, part: str, config: DataConfig
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32]]:
-    """Reads a part from its cache, which is made (again) when it is absent or damaged."""
-    path = _cache_folder(builder) / _cache_name(builder, part, config)
-    count = builder.info.splits[part].num_examples
+def _data_dir(config: DataConfig) -> Path:
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return Path(config.data_dir or default).expanduser().resolve()
+
+
+def _cache_files(config: DataConfig) -> list[Path]:
+    """Where a set is cached: in the TFDS directory or, where that is read-only, at the user's."""
+    folder = _data_dir(config)
+    size = "" if config.image_size is None else f"-{config.image_size}"
+    name = re.sub(r"\W+", "-", config.name) + size
+    own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megajax"
+    place = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    return [folder / "megajax" / f"{name}.npz", own / f"{name}-{place}.npz"]
+
+
+def _stamp(config: DataConfig) -> str | None:
+    """A digest of what TFDS says about the prepared set; None where only its cache is there."""
+    folder = _data_dir(config) / config.name.partition(":")[0]
+    about = sorted(folder.rglob("dataset_info.json"))
+    parts = [str(path.relative_to(folder)).encode() + path.read_bytes() for path in about]
+    return hashlib.sha256(b"".join(parts)).hexdigest() if parts else None
+
+
+def _read_cache(path: Path, stamp: str | None) -> _Source | None:
+    """The set, if the file is there, whole and made from what is prepared now."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            images, labels = stored["images"], stored["labels"]
-        if images.dtype == np.uint8 and images.ndim == 4 and labels.shape == (count,):
-            return images, labels
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass
-    images, labels = _read(builder, part, config)
-    # The cache only saves time: a full disk must not stop a run.
-    with contextlib.suppress(OSError):
-        _write_npz(path, images=images, labels=labels)
-    return images, labels
+            about = json.loads(str(stored["about"]))
+            if stamp not in (None, about["stamp"]):
+                return None
+            parts = {
+                part: (stored[f"{part}_images"], stored[f"{part}_labels"])
+                for part in about["parts"]
+            }
+            return _Source(parts, about["num_classes"], about["name"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
 
 
-def _cache_name(builder: Any, part: str, config: DataConfig) -> str:
-    """Name, version and split, and a digest that tells apart sets prepared at different places."""
-    info = Path(builder.data_dir) / "dataset_info.json"
-    stamp = f"{info.resolve()}\n{config.image_size}\n".encode() + info.read_bytes()
-    digest = hashlib.sha256(stamp).hexdigest()[:12]
-    return f"{builder.info.full_name.replace('/', '-')}-{part}-{digest}.npz"
-
-
-def _cache_folder(builder: Any) -> Path:
-    """Beside the prepared set; in the user's cache folder where the set is read-only."""
-    beside = Path(builder.data_dir)
-    # The mode is asked too, since a superuser may write even where nobody is meant to.
-    if beside.stat().st_mode & 0o222 and os.access(beside, os.W_OK):
-        return beside / "megajax"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megajax"
-
-
-def _write_npz(path: Path, **arrays: npt.NDArray[Any]) -> None:
+def _write_cache(path: Path, source: _Source, stamp: str | None) -> None:
     """Writes the arrays under a temporary name first, so that no reader sees half a file."""
+    if not _is_writable(path.parent):
+        raise OSError(f"{path.parent} is read-only")
+    about = {
+        "parts": list(source.parts),
+        "num_classes": source.num_classes,
+        "name": source.name,
+        "stamp": stamp,
+    }
+    arrays: dict[str, Any] = {"about": json.dumps(about)}
+    for part, (images, labels) in source.parts.items():
+        arrays |= {f"{part}_images": images, f"{part}_labels": labels}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **arrays)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _is_writable(folder: Path) -> bool:
+    """The mode is asked too, since a superuser may write even where nobody is meant to."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    return bool(there.stat().st_mode & 0o222) and os.access(there, os.W_OK)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

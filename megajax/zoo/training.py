@@ -1,4 +1,4 @@
-"""Trains all parents with one compiled program.
+"""Trains all parents with one compiled program, one network at a time.
 
 The parents are stacked leaf by leaf, [K, ...], and each epoch trains each of them on its own
 shard. `init` and `make_epoch` are the pieces, `train` is the loop around them:
@@ -9,6 +9,11 @@ shard. `init` and `make_epoch` are the pieces, `train` is the loop around them:
 
 Everything random in epoch e of parent k comes from the key folded with k and e, so that training
 can stop after any epoch and go on from the state, bit for bit.
+
+Networks side by side (`vmap`) would make grouped convolutions of all convolutions, which are many
+times slower on every backend. So an accelerator gets a whole epoch as one program, parent after
+parent. A CPU gets a program for each step, because XLA computes gradients of convolutions slowly
+inside compiled loops there, and each of its devices has a parent of its own at work.
 
 Example:
     >>> from megajax.zoo.networks.mlp import MLP
@@ -26,12 +31,11 @@ Example:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import chex
 import jax
@@ -40,16 +44,23 @@ import numpy as np
 import numpy.typing as npt
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megajax.config import FinetuneConfig, TrainingConfig
 from megajax.errors import ConfigError, DataError, ParentsError
+from megajax.sections import Fraction, Section, at_least, one_of
 from megajax.zoo.data import Split
 
 __all__ = [
+    "AUGMENTATIONS",
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "FinetuneConfig",
     "Metrics",
     "TrainState",
+    "TrainingConfig",
     "augment",
     "begin",
+    "begin_finetuning",
     "finetune",
     "init",
     "make_epoch",
@@ -59,6 +70,109 @@ __all__ = [
 ]
 
 Variables = Any  # the pytree of a Linen module: {"params": ..., "batch_stats": ...}
+
+
+def _flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    flips = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
+    return jnp.where(flips, images[:, :, ::-1], images)
+
+
+def _crop(key: jax.Array, images: jax.Array) -> jax.Array:
+    count, height, width, _ = images.shape
+    tall, wide = max(height // 8, 1), max(width // 8, 1)
+    tops, lefts = jax.random.randint(
+        key, (2, count, 1), 0, jnp.array([2 * tall + 1, 2 * wide + 1])[:, None, None]
+    )
+    rows, columns = tops + jnp.arange(height)[None], lefts + jnp.arange(width)[None]
+    padded = jnp.pad(images, ((0, 0), (tall, tall), (wide, wide), (0, 0)))
+    return padded[jnp.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+AUGMENTATIONS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "flip": _flip,
+    "crop": _crop,
+}
+"""What is done to training images, in this order: name -> `(key, [N, H, W, C]) -> images`."""
+
+SCHEDULES: dict[str, Callable[[float, int], optax.Schedule]] = {
+    "constant": lambda rate, steps: optax.constant_schedule(rate),
+    "cosine": optax.cosine_decay_schedule,
+}
+"""How the learning rate goes on after the warm-up: name -> `(peak, steps) -> schedule`."""
+
+
+def _sgd(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return _decayed(config, optax.sgd(schedule, momentum=config.momentum, nesterov=True))
+
+
+def _adam(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return _decayed(config, optax.adam(schedule))
+
+
+def _adamw(config: TrainingConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_is_kernel)
+
+
+def _decayed(
+    config: TrainingConfig, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    if not config.weight_decay:
+        return optimizer
+    return optax.chain(optax.add_decayed_weights(config.weight_decay, mask=_is_kernel), optimizer)
+
+
+def _is_kernel(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": _sgd,
+    "adam": _adam,
+    "adamw": _adamw,
+}
+"""Name -> `(config, schedule) -> optax transformation`."""
+
+
+class TrainingConfig(Section):
+    """How each parent is trained.
+
+    Attributes:
+        epochs: passes over a parent's shard.
+        batch_size: images per step and parent.
+        optimizer: `sgd` (Nesterov momentum), `adam` or `adamw`.
+        learning_rate: peak learning rate.
+        schedule: `constant` or `cosine` (to zero).
+        warmup_epochs: epochs of linear warm-up before the schedule.
+        momentum: for `sgd`.
+        weight_decay: decoupled for `adamw`; added to the gradient of kernels for the others.
+        augment: any of `flip` (left-right) and `crop` (pad by an eighth of the side, crop back).
+    """
+
+    section = "training"
+    epochs: Annotated[int, at_least(1)] = 20
+    batch_size: Annotated[int, at_least(1)] = 64
+    optimizer: Annotated[str, one_of(OPTIMIZERS)] = "adam"
+    learning_rate: Annotated[float, at_least(0)] = 3e-3
+    schedule: Annotated[str, one_of(SCHEDULES)] = "cosine"
+    warmup_epochs: Annotated[float, at_least(0)] = 0.0
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, at_least(0)] = 0.0
+    augment: tuple[Annotated[str, one_of(AUGMENTATIONS)], ...] = ()
+
+
+class FinetuneConfig(Section):
+    """Training after the merge; the best parent is trained just as long, to compare with.
+
+    All that is not said here is as in the `training` section, but without warm-up.
+
+    Attributes:
+        epochs: passes over the training images; 0 is off. MeGA's many-parent merge has 10.
+        learning_rate: peak learning rate; None is a tenth of the training's.
+    """
+
+    section = "finetune"
+    epochs: Annotated[int, at_least(0)] = 0
+    learning_rate: Annotated[float, at_least(0)] | None = None
 
 
 class TrainState(NamedTuple):
@@ -112,11 +226,10 @@ def train(
         shared_initialization: all parents start from the same weights.
         state: where to start: where an earlier call with the same other arguments got to, or
             `begin` from given weights. None starts anew.
-        callback: called after each epoch with the state and the epoch's metrics [K].
-        mapping: `vmap` trains the parents side by side, a whole epoch in one compiled call; `loop`
-            trains them in turn, one compiled step at a time. `auto` takes `loop` on a CPU, whose
-            convolutions are slow when they are grouped and, for gradients, inside compiled loops,
-            and `vmap` elsewhere.
+        callback: called after each epoch with the state, which the next epoch uses up, and the
+            epoch's metrics [K].
+        mapping: `epochs` runs an epoch of all parents as one program, `steps` one of each step, the
+            parents on different devices. `auto` takes `steps` on a CPU and `epochs` elsewhere.
 
     Returns:
         K variables pytrees, and the metrics [epochs, K] of the epochs that this call did.
@@ -128,6 +241,7 @@ def train(
     """
     if state is None:
         state = init(key, model, split, shards, config, shared_initialization=shared_initialization)
+    state = jax.tree.map(jnp.copy, state)  # an epoch uses up the state that it is given
     run_epoch = make_epoch(model, split, shards, config, mapping=mapping)
     history = [Metrics(*np.zeros((2, 0, len(shards)), np.float32))]
     for epoch in range(int(state.epoch), config.epochs):
@@ -218,6 +332,8 @@ def finetune(
     config: FinetuneConfig,
     training: TrainingConfig | None = None,
     *,
+    state: TrainState | None = None,
+    callback: Callable[[TrainState, Metrics], None] | None = None,
     mapping: str = "auto",
 ) -> tuple[list[Variables], Metrics]:
     """Trains networks further, all of them for as long and on the same images.
@@ -232,6 +348,8 @@ def finetune(
         networks: K variables pytrees.
         config: how long, and at which learning rate.
         training: the rest; None takes the defaults. There is no warm-up.
+        state: where an earlier call got to; None starts from `begin_finetuning`.
+        callback: as for `train`.
         mapping: as for `train`.
 
     Returns:
@@ -255,23 +373,40 @@ def finetune(
         >>> bool((history.loss[-1] < history.loss[0]).all())
         True
     """
-    training = training or TrainingConfig()
     if config.epochs == 0:
         return list(networks), Metrics(*np.zeros((2, 0, len(networks)), np.float32))
-    rate = config.learning_rate
-    longer = dataclasses.replace(
-        training,
+    longer, shards = _longer(config, training), _all_of(split, networks)
+    try:
+        state = state or begin_finetuning(split, networks, config, training)
+        return train(
+            key, model, split, shards, longer, state=state, callback=callback, mapping=mapping
+        )
+    except ParentsError as error:
+        message = str(error).replace("training.learning_rate", "finetune.learning_rate")
+        raise ParentsError(f"finetune: {message}") from None
+
+
+def begin_finetuning(
+    split: Split,
+    networks: Sequence[Variables],
+    config: FinetuneConfig,
+    training: TrainingConfig | None = None,
+) -> TrainState:
+    """The state before the first epoch of `finetune`, of at least one. Arguments as for that."""
+    return begin(networks, split, _all_of(split, networks), _longer(config, training))
+
+
+def _longer(config: FinetuneConfig, training: TrainingConfig | None) -> TrainingConfig:
+    training, rate = training or TrainingConfig(), config.learning_rate
+    return training.replace(
         epochs=config.epochs,
         learning_rate=training.learning_rate / 10 if rate is None else rate,
         warmup_epochs=0.0,
     )
-    shards = [np.arange(len(split.labels))] * len(networks)
-    try:
-        state = begin(networks, split, shards, longer)
-        return train(key, model, split, shards, longer, state=state, mapping=mapping)
-    except ParentsError as error:
-        message = str(error).replace("training.learning_rate", "finetune.learning_rate")
-        raise ParentsError(f"finetune: {message}") from None
+
+
+def _all_of(split: Split, networks: Sequence[Variables]) -> list[npt.NDArray[Any]]:
+    return [np.arange(len(split.labels))] * len(networks)
 
 
 def make_epoch(
@@ -285,19 +420,18 @@ def make_epoch(
     """Makes the function that trains all parents for one more epoch. Arguments as for `train`.
 
     Returns:
-        `run_epoch(key, state) -> (state, metrics)`. The metrics are [K]; the loss of a
-        parent whose weights are not finite is NaN.
+        `run_epoch(key, state) -> (state, metrics)`, which uses up the state that it is given. The
+        metrics are [K]; the loss of a parent whose weights are not finite is NaN.
 
     Raises:
         ConfigError: `mapping` cannot work.
         DataError: a shard is empty, or holds what is no index into the split; names the parent.
     """
-    if mapping not in ("auto", "vmap", "loop"):
-        raise ConfigError(f"mapping is {mapping!r}: choose one of auto, vmap, loop")
+    if mapping not in ("auto", *_MAPPINGS):
+        raise ConfigError(f"mapping is {mapping!r}: choose one of auto, {', '.join(_MAPPINGS)}")
     if mapping == "auto":
-        mapping = "loop" if jax.default_backend() == "cpu" else "vmap"
-    run = _in_turn if mapping == "loop" else _side_by_side
-    data = jnp.asarray(split.images), jnp.asarray(split.labels)
+        mapping = "steps" if jax.default_backend() == "cpu" else "epochs"
+    run = _MAPPINGS[mapping](split, len(shards))
     indices = _checked(shards, split)
     steps, sizes = _steps(indices, config), jnp.array(list(map(len, indices)))
     padded = jnp.stack([jnp.resize(shard, (max(map(len, indices)),)) for shard in indices])
@@ -305,7 +439,7 @@ def make_epoch(
     def run_epoch(key: jax.Array, state: TrainState) -> tuple[TrainState, Metrics]:
         plans = _plans(key, state.epoch, padded, sizes, (steps, config.batch_size))
         learners = _Learner(state.variables, state.optimizer)
-        learners, metrics = run(data, learners, plans, model, config, steps)
+        learners, metrics = run(learners, plans, model, config, steps)
         return TrainState(learners.variables, learners.optimizer, state.epoch + 1), metrics
 
     return run_epoch
@@ -336,10 +470,7 @@ def make_schedule(config: TrainingConfig, steps_per_epoch: int) -> optax.Schedul
         )
     warmup = round(config.warmup_epochs * steps_per_epoch)
     rest = config.epochs * steps_per_epoch - warmup
-    if config.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(config.learning_rate, rest)
-    else:
-        rate = optax.constant_schedule(config.learning_rate)
+    rate = SCHEDULES[config.schedule](config.learning_rate, rest)
     if warmup:
         rise = optax.linear_schedule(0.0, config.learning_rate, warmup)
         rate = optax.join_schedules([rise, rate], [warmup])
@@ -370,16 +501,7 @@ def make_optimizer(
         (True, False)
     """
     schedule = make_schedule(config, steps_per_epoch)
-    if config.optimizer == "adamw":
-        return optax.adamw(schedule, weight_decay=config.weight_decay, mask=_is_kernel)
-    inner = (
-        optax.sgd(schedule, momentum=config.momentum, nesterov=True)
-        if config.optimizer == "sgd"
-        else optax.adam(schedule)
-    )
-    if not config.weight_decay:
-        return optax.with_extra_args_support(inner)
-    return optax.chain(optax.add_decayed_weights(config.weight_decay, mask=_is_kernel), inner)
+    return optax.with_extra_args_support(OPTIMIZERS[config.optimizer](config, schedule))
 
 
 def augment(key: jax.Array, images: jax.Array, kinds: Sequence[str]) -> jax.Array:
@@ -399,19 +521,9 @@ def augment(key: jax.Array, images: jax.Array, kinds: Sequence[str]) -> jax.Arra
         >>> augment(jax.random.key(1), images, ("flip",)).reshape(2, 2).tolist()
         [[0.0, 1.0], [3.0, 2.0]]
     """
-    flip_key, crop_key = jax.random.split(key)
-    count, height, width, _ = images.shape
-    if "flip" in kinds:
-        flips = jax.random.bernoulli(flip_key, shape=(count, 1, 1, 1))
-        images = jnp.where(flips, images[:, :, ::-1], images)
-    if "crop" in kinds:
-        tall, wide = max(height // 8, 1), max(width // 8, 1)
-        tops, lefts = jax.random.randint(
-            crop_key, (2, count, 1), 0, jnp.array([2 * tall + 1, 2 * wide + 1])[:, None, None]
-        )
-        rows, columns = tops + jnp.arange(height)[None], lefts + jnp.arange(width)[None]
-        padded = jnp.pad(images, ((0, 0), (tall, tall), (wide, wide), (0, 0)))
-        images = padded[jnp.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    keys = jax.random.split(key, len(AUGMENTATIONS))
+    for own_key, (name, change) in zip(keys, AUGMENTATIONS.items(), strict=True):
+        images = change(own_key, images) if name in kinds else images
     return images
 
 
@@ -467,7 +579,11 @@ def _step(
     config: TrainingConfig,
     steps: int,
 ) -> tuple[_Learner, Metrics]:
-    """One step of one parent."""
+    """One step of one parent: the same bits in a program of its own and inside a loop.
+
+    But for convolutions on a CPU, whose sums XLA orders otherwise inside loops.
+    """
+    learner, plan = jax.lax.optimization_barrier((learner, plan))
     (images, labels), (key, batch) = data, plan
     augment_key, dropout_key = jax.random.split(key)
     x, y = augment(augment_key, images[batch], config.augment), labels[batch]
@@ -492,7 +608,8 @@ def _step(
         optimizer = make_optimizer(config, steps)
         updates, state = optimizer.update(gradients, learner.optimizer, params)
     params = optax.apply_updates(params, updates)
-    return _Learner({"params": params, **statistics}, state), Metrics(loss, accuracy)
+    new = _Learner({"params": params, **statistics}, state), Metrics(loss, accuracy)
+    return cast("tuple[_Learner, Metrics]", jax.lax.optimization_barrier(new))
 
 
 def _summary(learner: _Learner, metrics: Metrics) -> Metrics:
@@ -502,8 +619,17 @@ def _summary(learner: _Learner, metrics: Metrics) -> Metrics:
     return Metrics(jnp.where(finite, metrics.loss.mean(), jnp.nan), metrics.accuracy.mean())
 
 
-@_jit
-def _side_by_side(
+_Run = Callable[..., tuple[_Learner, Metrics]]
+
+
+def _by_epochs(split: Split, count: int) -> _Run:
+    """An epoch of all parents, one after the other, in one compiled call."""
+    del count
+    return functools.partial(_epoch, (jnp.asarray(split.images), jnp.asarray(split.labels)))
+
+
+@functools.partial(_jit, donate_argnames="learners")
+def _epoch(
     data: tuple[jax.Array, jax.Array],
     learners: _Learner,
     plans: _Plan,
@@ -511,40 +637,83 @@ def _side_by_side(
     config: TrainingConfig,
     steps: int,
 ) -> tuple[_Learner, Metrics]:
-    """An epoch of all parents, learners and plans stacked [K, ...], in one compiled call."""
+    def step(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
+        return _step(data, learner, plan, model, config, steps)
 
-    def one(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
-        def step(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
-            return _step(data, learner, plan, model, config, steps)
-
-        learner, metrics = jax.lax.scan(step, learner, plan)
+    def one(parent: tuple[_Learner, _Plan]) -> tuple[_Learner, Metrics]:
+        learner, metrics = jax.lax.scan(step, *parent)
         return learner, _summary(learner, metrics)
 
-    return jax.vmap(one)(learners, plans)
+    result: tuple[_Learner, Metrics] = jax.lax.map(one, (learners, plans))
+    return result
 
 
-def _in_turn(
+def _by_steps(split: Split, count: int) -> _Run:
+    """A compiled call for each step; as many parents at a time as devices can be shared evenly."""
+    there = jax.local_devices()
+    most = max(n for n in range(1, min(count, len(there)) + 1) if count % n == 0)
+    mesh = Mesh(np.array(there[:most]), ("parent",))
+    data = jax.device_put((split.images, split.labels), NamedSharding(mesh, PartitionSpec()))
+    own = NamedSharding(mesh, PartitionSpec("parent"))
+
+    def run(
+        learners: _Learner, plans: _Plan, model: nn.Module, config: TrainingConfig, steps: int
+    ) -> tuple[_Learner, Metrics]:
+        done = []
+        for start in range(0, count, most):
+            now = jax.tree.map(lambda leaf: leaf[start : start + most], (learners, plans))  # noqa: B023
+            learner, plan = jax.device_put(now, own)
+            history = []
+            for number in range(steps):
+                learner, metrics = _steps_of(
+                    data, learner, plan, number, model, config, steps, mesh
+                )
+                history.append(metrics)
+            figures = _summaries(learner, jax.tree.map(lambda *m: jnp.stack(m, 1), *history))
+            done.append(jax.device_put((learner, figures), there[0]))
+        learners, metrics = jax.tree.map(lambda *parts: jnp.concatenate(parts), *done)
+        return learners, metrics
+
+    return run
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "config", "steps", "mesh"),
+    donate_argnames="learners",
+)
+def _steps_of(
     data: tuple[jax.Array, jax.Array],
     learners: _Learner,
     plans: _Plan,
+    number: jax.Array,
     model: nn.Module,
     config: TrainingConfig,
     steps: int,
+    mesh: Mesh,
 ) -> tuple[_Learner, Metrics]:
-    """The same, one parent and one compiled step at a time."""
-    done = []
-    for learner, plan in zip(_unstack(learners), _unstack(plans), strict=True):
-        history = []
-        for one in map(_Plan, plan.keys, plan.batches):
-            learner, metrics = _jitted_step(data, learner, one, model, config, steps)
-            history.append(metrics)
-        done.append((learner, _jitted_summary(learner, _stack(history))))
-    learners, metrics = _stack(done)
-    return learners, metrics
+    """The step of that number of the parents [n] on as many devices."""
+
+    def own(
+        data: tuple[jax.Array, jax.Array], learners: _Learner, plans: _Plan, number: jax.Array
+    ) -> Any:
+        learner, plan = jax.tree.map(lambda leaf: leaf[0], (learners, plans))
+        plan = jax.tree.map(lambda leaf: leaf[number], plan)
+        return jax.tree.map(
+            lambda leaf: leaf[None], _step(data, learner, plan, model, config, steps)
+        )
+
+    each, all_ = PartitionSpec("parent"), PartitionSpec()
+    result: tuple[_Learner, Metrics] = jax.shard_map(
+        own, mesh=mesh, in_specs=(all_, each, each, all_), out_specs=each, check_vma=False
+    )(data, learners, plans, number)
+    return result
 
 
-_jitted_step = _jit(_step)
-_jitted_summary = jax.jit(_summary)
+_summaries = jax.jit(jax.vmap(_summary))
+
+
+_MAPPINGS: dict[str, Callable[[Split, int], _Run]] = {"epochs": _by_epochs, "steps": _by_steps}
 
 
 def _stack(trees: Sequence[Any]) -> Any:
@@ -554,10 +723,6 @@ def _stack(trees: Sequence[Any]) -> Any:
 def _unstack(tree: Any) -> list[Any]:
     count = len(jax.tree.leaves(tree)[0])
     return [jax.tree.map(operator.itemgetter(k), tree) for k in range(count)]
-
-
-def _is_kernel(params: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def _checked(shards: Sequence[npt.ArrayLike], split: Split) -> list[npt.NDArray[np.int32]]:

@@ -15,10 +15,10 @@ from megajax.alignment import (
     Site,
     Symmetries,
     activation_matching,
-    align,
     compose,
     find_symmetries,
     identity_permutations,
+    match,
     permute,
     random_permutations,
     weight_matching,
@@ -56,7 +56,7 @@ def test_a_planted_permutation_is_undone_exactly(name):
     for seed in range(20):
         planting, matching = jax.random.split(jax.random.key(seed))
         planted = permute(symmetries, random_permutations(planting, symmetries), variables)
-        (_, found), info = align(matching, symmetries, [variables, planted])
+        (_, found), info = match(matching, symmetries, [variables, planted])
         chex.assert_trees_all_equal(found, variables)
         assert never_falls(info.objective)
 
@@ -65,7 +65,7 @@ def test_a_planted_permutation_is_undone_exactly(name):
 @pytest.mark.parametrize("reference", [0, 1, "mean"])
 def test_the_objective_never_falls_and_the_functions_stay(name, reference):
     apply_fn, symmetries, parents, inputs = network_and_others(name, 3)
-    aligned, info = align(jax.random.key(0), symmetries, parents, reference=reference)
+    aligned, info = match(jax.random.key(0), symmetries, parents, reference=reference)
     assert never_falls(info.objective)
     as_they_are = [identity_permutations(symmetries)] * 3
     _, (unaligned,) = weight_matching(
@@ -83,7 +83,7 @@ def test_the_objective_never_falls_and_the_functions_stay(name, reference):
 def test_the_reported_objective_is_the_inner_product_of_the_aligned_weights():
     _, symmetries, parents, _ = network_and_others("resnet, batch norm", 3)
     for reference, pairs in ((0, [(0, 1), (0, 2)]), ("mean", [(0, 1), (0, 2), (1, 2)])):
-        aligned, info = align(jax.random.key(0), symmetries, parents, reference=reference)
+        aligned, info = match(jax.random.key(0), symmetries, parents, reference=reference)
         paths = {site.path for group in symmetries.groups for site in group.sites}
         flat = [
             np.concatenate(
@@ -91,7 +91,7 @@ def test_the_reported_objective_is_the_inner_product_of_the_aligned_weights():
                     np.ravel(leaf).astype(np.float64)
                     for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
                     for name in [jax.tree_util.keystr(path, simple=True, separator="/")]
-                    if name in paths and not name.startswith("batch_stats")
+                    if name in paths and not name.startswith("batch_stats")  # statistics
                 ]
             )
             for variables in aligned
@@ -114,7 +114,7 @@ def test_one_group_gets_the_best_of_all_permutations():
 def test_the_same_key_gives_the_same_alignment(method):
     apply_fn, symmetries, parents, inputs = network_and_others("resnet, batch norm", 2)
     one, two = (
-        align(
+        match(
             jax.random.key(3), symmetries, parents, method=method, apply_fn=apply_fn, inputs=inputs
         )
         for _ in range(2)
@@ -129,7 +129,7 @@ def test_activations_undo_a_planted_permutation(name, method):
     inputs = np.random.default_rng(0).normal(size=(64, *inputs.shape[1:])).astype(np.float32)
     drawn = random_permutations(jax.random.key(0), symmetries)
     planted = permute(symmetries, drawn, variables)
-    (_, found), info = align(
+    (_, found), info = match(
         jax.random.key(1),
         symmetries,
         [variables, planted],
@@ -157,8 +157,8 @@ def test_ignored_leaves_move_but_do_not_count():
     a = mlp_variables(0)
     b = permute(HIDDEN, {"hidden": np.array([1, 2, 3, 4, 0])}, a)
     misleading = {**a, "b": 100 * b["b"]}
-    (_, fooled), _ = align(jax.random.key(0), HIDDEN, [misleading, a | {"b": 100 * a["b"]}])
-    (_, moved), info = align(jax.random.key(0), HIDDEN, [misleading, b], ignore={"b"})
+    (_, fooled), _ = match(jax.random.key(0), HIDDEN, [misleading, a | {"b": 100 * a["b"]}])
+    (_, moved), info = match(jax.random.key(0), HIDDEN, [misleading, b], ignore={"b"})
     assert not np.array_equal(fooled["w"], a["w"])
     np.testing.assert_array_equal(moved["w"], a["w"])
     np.testing.assert_array_equal(moved["b"], b["b"][info.permutations[1]["hidden"]])
@@ -170,7 +170,7 @@ def test_parents_that_are_one_network_meet_at_the_mean():
         permute(symmetries, random_permutations(jax.random.key(k), symmetries), variables)
         for k in range(4)
     ]
-    aligned, info = align(jax.random.key(9), symmetries, parents, reference="mean")
+    aligned, info = match(jax.random.key(9), symmetries, parents, reference="mean")
     for other in aligned[1:]:
         chex.assert_trees_all_equal(other, aligned[0])
     drawn = [random_permutations(jax.random.key(k), symmetries) for k in range(4)]
@@ -191,12 +191,12 @@ def test_parents_that_are_one_network_meet_at_the_mean():
 )
 def test_what_cannot_be_done_is_refused(options, error, message):
     with pytest.raises(error, match=message):
-        align(jax.random.key(0), HIDDEN, [mlp_variables(0), mlp_variables(1)], **options)
+        match(jax.random.key(0), HIDDEN, [mlp_variables(0), mlp_variables(1)], **options)
 
 
 def test_parents_that_do_not_fit_are_refused():
     a = mlp_variables(0)
     with pytest.raises(ParentsError, match="parent 1 has other leaves"):
-        align(jax.random.key(0), HIDDEN, [a, {**a, "extra": a["b"]}])
+        match(jax.random.key(0), HIDDEN, [a, {**a, "extra": a["b"]}])
     with pytest.raises(SymmetryError, match="5 units do not fit the 4 entries of w axis 1"):
-        align(jax.random.key(0), HIDDEN, [a, {**a, "w": a["w"][:, :4]}])
+        match(jax.random.key(0), HIDDEN, [a, {**a, "w": a["w"][:, :4]}])

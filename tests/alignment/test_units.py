@@ -9,7 +9,7 @@ from test_symmetries import NETWORKS
 
 import megajax as mj
 from megajax.alignment import find_symmetries, permute, random_permutations, unit_labels
-from megajax.alignment.units import find_outputs
+from megajax.program.roles import find_roles
 from megajax.zoo.networks.resnet import ResNet
 
 
@@ -63,11 +63,10 @@ def test_the_output_axis_is_read_off_the_program_not_off_the_layout():
     shapes = {"stem": (5, 3, 2, 2), "bias": (5,), "head": (4, 5)}
     w = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     x = np.ones((2, 3, 8, 8), np.float32)
-    assert dict(zip(sorted(w), find_outputs(channels_first, w, x), strict=True)) == {
-        "stem": (0,),
-        "bias": (0,),
-        "head": (0,),
-    }
+    roles = dict(zip(sorted(w), find_roles(channels_first, w, x).leaves, strict=True))
+    assert [one.written for one in roles["stem"].contractions] == [(0,)]
+    assert [one.written for one in roles["head"].contractions] == [(0,)]
+    assert [roles[name].kind for name in sorted(w)] == ["bias", "kernel", "kernel"]
     labels = unit_labels(channels_first, w, x)
     assert labels["stem"].shape == (5, 1, 1, 1)
     assert labels["stem"].ravel().tolist() == labels["bias"].tolist() == [0, 1, 2, 3, 4]

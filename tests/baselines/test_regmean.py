@@ -243,6 +243,8 @@ def test_what_cannot_be_is_one_line():
         regmean(mlp, MLPS, OWN[:2])
     with pytest.raises(DataError, match="calibration inputs are empty"):
         regmean(mlp, MLPS, OWN[0][:0])
+    with pytest.raises(DataError, match="calibration inputs: 4 of 280 values are not finite"):
+        regmean(mlp, MLPS, np.where(np.arange(70)[:, None] == 3, np.nan, OWN[0]))
     with pytest.raises(ParentsError, match="leaf u"):
         regmean(mlp, [MLPS[0], {**MLPS[0], "u": normal(4, 7)}], OWN[0])
 
@@ -258,3 +260,13 @@ def test_the_merged_layers_are_nearer_to_the_parents_outputs_than_the_mean():
 
     solve = partial(regmean, mlp, MLPS, OWN)
     assert distance(solve(alpha=1.0)) < distance(solve(alpha=0.5)) < distance(uniform_average(MLPS))
+
+
+def test_inputs_and_outputs_of_any_form():
+    def apply_fn(w, x):
+        return {"y": mlp(w, x["a"] + x["b"])}
+
+    own = [{"a": 0.5 * x, "b": 0.5 * x} for x in OWN]
+    merged = regmean(apply_fn, MLPS, own, batch_size=32)
+    expected = regmean(mlp, MLPS, OWN, batch_size=32)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), merged, expected)

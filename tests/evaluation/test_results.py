@@ -7,10 +7,10 @@ import pytest
 from planted_runs import planted_run
 from scipy import stats
 
+from megajax import io as workdir
 from megajax.errors import DataError, WorkdirError
 from megajax.evaluation.predictions import by_id, load_predictions, same_examples, save_predictions
 from megajax.evaluation.results import aggregate, comparison
-from megajax.run import store as workdir
 
 
 @pytest.fixture(scope="module")

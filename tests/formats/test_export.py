@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import megajax as mj
-from megajax.config import Config, to_dict
 from megajax.formats import FORMATS, model_card
+from megajax.run.config import Config, to_dict
 
 VARIABLES = {"params": {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3)}}
 
@@ -84,7 +84,7 @@ def test_a_card_says_only_what_it_was_told():
 
 
 def test_unknown_formats_and_missing_parents_are_named(tmp_path):
-    with pytest.raises(mj.InterchangeError, match="export format 'h5': choose from msgpack"):
+    with pytest.raises(mj.InterchangeError, match="format 'h5' is unknown: choose one of msgpack"):
         mj.export(tmp_path, VARIABLES, formats=("npz", "h5"))
     with pytest.raises(mj.InterchangeError, match="nowhere cannot be read"):
         mj.export(tmp_path, VARIABLES, parents=["nowhere"])

@@ -1,6 +1,7 @@
 """Every format gives back every bit; what is damaged, absurd or a pickle is one line."""
 
 import json
+import pathlib
 import pickle
 import struct
 import tracemalloc
@@ -17,8 +18,9 @@ import safetensors.numpy
 from flax import nnx, serialization
 
 import megajax as mj
-from megajax.formats import FORMATS
-from megajax.run import store as workdir
+from megajax.formats import FORMATS, fingerprint, kinds
+from megajax.formats.arrays import Format, Spec, Stored
+from megajax.formats.disk import one_line, write_whole
 from megajax.trees import leaf_paths
 
 PLACES = {"msgpack": "net.msgpack", "npz": "net.npz", "safetensors": "net.safetensors"}
@@ -122,7 +124,7 @@ def test_flax_safetensors_and_numpy_read_what_is_written_and_the_other_way_round
     like = {"w": np.zeros(3, ml_dtypes.bfloat16)}
     assert mj.load_network(tmp_path / "z.npz", like)["w"].tolist() == [0, 1, 2]
 
-    workdir.save_network(tmp_path / "merged", variables)
+    mj.save_network(tmp_path / "merged", variables)
     assert_same_bits(mj.load_network(tmp_path / "merged", variables), variables)
     assert mj.load_network(tmp_path / "merged")["t"]["0"].tolist() == [1, 1]
 
@@ -194,7 +196,7 @@ def test_truncated_and_flipped_files_are_one_line_and_never_a_wrong_network(kind
 def test_damaged_sums_are_damage(tmp_path):
     path = save(tmp_path, "npz", SMALL)
     listed = path.with_name(path.name + ".sha256")
-    assert listed.read_text().split() == [mj.interchange.fingerprint(path), "net.npz"]
+    assert listed.read_text().split() == [fingerprint(path), "net.npz"]
     listed.write_text("0" + listed.read_text()[1:])
     with pytest.raises(
         mj.InterchangeError, match=r"net.npz is damaged: .* that net.npz.sha256 says"
@@ -304,6 +306,11 @@ def test_everything_that_does_not_fit_is_named(tmp_path):
     )
     loaded = mj.load_network(path, {"a": np.ones(2, np.float16)}, ignore="b|c", cast=True)
     assert loaded["a"].dtype == np.float16
+    like = {"a": np.ones(2, complex)}
+    path = save(tmp_path, "npz", {"a": np.ones(2, np.complex64)})
+    with pytest.raises(mj.InterchangeError, match=r"complex128.* but complex64.*cast=True conv"):
+        mj.load_network(path, like)
+    assert mj.load_network(path, like, cast=True)["a"].dtype == complex
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
@@ -328,9 +335,40 @@ def test_what_is_not_there_or_unknown_is_named(tmp_path):
     (tmp_path / "folder.npz").mkdir()
     for path, message in (
         (tmp_path / "nowhere.npz", "nowhere.npz does not exist"),
-        (tmp_path / "a.txt", "a.txt has no known format: .msgpack, .safetensors, .npz"),
-        (tmp_path, "holds none of variables.msgpack, model.safetensors"),
+        (tmp_path / "a.txt", "a.txt has no known format: .msgpack, .npz, .safetensors"),
+        (tmp_path, "holds none of variables.msgpack, variables.npz"),
         (tmp_path / "folder.npz", "folder.npz holds none of"),
     ):
         with pytest.raises(mj.InterchangeError, match=message):
             mj.load_network(path)
+
+
+def open_json(path):
+    with one_line(path):
+        values = {name: np.asarray(value) for name, value in json.loads(path.read_text()).items()}
+    specs = {name: Spec(array.shape, array.dtype) for name, array in values.items()}
+    return Stored(path, specs, lambda names: {name: values[name] for name in names})
+
+
+def write_json(path, arrays):
+    values = {"/".join(keys): array.tolist() for keys, array in arrays.items()}
+    write_whole(path, json.dumps(values).encode())
+
+
+def test_a_format_is_two_functions_and_a_record(tmp_path, monkeypatch):
+    assert set(FORMATS) == {path.stem for path in pathlib.Path(kinds.__path__[0]).glob("[!_]*.py")}
+    entry = Format("json", ("variables.json",), open_json, write_json, "any JSON", flat=True)
+    monkeypatch.setitem(FORMATS, "json", entry)
+    net = {"layers": [{"w": np.eye(2), "steps": np.array(3)}]}
+    for place in (tmp_path / "a.json", tmp_path / "folder"):
+        file = mj.save_network(place, net, format="json")
+        assert_same_bits(mj.load_network(place, net), net)
+    assert file.name == "variables.json"
+    card = mj.export(tmp_path / "out", net, formats=("json", "npz"))["card"].read_text()
+    assert "any JSON" in card
+    file.write_text("[1]")
+    with pytest.raises(mj.InterchangeError, match=r"variables.json is damaged: it does not have"):
+        mj.load_network(file)
+    file.with_name("variables.json.sha256").unlink()
+    with pytest.raises(mj.InterchangeError, match=r"variables.json is damaged: AttributeError"):
+        mj.load_network(file)

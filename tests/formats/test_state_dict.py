@@ -3,6 +3,7 @@
 The oracle is PyTorch itself where it is installed, and the logits it stored elsewhere.
 """
 
+import functools
 import importlib.util
 import itertools
 import pathlib
@@ -16,9 +17,8 @@ import pytest
 from flax import nnx
 
 import megajax as mj
-from megajax.formats.files import Spec, Stored
-from megajax.formats.mapping import Target
-from megajax.formats.matching import find_mapping
+from megajax.formats.arrays import Spec, Stored, specs_of
+from megajax.formats.naming import find_mapping
 from megajax.formats.uses import find_modules
 from megajax.trees import leaf_paths
 from megajax.zoo.networks import build
@@ -95,42 +95,37 @@ def made(name, folder):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pytorchs_logits_are_reproduced(name, tmp_path):
+def test_pytorchs_logits_are_reproduced_and_its_file_given_back_bit_for_bit(name, tmp_path):
     model, rename = MODELS[name], HEADS if name == "tokens" else None
     path, inputs, logits = made(name, tmp_path) if TORCH else stored(name)
-    variables = mj.load_network(path, model, inputs=inputs, rename=rename)
+    names = []
+    (variables,) = mj.load_parents(
+        [path], model, inputs=inputs, rename=rename, callback=names.append
+    )
     inference = {} if name == "tokens" else {"train": False}
     found = jax.jit(lambda w, x: model.apply(w, x, **inference))(variables, inputs)
     np.testing.assert_allclose(found, logits, atol=1e-4)
     assert np.ptp(logits) > 0.5
+    back = mj.save_network(tmp_path / "back.safetensors", variables, names=names[0])
+    before, after = mj.load_network(path), mj.load_network(back)
+    assert list(before) == list(after)
+    for tensor in before:
+        assert before[tensor].dtype == after[tensor].dtype
+        np.testing.assert_array_equal(before[tensor], after[tensor], strict=True)
 
 
-@pytest.mark.parametrize("parent", ["a", "b"])
 @pytest.mark.skipif(not PAIR.exists(), reason="the trained pair is not here")
-def test_the_trained_pair_needs_no_mapping_of_its_own(parent):
-    with np.load(PAIR / "resnet8_cifar10_reference.npz") as reference:
-        images = (reference["images"] - reference["mean"]) / reference["std"]
-        logits, labels = reference[f"logits_{parent}"], reference["labels"]
+def test_the_trained_pair_needs_no_mapping_of_its_own():
+    with np.load(PAIR / "resnet8_cifar10_reference.npz") as archive:
+        reference = dict(archive)
+    images = (reference["images"] - reference["mean"]) / reference["std"]
     model = build("resnet", 10, {"depth": 8})
-    path = PAIR / f"resnet8_cifar10_{parent}.safetensors"
-    variables = mj.load_network(path, model, inputs=images)
-    found = jax.jit(model.apply)(variables, images)
-    np.testing.assert_allclose(found, logits, atol=1e-4)
-    assert (found.argmax(-1) == labels).mean() > 0.6
-
-
-def test_export_gives_back_pytorchs_file_bit_for_bit(tmp_path):
-    for name in MODELS:
-        path, inputs, _ = stored(name)
-        rename = HEADS if name == "tokens" else None
-        names = mj.map_names(path, MODELS[name], inputs=inputs, rename=rename)
-        variables = mj.load_network(path, MODELS[name], inputs=inputs, rename=rename)
-        back = mj.save_network(tmp_path / path.name, variables, names=names)
-        before, after = mj.load_network(path), mj.load_network(back)
-        assert list(before) == list(after)
-        for tensor in before:
-            assert before[tensor].dtype == after[tensor].dtype
-            np.testing.assert_array_equal(before[tensor], after[tensor], strict=True)
+    apply = jax.jit(model.apply)
+    paths = [PAIR / f"resnet8_cifar10_{parent}.safetensors" for parent in "ab"]
+    for parent, variables in zip("ab", mj.load_parents(paths, model, inputs=images), strict=True):
+        found = apply(variables, images)
+        np.testing.assert_allclose(found, reference[f"logits_{parent}"], atol=1e-4)
+        assert (found.argmax(-1) == reference["labels"]).mean() > 0.6
 
 
 def test_a_program_that_is_plain_jax_or_nnx_is_matched_as_well():
@@ -173,8 +168,9 @@ def test_a_program_that_is_plain_jax_or_nnx_is_matched_as_well():
 def find(shapes, network, inputs, **options):
     """The mapping for a file of such tensors: name -> path."""
     specs = {name: Spec(shape, np.dtype("float32")) for name, shape in shapes.items()}
-    target = Target(network.variables, lambda: find_modules(*network, inputs))
-    mapping = find_mapping(Stored(pathlib.Path("net"), specs, dict), target, **options)
+    stored = Stored(pathlib.Path("net"), specs, dict)
+    layers = functools.partial(find_modules, *network, inputs)
+    mapping = find_mapping(stored, specs_of(network.variables), layers, **options)
     return {entry.name: entry.path for entry in mapping.entries}
 
 
@@ -284,7 +280,7 @@ def test_ignored_tensors_and_other_precisions():
     with pytest.raises(mj.InterchangeError, match="is a PyTorch state dict: to match it"):
         find_mapping(
             Stored(pathlib.Path("net"), {"fc.weight": Spec((8, 8), np.dtype("f4"))}, dict),
-            Target(network.variables),
+            specs_of(network.variables),
         )
 
 
@@ -334,6 +330,24 @@ def test_the_mapping_is_a_table_of_every_tensor():
     ] in rows
     assert sum(row[-1] == "ignored" for row in rows) == 9  # num_batches_tracked
     assert len(rows) == 1 + len(names.entries) + 9
+
+
+def test_the_short_summary_counts_the_rules_and_names_the_exceptions():
+    path, inputs, _ = stored("layers")
+    names = mj.map_names(path, MODELS["layers"], inputs=inputs)
+    lines = names.describe(short=True).splitlines()
+    rules = {rule: int(n) for n, rule in re.findall(r"(\d+) ([^;()]+)", lines[0])}
+    assert f"{path}: 21 arrays become leaves" in lines[0]
+    assert rules.pop("arrays become leaves ") == 21
+    assert sum(rules.values()) == len(names.entries) == 21
+    counted = {
+        rule: names.describe().count(f"  {rule}\n") for rule in ("OIHW to HWIO", "CHW to HWC")
+    }
+    assert {rule: rules[rule] for rule in counted} == counted
+    odd = "  classifier.0.weight becomes params/Dense_0/kernel, transposed, inputs CHW to HWC"
+    assert lines[1] == odd
+    assert lines[-1] == "  ignored: 2 num_batches_tracked"
+    assert len(lines) == 4
 
 
 def test_own_names_come_before_structure():

@@ -9,14 +9,8 @@ import pytest
 from flax import nnx
 
 import megajax as mj
-from megajax.merging.genome import masks
-from megajax.program.batchnorm import (
-    find_linear,
-    find_statistics,
-    recalibrate,
-    recalibrated,
-    repair,
-)
+from megajax.program.batchnorm import recalibrate, repair
+from megajax.program.roles import find_roles, find_statistics
 from megajax.trees import leaf_paths
 from megajax.zoo import networks as models
 
@@ -92,35 +86,6 @@ def test_a_network_without_statistics_is_refused():
         recalibrate(model.apply, variables, X)
 
 
-def test_inside_a_population_every_candidate_has_its_own_and_parents_keep_theirs():
-    model = models.build("cnn", 5, {"width": 2})
-    apply_fn = mj.from_linen(model, {}, train=False).apply_fn
-    trees = [with_random_statistics(model.init(jax.random.key(k), X), k) for k in range(2)]
-    parents = mj.stack_parents(trees)
-    plain = masks(parents, granularity="leaf")
-    genome = recalibrated(plain, apply_fn)
-    genes = genome.init(jax.random.key(5), 6)
-    networks = jax.jit(jax.vmap(genome.express, (0, None)))(genes, (parents, X))
-    for i, network in enumerate(mj.unstack_parents(networks)):
-        if i < 2:
-            chex.assert_trees_all_equal(network, trees[i])
-        else:
-            expected = recalibrate(apply_fn, plain.express(genes[i], parents), X)
-            chex.assert_trees_all_close(network, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_with_frozen_leaves_only_parent_0_is_a_parent():
-    model = models.build("cnn", 5, {"width": 2})
-    apply_fn = mj.from_linen(model, {}, train=False).apply_fn
-    trees = [with_random_statistics(model.init(jax.random.key(k), X), k) for k in range(2)]
-    parents = mj.stack_parents(trees)
-    genome = recalibrated(masks(parents, granularity="leaf", freeze="conv1"), apply_fn)
-    genes = genome.init(jax.random.key(5), 3)
-    chex.assert_trees_all_equal(genome.express(genes[0], (parents, X)), trees[0])
-    other = genome.express(genes[1], (parents, X))["batch_stats"]["norm2"]["mean"]
-    assert not np.allclose(other, trees[1]["batch_stats"]["norm2"]["mean"])
-
-
 # REPAIR --------------------------------------------------------------------------------------
 
 
@@ -184,7 +149,8 @@ def test_a_kernel_that_is_used_twice_or_not_transposable_is_left_alone():
     def tied(w, x):
         return jnp.tanh(x @ w["u"] + w["b"]) @ w["u"].T
 
-    assert find_linear(tied, {"u": jnp.ones((3, 5)), "b": jnp.ones(5)}, jnp.ones((2, 3))) == ()
+    weights = {"u": jnp.ones((3, 5)), "b": jnp.ones(5)}
+    assert find_roles(tied, weights, jnp.ones((2, 3))).linear == ()
 
 
 def test_batch_norm_inside_a_checkpoint_is_found():
@@ -199,3 +165,208 @@ def test_batch_norm_inside_a_checkpoint_is_found():
     assert found == find_statistics(plain, variables, X) != ()
     fresh = [recalibrate(f, variables, X) for f in (jax.checkpoint(plain), plain)]
     chex.assert_trees_all_close(*fresh, rtol=1e-5, atol=1e-6)
+
+
+# BatchNorm by what it does -------------------------------------------------------------------
+
+
+def haiku(w, z):  # statistics with axes of size 1, a scale in the root's factor
+    return (z - w["mean"]) * (w["scale"] * jax.lax.rsqrt(w["var"] + 1e-5)) + w["bias"]
+
+
+def floored(w, z):
+    return (z - w["mean"]) / jnp.sqrt(jnp.maximum(w["var"], 0) + 1e-5) * w["scale"]
+
+
+def power(w, z):
+    return (z - w["mean"]) * (w["var"] + 1e-5) ** -0.5
+
+
+def deviation(w, z):
+    return w["scale"] * (z - w["mean"]) / (w["var"] + 1e-3)
+
+
+def reciprocal(w, z):
+    return (z - w["mean"]) * (w["scale"] / w["var"]) + w["bias"]
+
+
+def fused(w, z):
+    inverse = w["scale"] * jax.lax.rsqrt(w["var"] + 1e-5)
+    return z * inverse + (w["bias"] - w["mean"] * inverse)
+
+
+def debiased(w, z):
+    correction = 1 - 0.9 ** w["count"].astype(jnp.float32)
+    return (z - w["mean"] / correction) / jnp.sqrt(w["var"] / correction + 1e-5)
+
+
+def half(w, z):
+    return ((z - w["mean"]) / jnp.sqrt(w["var"] + 1e-3)).astype(z.dtype)
+
+
+FORMS = {  # what the second leaf is to hold, and what both are to be divided by
+    haiku: (np.var, 1),
+    floored: (np.var, 1),
+    power: (np.var, 1),
+    deviation: (np.std, 1),
+    reciprocal: (np.std, 1),
+    debiased: (np.var, 1 - 0.9**3),
+}
+
+
+def leaves_of_a_norm(shape):
+    names = ("bias", "mean", "scale", "var")
+    drawn = {
+        name: 0.5 + jax.random.uniform(jax.random.key(i), shape) for i, name in enumerate(names)
+    }
+    return drawn | {"count": jnp.int32(3)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(6,), (1, 1, 1, 6)])
+def test_every_form_of_batch_norm_is_measured_anew(form, shape):
+    def apply_fn(w, x):
+        return form(w["norm"], jax.lax.conv(x, w["kernel"], (1, 1), "SAME").transpose(0, 2, 3, 1))
+
+    w = {"kernel": jax.random.normal(jax.random.key(9), (6, 3, 3, 3))}
+    w["norm"] = leaves_of_a_norm(shape)
+    x = jnp.moveaxis(X[:8], -1, 1)
+    new = jax.jit(lambda w, x: recalibrate(apply_fn, w, x))(w, x)
+    z = np.asarray(jax.lax.conv(x, w["kernel"], (1, 1), "SAME"), np.float64)
+    spread, factor = FORMS[form]
+    assert new["norm"]["mean"].shape == shape
+    mean, second = new["norm"]["mean"].ravel(), new["norm"]["var"].ravel()
+    np.testing.assert_allclose(mean, z.mean((0, 2, 3)) * factor, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(second, spread(z, (0, 2, 3)) * factor, rtol=1e-4)
+    for name in ("bias", "scale", "count"):
+        np.testing.assert_array_equal(new["norm"][name], w["norm"][name])
+
+
+def test_stacked_layers_inside_a_scan():
+    """Each layer of a loop, loops in loops too, is measured behind those before it."""
+
+    def layer(x, w):
+        z = jnp.tanh(x) @ w["kernel"]
+        return x + haiku(w, z), z
+
+    def blocks(w, x):
+        return jax.lax.scan(lambda x, w: jax.lax.scan(layer, x, w), x, w["blocks"])
+
+    def apply_fn(w, x):
+        return debiased(w, blocks(w, x)[0])
+
+    stacked = {
+        name: jnp.stack([leaf] * 6).reshape(2, 3, 1, 5) + jax.random.uniform(jax.random.key(3))
+        for name, leaf in leaves_of_a_norm((5,)).items()
+        if name != "count"
+    }
+    kernel = jax.random.normal(jax.random.key(4), (2, 3, 5, 5))
+    w = leaves_of_a_norm((5,)) | {"blocks": stacked | {"kernel": kernel}}
+    x = jax.random.normal(jax.random.key(5), (40, 5))
+    new = jax.jit(lambda w: recalibrate(apply_fn, w, x))(w)
+    out, z = blocks(new, x)  # what enters each layer, behind layers that are corrected
+    z = np.asarray(z, np.float64)
+    np.testing.assert_allclose(new["blocks"]["mean"][..., 0, :], z.mean(2), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(new["blocks"]["var"][..., 0, :], z.var(2), rtol=1e-3)
+    np.testing.assert_allclose(new["mean"], out.mean(0) * (1 - 0.9**3), rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_equal(new["blocks"]["kernel"], kernel)
+
+
+def test_statistics_that_the_user_names():
+    def centred(w, x):  # a shift and a scale like any other
+        return (x + w["shift"]) * w["factor"]
+
+    w, x = {"shift": jnp.zeros(3), "factor": jnp.ones(3)}, X[0]
+    with pytest.raises(mj.ConfigError, match="no BatchNorm statistics"):
+        recalibrate(centred, w, x)
+    new = recalibrate(centred, w, x, statistics=(("shift", "factor"),))
+    np.testing.assert_allclose(new["shift"], x.mean((0, 1)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(new["factor"], x.var((0, 1)), rtol=1e-4)
+    w = leaves_of_a_norm((3,))
+    with pytest.raises(mj.ConfigError, match="var: no mean goes with it; name the pair"):
+        recalibrate(fused, w, x)
+    new = recalibrate(fused, w, x, statistics=(("mean", "var"),))
+    np.testing.assert_allclose(new["mean"], x.mean((0, 1)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(new["var"], x.var((0, 1)), rtol=1e-4)
+    with pytest.raises(
+        mj.ConfigError, match="statistics names 'none': it is no leaf of the network"
+    ):
+        recalibrate(fused, w, x, statistics=(("mean", "none"),))
+
+
+@pytest.mark.parametrize(
+    ("apply_fn", "message"),
+    [
+        (lambda w, x: x * jax.lax.rsqrt(w["var"] + 1e-5), "var: no mean goes with it"),
+        (
+            lambda w, x: jax.lax.fori_loop(0, 3, lambda _, x: haiku(w, x), x),
+            "var: inside a (scan that does not slice it|while)",
+        ),
+        (
+            lambda w, x: jax.lax.cond(x.sum() > 0, lambda x: haiku(w, x), lambda x: x, x),
+            "var: inside a cond",
+        ),
+        (
+            lambda w, x: (x - w["mean"]) * jax.lax.rsqrt(jnp.sin(w["var"]) + 1e-5),
+            "var: sin comes between it and its use",
+        ),
+    ],
+)
+def test_statistics_that_nothing_corrects_are_listed(apply_fn, message):
+    with pytest.raises(mj.ConfigError, match=f"cannot measure these statistics anew: {message}"):
+        recalibrate(apply_fn, leaves_of_a_norm((3,)), X)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [1, 3000])
+def test_half_precision_is_measured_in_full_and_stays_finite(dtype, scale):
+    """A variance of 9 million is more than float16 holds."""
+    w = jax.tree.map(lambda leaf: leaf.astype(dtype), leaves_of_a_norm((3,)))
+    x = (scale * X).astype(dtype)
+    new = recalibrate(half, w, x)
+    assert all(leaf.dtype == dtype for leaf in new.values())
+    mj.check_parents([new, new])
+    z = np.asarray(x, np.float64)
+    largest = float(jnp.finfo(dtype).max)
+    np.testing.assert_allclose(new["mean"].astype(float), z.mean((0, 1, 2)), rtol=0.02, atol=1e-2)
+    expected = np.minimum(z.var((0, 1, 2)), largest)
+    np.testing.assert_allclose(new["var"].astype(float), expected, rtol=0.01)
+
+
+def test_haiku_itself():
+    hk = pytest.importorskip("haiku")
+
+    @hk.without_apply_rng
+    @hk.transform_with_state
+    def net(x, is_training=False):
+        x = hk.BatchNorm(True, True, 0.9)(hk.Conv2D(4, 3)(x), is_training=is_training)
+        return hk.Linear(3)(jax.nn.relu(x).mean((1, 2)))
+
+    variables = net.init(jax.random.key(0), X, True)
+
+    def apply_fn(variables, x):
+        return net.apply(*variables, x)[0]
+
+    params, state = recalibrate(apply_fn, variables, X)
+    expected, _ = net.apply(*variables, X, True)
+    np.testing.assert_allclose(apply_fn((params, state), X), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_derivatives_of_ones_own_are_kept():
+    """What a user gives a derivative keeps it when the network is run with somebody stepping in."""
+
+    @jax.custom_vjp
+    def through(x):
+        return jnp.sign(x)
+
+    through.defvjp(lambda x: (through(x), None), lambda _, g: (g,))
+
+    def apply_fn(w, x):
+        return haiku(w, through(x @ w["kernel"]))
+
+    def loss(kernel):
+        new = recalibrate(apply_fn, w | {"kernel": kernel}, X[0, 0])
+        return (new["mean"] ** 2).sum()
+
+    w = leaves_of_a_norm((3,)) | {"kernel": jax.random.normal(jax.random.key(1), (3, 3))}
+    assert np.abs(jax.grad(loss)(w["kernel"])).max() > 0

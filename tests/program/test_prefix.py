@@ -1,5 +1,6 @@
 """Layers that all individuals have in common are computed once, and nothing else changes."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 
 import megajax as mj
 from megajax.merging.fitness import batches, evaluator, negative_cross_entropy
-from megajax.program.convolutions import widened
+from megajax.program.folding import widened
 from megajax.program.jaxprs import walk
-from megajax.program.prefix import own_leaves, split
+from megajax.program.prefix import features_size, own_leaves, split
 from megajax.trees import leaf_paths
 from megajax.zoo import networks as models
 
@@ -126,3 +127,19 @@ def test_a_merge_with_frozen_layers_finds_what_it_finds_without_sharing(
     np.testing.assert_allclose(shared.history.best, plain.history.best, rtol=1e-5)
     np.testing.assert_allclose(shared.genes, plain.genes, rtol=1e-5, atol=1e-6)
     assert jnp.isfinite(shared.fitness)
+
+
+def test_any_pytrees_and_equal_parts():
+    def apply_fn(w, x):
+        hidden = jnp.tanh(x["a"] @ w["first"])
+        return {"hidden": hidden, "logits": (hidden + x["b"]) @ w["second"]}
+
+    w = {"first": jnp.eye(3), "second": jnp.ones((3, 2))}
+    x = {"a": IMAGES[:, 0, 0], "b": IMAGES[:, 0, 1]}
+    parts = split(apply_fn, w, x, [False, True])
+    assert parts == split(apply_fn, w, x, [False, True])
+    assert len({parts, split(apply_fn, w, x, (False, True))}) == 1
+    found = jax.jit(parts.rest)(w, (x, jax.jit(parts.first)(w, x)))
+    chex.assert_trees_all_close(found, apply_fn(w, x), rtol=1e-6)
+    batches = jax.tree.map(lambda leaf: leaf.reshape(2, 11, 3), x)
+    assert features_size(apply_fn, w, batches, [False, True]) == 2 * 22 * 3 * 4  # two of them

@@ -7,10 +7,10 @@ import pytest
 from planted_runs import ACCURACY, planted_run
 from scipy import stats
 
+from megajax import io as workdir
 from megajax.evaluation.predictions import save_predictions
 from megajax.evaluation.results import aggregate
 from megajax.report import compare
-from megajax.run import store as workdir
 
 
 def store(folder, results, predictions=None, **config):

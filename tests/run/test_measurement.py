@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 
 from megajax import report
-from megajax.config import DataConfig, RobustnessConfig
 from megajax.evaluation.measures import measure, predictor
 from megajax.evaluation.predictions import correct, load_predictions, save_predictions
 from megajax.evaluation.results import comparison
-from megajax.evaluation.robustness import corrupt
+from megajax.evaluation.robustness import RobustnessConfig, corrupt
 from megajax.run import store as workdir
 from megajax.run.measurement import measure_networks
 from megajax.zoo import data
+from megajax.zoo.data import DataConfig
 
 KEY = jax.random.key(0)
 CONFIG = RobustnessConfig(corruptions=("contrast", "impulse_noise"), severities=(1, 5), examples=60)

@@ -1,6 +1,5 @@
 """Nothing is lost: runs that were killed, damaged or asked to stop end as undisturbed ones do."""
 
-import contextlib
 import errno
 import io
 import itertools
@@ -22,16 +21,16 @@ from rich.console import Console
 import megajax as mj
 from megajax import io as files
 from megajax import report
-from megajax.config import from_dict
 from megajax.evaluation import predictions
 from megajax.run import checkpoint, pipeline
 from megajax.run import cli as run
 from megajax.run import store as workdir
+from megajax.run.config import from_dict
 from megajax.run.stages import searching as searching_stage
 from megajax.search import genetic as evolution
 from megajax.zoo import training
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = {
     "data": {"validation_fraction": 0.3, "limit": 100},
     "model": {"name": "mlp", "options": {"hidden": (8,)}},
@@ -57,7 +56,7 @@ def outcome(folder):
     del results["seconds"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [list(line.items()) for line in lines if line.pop("seconds") is not None]
-    networks = {name: workdir.load_network(folder / name) for name in ("merged", "parents/1")}
+    networks = {name: mj.load_network(folder / name) for name in ("merged", "parents/1")}
     leaves = jax.tree.leaves(networks)
     return results, lines, [leaf.tobytes() for leaf in leaves]
 
@@ -79,11 +78,10 @@ def undisturbed(tmp_path_factory):
     def writing(path, data):
         write(path, data)
         taken = folder / f"snapshot{next(numbers)}"
-        with contextlib.suppress(shutil.Error):  # Orbax's thread renamed a folder under our eyes
-            snapshots.append(shutil.copytree(folder / "run", taken))
+        snapshots.append(shutil.copytree(folder / "run", taken))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (checkpoint, workdir, predictions):
+        for module in (files, checkpoint, predictions):
             patch.setattr(module, "write_bytes", writing)
         pipeline.run(tiny(), folder / "run")
     return folder / "run", snapshots
@@ -108,14 +106,13 @@ def copy(no_plots, tmp_path):
 
 def states(folder, stage="search"):
     """The checkpoints of a stage, oldest first."""
-    names = [path.name for path in (folder / "checkpoints" / stage).glob("*")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    names = [path.name for path in (folder / "checkpoints" / stage).glob("*.safetensors")]
+    return sorted(int(name.split(".")[0]) for name in names)
 
 
 def searching(snapshots):
     """The last copy of a run whose search was under way, with two checkpoints at least."""
-    under_way = [copy for copy in snapshots if not (copy / "merged").exists()]
-    return next(copy for copy in reversed(under_way) if len(states(copy)) > 1)
+    return next(copy for copy in reversed(snapshots) if states(copy)[-1:] == [2])
 
 
 def flip(path, seed):
@@ -266,16 +263,13 @@ def test_a_damaged_checkpoint_costs_one_warning_and_the_one_before_is_used(
     killed = copy(searching(snapshots))
     steps = states(killed)
     for step in steps[-harmed:]:
-        largest = max(
-            (killed / "checkpoints" / "search" / str(step) / "state").rglob("*"),
-            key=lambda path: path.stat().st_size if path.is_file() else 0,
-        )
-        flip(largest, step)
+        (file,) = (killed / "checkpoints" / "search").glob(f"{step}.*")
+        flip(file, step)
     console = Console(record=True, quiet=False, file=io.StringIO(), width=200)
     pipeline.run(tiny(), killed, console)
     warnings = [record.getMessage() for record in caplog.records if "checkpoint" in record.msg]
     assert len(warnings) == harmed
-    assert all("is not used: state/" in line and "is damaged" in line for line in warnings)
+    assert all("safetensors is not used: it is damaged" in line for line in warnings)
     resumed = f"merging goes on after generation {steps[-harmed - 1]}" if steps[harmed:] else ""
     assert resumed in console.export_text()
     assert outcome(killed) == outcome(folder)
@@ -313,7 +307,7 @@ def test_a_fork_keeps_only_what_the_change_leaves_valid(
             origin=folder,
             stopping=iter([False, True]).__next__,  # asked before the search, and in it
         )
-    (line,) = workdir.read_lines(tmp_path / "fork" / "metrics.jsonl")
+    (line,) = files.read_lines(tmp_path / "fork" / "metrics.jsonl")
     assert 0 <= line["best_ever"] <= 1  # an accuracy, where the old fitness is below zero
     with pytest.raises(mj.ConfigError, match=r"nothing of .* can be kept when seed changes"):
         pipeline.run(from_dict({**TINY, "seed": 1}), tmp_path / "none", origin=folder)
@@ -351,14 +345,15 @@ def test_how_often_to_save_may_differ_from_the_workdir(undisturbed):
 
 
 def test_another_version_of_jax_is_told(undisturbed, copy, caplog):
-    folder = copy(undisturbed[1][0])
+    folder = copy(undisturbed[1][1])
     there = workdir.read_config(folder)
     there["versions"]["jax"] = "0.0.1"
     workdir.write_config(folder, there["config"], there)
     with pytest.raises(mj.Interrupted, match="before the stage parents"):
         pipeline.run(tiny(), folder, stopping=lambda: True)
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.startswith(f"{folder} was started with other versions: the result may differ")
+    expected = f"{folder} was started with versions.jax 0.0.1, and goes on with {jax.__version__}: "
+    assert warning == expected + "the last bits may differ from an undisturbed run's"
 
 
 HOLD = """
@@ -395,8 +390,7 @@ def command(folder):
 def config_file(tmp_path):
     """A config file of the tiny configuration, beside the workdirs of the test."""
     (tmp_path / "tiny.py").write_text(
-        "from ml_collections import ConfigDict\n"
-        f"def get_config():\n    return ConfigDict({TINY!r})\n"
+        f"import megajax as mj\n\n\ndef get_config():\n    return mj.Config(**{TINY!r})\n"
     )
 
 
@@ -430,7 +424,7 @@ def test_a_fault_of_the_device_is_one_line(
     "full",
     [
         "results.json",
-        "SHA256SUMS",
+        ".safetensors",
         *(
             pytest.param(name, marks=pytest.mark.slow)
             for name in ("measure.json", "metrics.jsonl", "variables.msgpack")
@@ -440,7 +434,7 @@ def test_a_fault_of_the_device_is_one_line(
 def test_a_full_disk_is_one_line_and_costs_nothing(
     full, undisturbed, copy, config_file, monkeypatch, capsys
 ):
-    """Also when it is Orbax's thread that finds it full; what is there stays whole."""
+    """What is there stays whole."""
     folder = copy(searching(undisturbed[1]))
 
     class Full:

@@ -2,89 +2,113 @@
 
 from __future__ import annotations
 
-from megajax import baselines
-from megajax.baselines import BASELINES
-from megajax.config import BaselinesConfig, GenomeConfig
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megajax.baselines import BASELINES, run_baselines
+from megajax.baselines.registry import BaselinesConfig
+from megajax.config import GenomeConfig
+from megajax.errors import Interrupted
+from megajax.io import digest
 from megajax.run.checkpoint import Checkpoints
-from megajax.run.stages.task import (
-    Outcomes,
-    Task,
-    baseline_names,
-    networks_in,
-    planned,
-    progress_bar,
-    stream,
-)
+from megajax.run.choices import baseline_names, fitness_of
+from megajax.run.config import Config, to_dict
+from megajax.run.stages.task import Outcomes, Task, kept, networks_in, progress, stream
 from megajax.run.store import Outcome
 
-__all__ = ["run_baselines"]
-
-# They search where the evolution did, so on the parents as it saw them only.
-_SEARCHES = tuple(name for name, baseline in BASELINES.items() if baseline.searches)
+__all__ = ["compare"]
 
 
-def run_baselines(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
-    """Runs the baselines on the parents as they are and, with a prefix, as the search saw them.
+class _Entry(NamedTuple):
+    """A baseline to run: its name, that of its result, and whether it gets aligned parents."""
 
-    The latter are aligned (`aligned_`) and recalibrated where the search recalibrates, or the one
-    alone (`recalibrated_`); searches run only there, under their own names, at the cost that the
-    evolution had, counted in passes of an image through a network.
+    method: str
+    name: str
+    as_searched: bool
+
+
+def compare(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
+    """Runs the baselines on the parents as they are and as the search saw them.
+
+    Each result is stored as soon as it is there. Searches get the cost that the evolution had,
+    counted in passes of an image through a network.
     """
     del checkpoints
+    sections = to_dict(task.config)
+    cost = {name: sections["baselines"][name] for name in ("budget", "examples")}
+    searched = [sections[name] for name in ("recalibrate", "genome", "fitness", "evolution")]
+    before = [outcomes[stage].identity for stage in ("parents", "align", "search")]
+    entries = list(_entries(task.config))
+    found: dict[str, Outcome] = {}
+    with progress(task.console, "baselines", len(entries)) as update:
+        for number, entry in enumerate(entries):
+
+            def make(entry: _Entry = entry) -> Outcome:
+                if task.stopping():
+                    what = f"stopped before the baseline {entry.name}"
+                    raise Interrupted(f"{what}; the same command goes on from it")
+                return _run(task, outcomes, entry)
+
+            key = digest([before, cost, searched, entry])
+            found[entry.name] = kept(task, f"baselines/{entry.name}", key, make)
+            update(number + 1, f"baselines, {entry.name.replace('_', ' ')}")
+    return Outcome(
+        networks=dict(pair for one in found.values() for pair in one.networks.items()),
+        values={
+            figure: {name: one.values[figure] for name, one in found.items() if one.values}
+            for figure in ("evaluations", "examples_scored")
+        },
+        seconds=sum(one.seconds or 0.0 for one in found.values()),
+    )
+
+
+def _entries(config: Config) -> Iterator[_Entry]:
+    """All that apply; searches run only where the evolution did, under their own names.
+
+    What others make of the parents as the search saw them is `aligned_NAME`, recalibrated where the
+    search recalibrates, or `recalibrated_NAME` where that is all that was done to them.
+    """
+    names, aligned = baseline_names(config), config.align.method != "none"
+    for name in names:
+        if not BASELINES[name].searches:
+            yield _Entry(name, name, as_searched=False)
+    for name in names:
+        if BASELINES[name].searches:
+            yield _Entry(name, name, as_searched=True)
+        # A base network fits parents as they are: their hidden units come from its own.
+        elif "base" not in BASELINES[name].needs and (aligned or config.recalibrate.enabled):
+            prefix = "aligned" if aligned else "recalibrated"
+            yield _Entry(name, f"{prefix}_{name}", as_searched=True)
+
+
+def _run(task: Task, outcomes: Outcomes, entry: _Entry) -> Outcome:
     config, split = task.config, task.selection
-    parents = networks_in(outcomes["parents"], "parents")
-    aligned = networks_in(outcomes["align"], "aligned")
-    names = baseline_names(config)
-    as_they_are = [name for name in names if name not in _SEARCHES]
-    # A base network fits parents as they are: their hidden units come from its own.
-    as_searched = [name for name in names if "base" not in BASELINES[name].needs]
-    seen_as = "aligned_"
-    if config.align.method == "none":
-        seen_as = "recalibrated_"
-        if not config.recalibrate.enabled:
-            as_searched = [name for name in names if name in _SEARCHES]
+    folder, stage = ("aligned", "align") if entry.as_searched else ("parents", "parents")
     genome = config.genome
     if genome.kind != "masks":  # the line that weights start from, and no more
         genome = GenomeConfig(granularity="global")
     examples = config.baselines.examples
-    own = [task.dataset.train.images[shard[:examples]] for shard in task.shards]
-    found = {}
-    with progress_bar(task.console) as progress:
-        bar = progress.add_task("baselines", total=len(as_they_are) + len(as_searched))
-
-        def done(name: str) -> None:
-            progress.update(bar, advance=1, description=f"baselines, {name.replace('_', ' ')}")
-
-        for prefix, networks, chosen in (
-            ("", parents, as_they_are),
-            (seen_as, aligned, as_searched),
-        ):
-            if not chosen:
-                continue
-            results = baselines.run_baselines(
-                stream(config, "baselines"),
-                task.apply_fn,
-                networks,
-                (split.images, split.labels),
-                calibration=task.calibration,
-                parent_inputs=own,
-                base=outcomes["parents"].networks.get("base") if prefix == "" else None,
-                config=BaselinesConfig(
-                    names=tuple(chosen), budget=config.baselines.budget, examples=examples
-                ),
-                recalibrate=config.recalibrate if prefix else None,
-                genome=genome,
-                fitness=planned(task, parents[0]),
-                evolution=config.evolution,
-                budget=round(outcomes["search"].values["examples_scored"] / len(split.labels)),
-                callback=done,
-            )
-            for name, result in results.items():
-                found[name if name in _SEARCHES else prefix + name] = result
+    results = run_baselines(
+        stream(config, "baselines"),
+        task.apply_fn,
+        networks_in(outcomes[stage], folder),
+        (split.images, split.labels),
+        calibration=task.calibration,
+        parent_inputs=[task.dataset.train.images[shard[:examples]] for shard in task.shards],
+        base=None if entry.as_searched else outcomes["parents"].networks.get("base"),
+        config=BaselinesConfig(
+            names=(entry.method,), budget=config.baselines.budget, examples=examples
+        ),
+        recalibrate=config.recalibrate if entry.as_searched else None,
+        genome=genome,
+        fitness=fitness_of(config),
+        evolution=config.evolution,
+        budget=round(outcomes["search"].values["examples_scored"] / len(split.labels)),
+    )
+    if entry.method not in results:  # a search without a budget
+        return Outcome()
+    result = results[entry.method]
     return Outcome(
-        networks={f"baselines/{name}": result.variables for name, result in found.items()},
-        values={
-            "evaluations": {name: result.evaluations for name, result in found.items()},
-            "examples_scored": {name: result.examples for name, result in found.items()},
-        },
+        networks={f"baselines/{entry.name}": result.variables},
+        values={"evaluations": result.evaluations, "examples_scored": result.examples},
     )

@@ -12,6 +12,7 @@ from megajax.evaluation.measures import TENTHS, predict, predictor, straight_pat
 from megajax.evaluation.measures import measure as metrics_of
 from megajax.evaluation.predictions import PREDICTIONS, save_predictions
 from megajax.program.batchnorm import recalibrate
+from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.measurement import measure_networks
 from megajax.run.stages.task import Outcomes, Task, networks_in, stream
@@ -50,7 +51,8 @@ def measure(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
             config.data,
         )
         path = _path(task, outcomes, merged, found["shares"])
-    save_predictions(task.folder, measured.predictions)
+    if distributed.is_first():
+        save_predictions(task.folder, measured.predictions)
     entries = measured.entries
     for name, fitness in zip(names, found["parent_fitness"], strict=True):
         entries[name]["fitness"] = fitness

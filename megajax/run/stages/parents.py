@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
-import numpy as np
 
 from megajax.formats import NameMap, load_parents
-from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
-from megajax.run.stages.task import Clock, Outcomes, Task, interrupted, progress_bar, stream
+from megajax.run.stages.task import Outcomes, Task, stream, train
 from megajax.run.store import Outcome
 from megajax.trees import keep_leaves
 from megajax.types import PyTree
@@ -18,75 +18,43 @@ __all__ = ["obtain_parents"]
 
 
 def obtain_parents(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
-    """Trains the parents, or loads them; leaves that are kept from one parent are put into all.
-
-    In a run of several processes all of them do so, and then take what the first one has: training
-    is the same to the last bit only on the same hardware.
-    """
+    """Trains the parents, or loads them; leaves that are kept from one parent are put into all."""
     del outcomes
-    paths = task.config.parents.paths
-    outcome = _loaded(task) if paths else _trained(task, checkpoints)
-    agreed = {name: distributed.of_first(found) for name, found in outcome.networks.items()}
-    return outcome._replace(networks=agreed)
-
-
-def _loaded(task: Task) -> Outcome:
-    config, images = task.config.parents, task.dataset.train.images[:2]
-
-    def say(names: NameMap) -> None:
-        task.console.print(names.describe(), soft_wrap=True, highlight=False, markup=False)
-
-    parents = load_parents(
-        config.paths,
-        task.model,
-        inputs=images,
-        rename=dict(config.rename),
-        ignore=config.ignore,
-        cast=config.cast,
-        keep=dict(config.keep),
-        callback=say,
-    )
-    return _outcome(task, parents, seconds=None)
-
-
-def _trained(task: Task, checkpoints: Checkpoints) -> Outcome:
-    config, clock = task.config, Clock()
+    if task.config.parents.paths:
+        return _outcome(task, _loaded(task))
+    config = task.config
     arguments = (stream(config, "parents"), task.model, task.dataset.train, task.shards)
     shared = config.parents.shared_initialization
     first = training.init(*arguments, config.training, shared_initialization=shared)
-    state = first
-    restored = checkpoints.restore({"training": first, "seconds": np.float64()})
-    if restored is not None:
-        state, clock = restored.state["training"], Clock(restored.state["seconds"])
-        task.console.print(f"training goes on after epoch {restored.step}")
-    with progress_bar(task.console) as progress:
-        bar = progress.add_task("training parents", total=config.training.epochs)
-
-        def on_epoch(state: training.TrainState, metrics: training.Metrics) -> None:
-            epoch = int(state.epoch)
-            progress.update(bar, completed=epoch)
-            reached = {"training": state, "seconds": np.float64(clock.seconds())}
-            if task.stopping() and epoch < config.training.epochs:
-                checkpoints.save(epoch, reached)
-                raise interrupted("epoch", epoch)
-            checkpoints.offer(epoch, reached)
-
-        parents, _ = training.train(
-            *arguments,
-            config.training,
-            shared_initialization=shared,
-            state=state,
-            callback=on_epoch,
-        )
-    outcome = _outcome(task, parents, clock.seconds())
+    run = partial(training.train, *arguments, config.training, shared_initialization=shared)
+    epochs = config.training.epochs
+    parents, seconds = train(task, checkpoints, "training of the parents", epochs, first, run)
+    outcome = _outcome(task, parents)._replace(seconds=seconds)
     if shared:  # what they have in common before training: a base network for task vectors
         base = jax.tree.map(lambda leaf: leaf[0], first.variables)
         outcome = outcome._replace(networks={**outcome.networks, "base": base})
     return outcome
 
 
-def _outcome(task: Task, parents: list[PyTree], seconds: float | None) -> Outcome:
-    kept = keep_leaves(parents, dict(task.config.parents.keep))
-    return Outcome(
-        networks={f"parents/{k}": parent for k, parent in enumerate(kept)}, seconds=seconds
+def _loaded(task: Task) -> list[PyTree]:
+    config = task.config.parents
+
+    def say(names: NameMap) -> None:
+        text = names.describe(short=True)
+        task.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    return load_parents(
+        config.paths,
+        task.model,
+        inputs=task.dataset.train.images[:2],
+        rename=dict(config.rename),
+        ignore=config.ignore,
+        cast=config.cast,
+        keep=dict(config.keep),
+        callback=say,
     )
+
+
+def _outcome(task: Task, parents: list[PyTree]) -> Outcome:
+    whole = keep_leaves(parents, dict(task.config.parents.keep))
+    return Outcome(networks={f"parents/{k}": parent for k, parent in enumerate(whole)})

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from megajax import report
-from megajax.config import to_dict
 from megajax.evaluation.predictions import load_predictions
 from megajax.evaluation.results import entries
-from megajax.formats import NameMap, map_names, model_card, save_network
-from megajax.formats.networks import FORMATS
+from megajax.formats import FORMATS, NameMap, map_names, model_card, save_network
+from megajax.io import read_lines, write_json, write_text
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
 from megajax.run.checkpoint import Checkpoints
+from megajax.run.config import to_dict
 from megajax.run.stages.task import Outcomes, Task
 from megajax.run.store import Outcome
 from megajax.run.tensorboard import write_tensorboard
@@ -27,9 +27,11 @@ _CARD_FIGURES = ("validation_accuracy", "test_accuracy", "test_nll")
 def write_report(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     """Writes what a run shows; its files are remade if one of them is damaged."""
     del checkpoints
+    if not distributed.is_first():
+        return Outcome()
     config, found = task.config, outcomes["search"].values
     results = _results(task, outcomes)
-    history = workdir.read_lines(task.folder / workdir.METRICS)
+    history = read_lines(task.folder / workdir.METRICS)
     if "nodes" in found:  # the picture is of the last search, which made the root
         root = found["nodes"][-1]
         history = [line for line in history if line["round"] == root["round"]]
@@ -40,7 +42,7 @@ def write_report(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Ou
     files += _export(task, outcomes, results)
     if config.tensorboard:
         write_tensorboard(task.folder / "tensorboard", history)
-    workdir.write_json(task.folder / workdir.RESULTS, results)  # last: it says that all is there
+    write_json(task.folder / workdir.RESULTS, results)  # last: it says that all is there
     return Outcome(files=(*files, workdir.RESULTS))
 
 
@@ -87,13 +89,11 @@ def _export(task: Task, outcomes: Outcomes, results: dict[str, Any]) -> list[str
         )
     files = []
     for kind in config.export:
-        if kind == "orbax" and not distributed.is_first():
-            continue  # Orbax tells processes apart, and writes NumPy arrays in the first one only
         own = names if kind in ("safetensors", "npz") else None
         merged = outcomes["search"].networks["merged"]
-        save_network(folder / FORMATS[kind], merged, format=kind, names=own)
+        save_network(folder / FORMATS[kind].files[0], merged, format=kind, names=own)
         if kind != "orbax":  # a folder
-            files.append(f"merged/{FORMATS[kind]}")
+            files.append(f"merged/{FORMATS[kind].files[0]}")
     parents: list[dict[str, Any]] = [
         {"parent": k, "path": path} for k, path in enumerate(config.parents.paths)
     ] or [{"parent": k, "path": f"parents/{k}"} for k in range(config.parents.count)]
@@ -108,5 +108,5 @@ def _export(task: Task, outcomes: Outcomes, results: dict[str, Any]) -> list[str
         seed=config.seed,
         versions=workdir.read_config(task.folder)["versions"],
     )
-    workdir.write_text(folder / "README.md", card)
+    write_text(folder / "README.md", card)
     return [*files, "merged/README.md"]

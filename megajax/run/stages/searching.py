@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from megajax.config import AlignConfig, to_dict
+from megajax.config import AlignConfig
 from megajax.errors import ConfigError, SearchError
+from megajax.io import digest, write_lines
 from megajax.merging.merge import MergeResult, merge, shares_of
 from megajax.merging.shares import channel_shares, projected_shares
-from megajax.merging.tree import Node, NodeResult, merge_tree
-from megajax.run import store as workdir
+from megajax.merging.tree import Node, NodeResult, TreeResult, merge_tree
+from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
+from megajax.run.choices import fitness_of
+from megajax.run.config import to_dict
+from megajax.run.stages import task as common
 from megajax.run.stages.task import (
     Clock,
     Outcomes,
     Task,
     interrupted,
     networks_in,
-    planned,
-    progress_bar,
+    progress,
     stream,
 )
-from megajax.run.store import Outcome
+from megajax.run.store import METRICS, Outcome
 from megajax.search.genetic import GAInfo, GAState
 from megajax.search.operators import Population
 from megajax.trees import stack_parents
@@ -45,8 +47,7 @@ def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
 
 def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     """One search among all parents; goes on from a checkpoint."""
-    config, split, clock = task.config, task.selection, Clock()
-    metrics_file = task.folder / workdir.METRICS
+    config, evolution, clock = task.config, task.config.evolution, Clock()
     state: GAState | None = None
     history: dict[str, np.ndarray] = {}  # column by column
     restored = checkpoints.restore()
@@ -55,36 +56,32 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
         history = {name: stored[name] for name in (*GAInfo._fields, "seconds")}
         clock = Clock(float(history["seconds"][-1]))
         task.console.print(f"merging goes on after generation {restored.step}")
-        if restored.step > config.evolution.generations:
+        if restored.step > evolution.generations:
             raise ConfigError(
-                f"evolution.generations is {config.evolution.generations}: the search that it is "
-                f"to go on from did {restored.step} already"
+                f"evolution.generations is {evolution.generations}: the search that it is to go on "
+                f"from did {restored.step} already"
             )
-    workdir.write_lines(metrics_file, _rows(history))
-    evolution = config.evolution
+    _note(task, _rows(history), append=False)
     if evolution.time_budget is not None:
         left = max(evolution.time_budget - clock.seconds(), 0.0)
-        evolution = dataclasses.replace(evolution, time_budget=left)
-
-    networks = networks_in(outcomes["align"], "aligned")
+        evolution = evolution.replace(time_budget=left)
 
     def save(when: Callable[[int, PyTree], None]) -> None:
         assert state is not None
         when(int(state.generation), {"search": state, "history": history})
 
-    with progress_bar(task.console) as progress:
-        bar = progress.add_task("merging", total=evolution.generations)
+    with progress(task.console, "merging", evolution.generations) as update:
 
         def on_chunk(reached: GAState, infos: GAInfo) -> None:
             nonlocal state, history
             seconds = np.full(len(infos.generation), round(clock.seconds(), 3))
             lines = {**infos._asdict(), "seconds": seconds}
-            workdir.write_lines(metrics_file, _rows(lines), append=True)
+            _note(task, _rows(lines))
             before = history or {name: column[:0] for name, column in lines.items()}
             history = {name: np.append(before[name], column) for name, column in lines.items()}
             state = reached
-            generation, fitness = int(state.generation), float(state.best.fitness)
-            progress.update(bar, completed=generation, description=f"merging, {fitness:.4f}")
+            generation = int(state.generation)
+            update(generation, f"merging, {float(state.best.fitness):.4f}")
             if task.stopping() and generation < evolution.generations:
                 save(checkpoints.save)
                 raise interrupted("generation", generation)
@@ -94,13 +91,13 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
             merged = merge(
                 stream(config, "search"),
                 task.apply_fn,
-                networks,
-                (split.images, split.labels),
+                networks_in(outcomes["align"], "aligned"),
+                (task.selection.images, task.selection.labels),
                 calibration=task.calibration,
                 align=AlignConfig(method="none"),  # they are
                 recalibrate=config.recalibrate,
                 genome=config.genome,
-                fitness=planned(task, networks[0]),
+                fitness=fitness_of(config),
                 evolution=evolution,
                 keep=dict(config.parents.keep),
                 state=state,
@@ -110,88 +107,70 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
             save(checkpoints.save)
             raise
     save(checkpoints.save)
-    return Outcome(
-        networks={"merged": merged.variables},
-        values={
-            "fitness": merged.fitness,
-            "parent_fitness": merged.parent_fitness.tolist(),
-            "evaluations": merged.evaluations,
-            "examples_scored": merged.examples_scored,
-            "generations": int(merged.state.generation),
-            "genes": merged.genome.num_genes,
-            "plan": merged.plan.plain(),
-            "shares": _shares(merged),
-        },
-        files=(workdir.METRICS,),
-        seconds=clock.seconds(),
-    )
+    figures = {"generations": int(merged.state.generation), "shares": _shares(merged)}
+    return _outcome(merged, figures, clock.seconds())
 
 
 def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
     """Two by two, round after round; nodes that are done are not searched again."""
-    config, split, clock = task.config, task.selection, Clock()
-    metrics_file = task.folder / workdir.METRICS
+    config, clock = task.config, Clock()
     sections = to_dict(config)
     before = [outcomes["parents"].identity, *(sections[name] for name in _TREE)]
-    earlier = 0.0
-    networks = networks_in(outcomes["parents"], "parents")
-    workdir.write_lines(metrics_file, [])
+    earlier, started = 0.0, 0.0
+    _note(task, [], append=False)
 
     def key_of(node: Node) -> str:
-        return workdir.digest([before, node._asdict()])
+        return digest([before, node._asdict()])
 
     def note(node: Node, result: NodeResult) -> None:
         place = {"round": node.round, "position": node.position}
-        rows = [place | row for row in _rows(result.history._asdict())]
-        workdir.write_lines(metrics_file, rows, append=True)
+        _note(task, [place | row for row in _rows(result.history._asdict())])
 
     def load(node: Node) -> NodeResult | None:
         nonlocal earlier
-        stored = workdir.load_outcome(task.folder, _node_name(node), key_of(node))
+        stored = common.load(task, _node_name(node), key_of(node))
         if stored is None:
             return None
-        task.console.print(f"round {node.round}, pair {node.position}: taken from {task.folder}")
         earlier += stored.seconds or 0.0
         result = _node_result(stored)
         note(node, result)
         return result
 
-    with progress_bar(task.console) as progress:
-        total = (config.parents.count - 1) * config.evolution.generations
-        bar = progress.add_task("merging by a tree", total=total)
-        started = 0.0
+    def save(node: Node, result: NodeResult) -> None:
+        nonlocal started
+        now = clock.seconds()
+        outcome = _node_outcome(node, result)._replace(seconds=now - started)
+        started = now
+        common.save(task, _node_name(node), key_of(node), outcome)
+        note(node, result)
 
-        def save(node: Node, result: NodeResult) -> None:
-            nonlocal started
-            now = clock.seconds()
-            outcome = _node_outcome(node, result)._replace(seconds=now - started)
-            started = now
-            workdir.save_outcome(task.folder, _node_name(node), key_of(node), outcome)
-            note(node, result)
-            if task.stopping() and len(result.history.generation):
-                raise interrupted(f"pair {node.position} of round", node.round)
+    total = (config.parents.count - 1) * config.evolution.generations
+    with progress(task.console, "merging by a tree", total) as update:
+        done = 0
 
         def on_chunk(node: Node, infos: GAInfo) -> None:
-            done = int((infos.generation > 0).sum())
-            progress.update(bar, advance=done, description=f"merging, round {node.round}")
+            nonlocal done
+            done += int((infos.generation > 0).sum())
+            update(done, f"merging, round {node.round}")
+            if task.stopping():
+                raise interrupted(f"the pairs before number {node.position} of round", node.round)
 
         tree = merge_tree(
             stream(config, "search"),
             task.apply_fn,
-            networks,
-            (split.images, split.labels),
+            networks_in(outcomes["parents"], "parents"),
+            (task.selection.images, task.selection.labels),
             hierarchy=config.hierarchy,
             calibration=task.calibration,
             align=config.align,
             recalibrate=config.recalibrate,
             genome=config.genome,
-            fitness=planned(task, networks[0]),
+            fitness=fitness_of(config),
             evolution=config.evolution,
             load=load,
             save=save,
             callback=on_chunk,
         )
-    aligned = networks_in(outcomes["align"], "aligned")
     nodes = [
         {
             **node._asdict(),
@@ -202,21 +181,31 @@ def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
         }
         for node, result in zip(tree.nodes, tree.results, strict=True)
     ]
+    aligned = networks_in(outcomes["align"], "aligned")
+    figures = {
+        "generations": sum(len(result.history.generation) - 1 for result in tree.results),
+        "shares": projected_shares(tree.variables, stack_parents(aligned)),
+        "nodes": nodes,
+    }
+    return _outcome(tree, figures, earlier + clock.seconds())
+
+
+def _outcome(
+    found: MergeResult | TreeResult, figures: Mapping[str, Any], seconds: float
+) -> Outcome:
     return Outcome(
-        networks={"merged": tree.variables},
+        networks={"merged": found.variables},
         values={
-            "fitness": tree.fitness,
-            "parent_fitness": tree.parent_fitness.tolist(),
-            "evaluations": tree.evaluations,
-            "examples_scored": tree.examples_scored,
-            "generations": sum(len(result.history.generation) - 1 for result in tree.results),
-            "genes": tree.genome.num_genes,
-            "plan": tree.plan.plain(),
-            "shares": projected_shares(tree.variables, stack_parents(aligned)),
-            "nodes": nodes,
+            "fitness": found.fitness,
+            "parent_fitness": found.parent_fitness.tolist(),
+            "evaluations": found.evaluations,
+            "examples_scored": found.examples_scored,
+            "genes": found.genome.num_genes,
+            "plan": found.plan.plain(),
+            **figures,
         },
-        files=(workdir.METRICS,),
-        seconds=earlier + clock.seconds(),
+        files=(METRICS,),
+        seconds=seconds,
     )
 
 
@@ -277,3 +266,8 @@ def _search_state(saved: Mapping[str, Any]) -> GAState:
 def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     lists = [column.tolist() for column in columns.values()]
     return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
+
+
+def _note(task: Task, rows: list[dict[str, Any]], *, append: bool = True) -> None:
+    if distributed.is_first():
+        write_lines(task.folder / METRICS, rows, append=append)

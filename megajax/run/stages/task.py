@@ -1,13 +1,14 @@
-"""What every stage knows and needs: the task, its random keys, its progress bar and its clock."""
+"""What every stage knows and needs: the task, its random keys, its progress and its clock."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,47 +17,35 @@ from flax import linen as nn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megajax.baselines import applicable
-from megajax.config import PUBLISHED_CORRUPTIONS, Config, FitnessConfig
-from megajax.errors import ConfigError, Interrupted
-from megajax.evaluation.robustness import published
-from megajax.formats.adapters import from_linen
-from megajax.merging.merge import genome_for
-from megajax.merging.plans import plan_evaluation
-from megajax.program.batchnorm import find_statistics
+from megajax.errors import Interrupted, WorkdirError
+from megajax.formats import from_linen
+from megajax.keys import named_key
 from megajax.run import processes as distributed
-from megajax.run import store as workdir
-from megajax.run.store import Outcome
-from megajax.run.tensorboard import require_tensorboard
-from megajax.trees import stacked_shapes
+from megajax.run.checkpoint import Checkpoints
+from megajax.run.config import Config
+from megajax.run.store import Outcome, load_outcome, save_outcome
 from megajax.types import ApplyFn, Key, PyTree
-from megajax.zoo import data
-from megajax.zoo import networks as models
+from megajax.zoo import data, networks, training
 
 __all__ = [
     "Clock",
     "Outcomes",
     "Task",
-    "baseline_names",
     "interrupted",
+    "kept",
+    "load",
     "networks_in",
-    "planned",
     "prepare",
-    "progress_bar",
+    "progress",
+    "save",
     "stream",
+    "train",
 ]
 
-# Random numbers come in streams; append to the list, never reorder it.
-_STREAMS = (
-    "data",
-    "shards",
-    "parents",
-    "align",
-    "search",
-    "finetune",
-    "baselines",
-    "robustness",
-)
+_log = logging.getLogger(__name__)
+_QUIET = 60.0  # seconds between two lines about the progress, where there is no terminal
+
+Outcomes = Mapping[str, Outcome]
 
 
 @dataclass(frozen=True)
@@ -66,6 +55,7 @@ class Task:
     Attributes:
         config: every choice.
         folder: the workdir.
+        source: where it started: the workdir that it is forked from, or its own.
         console: where progress goes.
         stopping: says whether the run was asked to stop, once its state is saved.
         dataset: the images, split.
@@ -76,6 +66,7 @@ class Task:
 
     config: Config
     folder: Path
+    source: Path
     console: Console
     stopping: Callable[[], bool]
     dataset: data.Dataset
@@ -95,34 +86,35 @@ class Task:
         return self.dataset.test if on_test else self.dataset.validation
 
 
-Outcomes = Mapping[str, Outcome]
-
-
 def prepare(
-    config: Config, folder: Path, console: Console, stopping: Callable[[], bool] = lambda: False
+    config: Config,
+    folder: Path,
+    console: Console,
+    stopping: Callable[[], bool] = lambda: False,
+    *,
+    source: Path | None = None,
 ) -> Task:
-    """Loads the data, builds the network and checks the choices; writes nothing.
+    """Loads the data and builds the network; writes nothing.
 
     Args:
         config: every choice.
         folder: the workdir to be.
         console: where progress will go.
         stopping: see `megajax.run.pipeline.run`.
-
-    Returns:
-        What the stages need.
+        source: the workdir that this one is forked from.
 
     Raises:
         MegajaxError: data or configuration cannot work.
     """
     dataset = data.load(stream(config, "data"), config.data)
-    model = models.build(config.model.name, dataset.num_classes, config.model.options)
+    model = networks.build(config.model.name, dataset.num_classes, config.model.options)
     shards = data.shards(
         stream(config, "shards"), dataset.train.labels, dataset.num_classes, config.parents
     )
     apply_fn = from_linen(model, {}, train=False).apply_fn
-    _check_choices(config, model, apply_fn, dataset.train.images[:1])
-    return Task(config, folder, console, stopping, dataset, shards, model, apply_fn)
+    return Task(
+        config, folder, source or folder, console, stopping, dataset, shards, model, apply_fn
+    )
 
 
 def stream(config: Config, name: str) -> Key:
@@ -133,25 +125,64 @@ def stream(config: Config, name: str) -> Key:
         >>> bool((jax.random.key_data(keys[0]) == jax.random.key_data(keys[1])).all())
         False
     """
-    return jax.random.fold_in(jax.random.key(config.seed), _STREAMS.index(name))
+    return named_key(jax.random.key(config.seed), name)
 
 
-def baseline_names(config: Config) -> list[str]:
-    """The baselines that a run compares with; the best parent is in every table as it is.
+def kept(task: Task, name: str, key: str, make: Callable[[], Outcome]) -> Outcome:
+    """The outcome of a stage or of a part of one: stored, or else made now and stored.
+
+    Args:
+        task: the run.
+        name: of the stage or part.
+        key: of all that goes into it.
+        make: does the work.
 
     Raises:
-        ConfigError: one that is named needs something that the run has not.
-
-    Example:
-        >>> baseline_names(Config())[:2]
-        ['uniform_average', 'slerp']
+        WorkdirError: it cannot be stored.
     """
-    available = {"validation", "calibration"}
-    if config.parents.count == 2:
-        available.add("two parents")
-    if config.parents.shared_initialization and not config.parents.paths:
-        available.add("base")
-    return [n for n in applicable(config.baselines.names, available) if n != "best_parent"]
+    stored = load(task, name, key)
+    if stored is not None:
+        return stored
+    started = time.monotonic()
+    outcome = make()
+    if outcome.seconds is None:
+        outcome = outcome._replace(seconds=time.monotonic() - started)
+    return save(task, name, key, outcome)
+
+
+def load(task: Task, name: str, key: str) -> Outcome | None:
+    """What is stored of a stage or part; None in all processes if the first one cannot use it."""
+    stored = None
+    if distributed.is_first():
+        try:
+            stored = load_outcome(task.folder, name, key)
+        except WorkdirError as error:
+            _log.warning("%s: %s is done again", error, name)
+    if not distributed.of_first(np.bool_(stored is not None)):
+        return None
+    task.console.print(f"{name}: taken from {task.source}", soft_wrap=True, highlight=False)
+    return _read_back(task, name, key) if stored is None else stored
+
+
+def save(task: Task, name: str, key: str, outcome: Outcome) -> Outcome:
+    """Stores what the first process found, and gives it to all.
+
+    It is read back, so that what follows is the same whether or not a run is interrupted here.
+
+    Raises:
+        WorkdirError: it cannot be stored.
+    """
+    with distributed.together():
+        if distributed.is_first():
+            save_outcome(task.folder, name, key, outcome)
+    return _read_back(task, name, key)
+
+
+def _read_back(task: Task, name: str, key: str) -> Outcome:
+    stored = load_outcome(task.folder, name, key)
+    if stored is None:
+        raise WorkdirError(f"{task.folder}: the outcome of {name} is gone")
+    return stored
 
 
 def networks_in(outcome: Outcome, folder: str) -> list[PyTree]:
@@ -165,39 +196,75 @@ def networks_in(outcome: Outcome, folder: str) -> list[PyTree]:
     return [outcome.networks[f"{folder}/{k}"] for k in range(count)]
 
 
-def planned(task: Task, network: PyTree) -> FitnessConfig:
-    """The fitness on all devices, its plan by numbers where it is measured: once for a workdir.
+def train(
+    task: Task,
+    checkpoints: Checkpoints,
+    what: str,
+    epochs: int,
+    first: training.TrainState,
+    run: Callable[..., tuple[list[PyTree], training.Metrics]],
+) -> tuple[list[PyTree], float]:
+    """Trains networks epoch by epoch, from the newest checkpoint, and stops when asked to.
 
     Args:
         task: the run.
-        network: one of the parents.
+        checkpoints: of this training.
+        what: is trained, for the progress.
+        epochs: in all.
+        first: the state before the first epoch.
+        run: `run(state=..., callback=...)`, of `megajax.zoo.training`.
+
+    Returns:
+        The networks, and the seconds that they took, earlier starts included.
+
+    Raises:
+        Interrupted: it was asked to stop; the state is saved.
     """
-    fitness, file = task.config.fitness, task.folder / workdir.PLAN
-    if fitness.devices == "auto":
-        fitness = dataclasses.replace(fitness, devices="all")
-    if not fitness.trial:
-        return fitness
-    if not file.exists():
-        size = task.config.evolution.population_size
-        plan = plan_evaluation(task.apply_fn, network, task.selection.images, fitness, size)
-        chosen = {"population_chunk": plan.population_chunk, "batch_size": plan.batch_size}
-        numbers = distributed.of_first({name: np.int32(n) for name, n in chosen.items()})
-        workdir.write_json(file, {name: int(number) for name, number in numbers.items()})
-    return dataclasses.replace(fitness, trial=False, **workdir.read_json(file))
+    state, clock = first, Clock()
+    restored = checkpoints.restore({"training": first, "seconds": 0.0})
+    if restored is not None:
+        state, clock = restored.state["training"], Clock(restored.state["seconds"])
+        task.console.print(f"{what} goes on after epoch {restored.step}")
+    with progress(task.console, what, epochs) as update:
+
+        def on_epoch(state: training.TrainState, metrics: training.Metrics) -> None:
+            epoch = int(state.epoch)
+            update(epoch)
+            reached = {"training": state, "seconds": clock.seconds()}
+            if task.stopping() and epoch < epochs:
+                checkpoints.save(epoch, reached)
+                raise interrupted("epoch", epoch)
+            checkpoints.offer(epoch, reached)
+
+        found, _ = run(state=state, callback=on_epoch)
+    return found, clock.seconds()
 
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with counts and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+@contextlib.contextmanager
+def progress(console: Console, what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar with the time left or, where there is no terminal, a line a minute.
+
+    Yields:
+        `update(done, note)`, where the note takes the place of what is done.
+    """
+    if console.is_terminal:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        with Progress(*columns, TimeRemainingColumn(), console=console) as bars:
+            bar = bars.add_task(what, total=total)
+            yield lambda done, note=what: bars.update(bar, completed=done, description=note)
+        return
+    said = time.monotonic()
+
+    def say(done: int, note: str = what) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _QUIET:
+            said = time.monotonic()
+            console.print(f"{note}: {done} of {total}", soft_wrap=True, highlight=False)
+
+    yield say
 
 
-def interrupted(unit: str, number: int) -> Interrupted:
+def interrupted(unit: str, number: Any) -> Interrupted:
     """What to raise when a run was asked to stop and its state is saved.
 
     Example:
@@ -216,27 +283,3 @@ class Clock:
     def seconds(self) -> float:
         """Until now."""
         return time.monotonic() - self._start
-
-
-def _check_choices(config: Config, model: nn.Module, apply_fn: ApplyFn, images: np.ndarray) -> None:
-    """Finds mistakes that only show with the network before the parents are trained, not after."""
-    one = jax.eval_shape(model.init, jax.random.key(0), images)
-    count = config.parents.count
-    met = 2 if config.hierarchy.enabled else count
-    stacked = stacked_shapes(one, met)
-    keep = tuple(pattern for pattern, _ in config.parents.keep)
-    genome = genome_for(apply_fn, stacked, images, config.genome, freeze=keep)
-    if config.recalibrate.enabled and not find_statistics(apply_fn, one, images):
-        raise ConfigError("recalibrate.enabled is True: the network has no BatchNorm statistics")
-    if isinstance(config.align.reference, int) and config.align.reference >= met:
-        raise ConfigError(
-            f"align.reference is {config.align.reference}: the parents are 0 to {met - 1}"
-        )
-    first = partial(genome.init, jax.random.key(0), config.evolution.population_size)
-    jax.eval_shape(first, stacked)
-    baseline_names(config)
-    if config.robustness.enabled and config.robustness.published:
-        name = (config.robustness.corruptions or PUBLISHED_CORRUPTIONS)[0]
-        published(config.data)(name, config.robustness.severities[0])
-    if config.tensorboard:
-        require_tensorboard()

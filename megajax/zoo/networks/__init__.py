@@ -14,11 +14,12 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from flax import linen as nn
 
 from megajax.errors import ConfigError
+from megajax.sections import Section, one_of
 from megajax.zoo.networks.cnn import CNN
 from megajax.zoo.networks.densenet import DenseNet
 from megajax.zoo.networks.mlp import MLP
@@ -26,7 +27,7 @@ from megajax.zoo.networks.resnet import ResNet
 from megajax.zoo.networks.vgg import VGG
 from megajax.zoo.networks.xception import Xception
 
-__all__ = ["CNN", "MLP", "MODELS", "VGG", "DenseNet", "ResNet", "Xception", "build"]
+__all__ = ["CNN", "MLP", "MODELS", "VGG", "DenseNet", "ModelConfig", "ResNet", "Xception", "build"]
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": CNN,
@@ -37,6 +38,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "xception": Xception,
 }
 """Name -> `(num_classes, **options) -> module`. Add your own to use it from a configuration."""
+
+
+class ModelConfig(Section):
+    """Which network of the zoo, and its options.
+
+    Attributes:
+        name: a name in `megajax.zoo.networks.MODELS`.
+        options: keyword arguments of that network, for example `{"width": 32}`.
+    """
+
+    section = "model"
+    name: Annotated[str, one_of(MODELS)] = "cnn"
+    options: Mapping[str, Any] = {}
 
 
 def build(name: str, num_classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from megajax.formats.search import orders
+from megajax.formats.ordering import orders
 
 
 def stem(name):

@@ -13,21 +13,22 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 
 from megajax.errors import InterchangeError
-from megajax.formats.files import Spec, Stored
+from megajax.formats.arrays import Spec, Stored, is_number
 from megajax.formats.layouts import as_is
-from megajax.formats.mapping import Entry, NameMap, Target, some
-from megajax.formats.state_dict import is_state_dict, match_state_dict
-from megajax.formats.trees import is_number, specs_of
+from megajax.formats.mapping import Entry, NameMap, some
+from megajax.formats.state_dict import Layers, is_state_dict, match_state_dict
 
 __all__ = ["find_mapping"]
+
+_MOST = 5
 
 
 def find_mapping(
     stored: Stored,
-    target: Target,
+    wanted: Mapping[str, Spec],
+    layers: Layers | None = None,
     *,
     rename: Mapping[str, str] | None = None,
     ignore: str | None = None,
@@ -38,7 +39,9 @@ def find_mapping(
 
     Args:
         stored: the opened file.
-        target: the network.
+        wanted: path -> shape and dtype of every leaf, in flattening order.
+        layers: finds the modules that the leaves would be in PyTorch, in the order of the program
+            (see `uses.find_modules`); None if there is no program to find them in.
         rename: names in the file, or regular expressions for the whole name, -> path of the leaf
             (groups as in `re.sub`). For a tensor of a state dict, the other tensors of its module
             follow it.
@@ -53,20 +56,20 @@ def find_mapping(
         InterchangeError: the file does not hold the network, or in more than one way.
 
     Example:
+        >>> import numpy as np
         >>> specs = {"fc/kernel": Spec((2, 3), np.dtype("float32"))}
         >>> stored = Stored(Path("a.npz"), specs, lambda names: {})
-        >>> find_mapping(stored, Target({"fc": {"kernel": np.ones((2, 4), np.float32)}}))
+        >>> find_mapping(stored, {"fc/kernel": Spec((2, 4), np.dtype("float32"))})
         Traceback (most recent call last):
         ...
         megajax.errors.InterchangeError: a.npz: leaf fc/kernel is float32[2,4] but float32[2,3] in
         the file
     """
-    wanted = specs_of(target.variables)
     pattern = None if ignore is None else _compiled("ignore", ignore)
     names = [name for name in stored.specs if not (pattern and pattern.search(name))]
     renamed = _renamed(stored.path, names, rename or {}, wanted)
     if is_state_dict(names, wanted):
-        entries = match_state_dict(stored, target, names, renamed, wanted, free)
+        entries = match_state_dict(stored, layers, names, renamed, wanted, free)
     else:
         entries = _by_name(stored, names, renamed, wanted, free)
     _check([entry for entry in entries if entry.path not in free], stored, wanted, cast)
@@ -138,15 +141,12 @@ def _by_name(
     for leaf in wanted:
         if ours.setdefault(plain(leaf), leaf) != leaf:
             raise InterchangeError(f"leaves {ours[plain(leaf)]} and {leaf} cannot be told apart")
-    found: dict[str, str] = {}
+    found = {leaf: name for name, leaf in renamed.items()}
     extra = []
     for name in names:
-        path = renamed.get(name) or ours.get(plain(name))
-        if path is None or (path in found and name not in renamed):
+        path = ours.get(plain(name))
+        if name not in renamed and (path is None or found.setdefault(path, name) != name):
             extra.append(name)
-        elif found.setdefault(path, name) != name and found[path] not in renamed:
-            extra.append(found[path])
-            found[path] = name
     # Arrays without elements need no storage, and Orbax has none for them.
     missing = [
         leaf for leaf in wanted if leaf not in found and leaf not in free and wanted[leaf].nbytes
@@ -156,8 +156,45 @@ def _by_name(
         has = [f"{name} ({stored.specs[name]})" for name in extra]
         parts = [f"lacks {some(lacks)}"] if lacks else []
         parts += [f"has {some(has)}, which the network has not"] if has else []
-        raise InterchangeError(f"{stored.path} {' and '.join(parts)}")
+        hint = _hint(missing, extra, [*found.values()])
+        raise InterchangeError(f"{stored.path} {' and '.join(parts)}{hint}")
     return [Entry(found[leaf], leaf, as_is(wanted[leaf].shape)) for leaf in wanted if leaf in found]
+
+
+def _hint(missing: Sequence[str], extra: Sequence[str], found: Sequence[str]) -> str:
+    """The arguments that would help, where it is clear which."""
+    rename, moved = _renaming(missing, extra)
+    used = {*found, *moved}
+    rest = sorted({_outside(name, used) for name in extra if name not in moved})
+    ignore = f"^({'|'.join(map(re.escape, rest))})"
+    advice = [f"rename={rename}"] if rename else []
+    if rest and len(rest) <= _MOST and not any(re.search(ignore, name) for name in used):
+        advice.append(f"ignore={ignore!r}")
+    if not advice or bool(missing) != bool(rename):
+        return ""
+    return f"; {' and '.join(advice)} would help"
+
+
+def _renaming(missing: Sequence[str], extra: Sequence[str]) -> tuple[dict[str, str], set[str]]:
+    """What would give each missing leaf an array, if only a container more or less is between."""
+    for name in extra if missing else ():
+        if name.endswith(f"/{missing[0]}"):
+            outer = name.removesuffix(missing[0])
+            rename, moved = {f"{re.escape(outer)}(.*)": r"\1"}, {outer + leaf for leaf in missing}
+        else:
+            outer = missing[0].removesuffix(name)
+            rename = {"(.*)": rf"{outer}\1"}
+            moved = {leaf.removeprefix(outer) for leaf in missing}
+        if moved <= {*extra}:
+            return rename, moved
+    return {}, set()
+
+
+def _outside(name: str, used: Collection[str]) -> str:
+    """The first part of a name that no array in use shares."""
+    parts = name.split("/")
+    starts = ("/".join(parts[:depth]) for depth in range(1, len(parts)))
+    return next((it for it in starts if not any(u.startswith(f"{it}/") for u in used)), name)
 
 
 def _check(
@@ -168,28 +205,18 @@ def _check(
     for name, path, layout in entries:
         have, need = stored.specs[name], wanted[path]
         what = f"leaf {path}" + (f" ({name})" if name != path else "")
-        if have.shape != layout.source:
-            wrong.append(f"{what} is {need} but {have} in the file")
-        elif not _same_kind(have.dtype, need.dtype, cast):
-            hint = (
-                "; cast=True converts it" if _is_real(have.dtype) and _is_real(need.dtype) else ""
-            )
+        castable = any(
+            jnp.issubdtype(have.dtype, kind) and jnp.issubdtype(need.dtype, kind)
+            for kind in (jnp.floating, jnp.complexfloating)
+        )
+        # NumPy alone stores bfloat16 and the like as nameless bytes.
+        nameless = have.dtype.kind == "V" and not is_number(have.dtype)
+        same = have.dtype == need.dtype or (
+            nameless and need.dtype.kind == "V" and have.dtype.itemsize == need.dtype.itemsize
+        )
+        if have.shape != layout.source or not (same or (castable and cast)):
+            shape_fits = have.shape == layout.source
+            hint = "; cast=True converts it" if shape_fits and castable else ""
             wrong.append(f"{what} is {need} but {have} in the file{hint}")
     if wrong:
         raise InterchangeError(f"{stored.path}: {'; '.join(wrong)}")
-
-
-def _same_kind(have: np.dtype, need: np.dtype, cast: bool) -> bool:
-    if have == need or (cast and _is_real(have) and _is_real(need)):
-        return True
-    # NumPy alone stores bfloat16 and the like as nameless bytes.
-    return (
-        have.kind == "V"
-        and not is_number(have)
-        and have.itemsize == need.itemsize
-        and (need.kind == "V")
-    )
-
-
-def _is_real(dtype: np.dtype) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating))
