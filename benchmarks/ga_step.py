@@ -19,11 +19,11 @@ from typing import Any
 import jax
 from timing import copy_rate, seconds_in_a_loop
 
-from megajax.config import EvolutionConfig
 from megajax.merging.genome import masks
 from megajax.merging.merge import algorithm_for
 from megajax.search import operators
 from megajax.search.genetic import describe, genetic_algorithm
+from megajax.search.methods import EvolutionConfig
 from megajax.search.operators import Population
 
 KEY = jax.random.key(0)

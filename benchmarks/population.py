@@ -32,12 +32,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from megajax.merging.fitness import accuracy, batches, evaluator, example_scores
+from megajax.merging.plans import Plan, plan_evaluation
 from timing import copy_rate, seconds
 
 import megajax as mj
-from megajax.config import FitnessConfig
-from megajax.merging.fitness import accuracy, batches, evaluator, example_scores
-from megajax.merging.plans import Plan, plan_evaluation
+from megajax.merging.problem import FitnessConfig
 from megajax.program.folding import for_backend
 from megajax.zoo import networks as models
 

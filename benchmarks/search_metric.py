@@ -17,7 +17,7 @@ import numpy as np
 import pairs
 
 import megajax as mj
-from megajax.config import FitnessConfig
+from megajax.merging.problem import FitnessConfig
 from megajax.run.config import Config
 from megajax.zoo.data import DataConfig, ParentsConfig
 

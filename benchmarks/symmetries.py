@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import megajax as mj
-from megajax.alignment import find_symmetries, match, permute, random_permutations
+from megajax.alignment import find_symmetries, permute, random_permutations
 from megajax.program.roles import find_statistics
 from megajax.trees import leaf_paths
 from megajax.zoo import networks as models

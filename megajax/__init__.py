@@ -58,21 +58,57 @@ if TYPE_CHECKING:
     from megajax.evaluation.measures import ensemble as ensemble
     from megajax.evaluation.measures import measure as measure
     from megajax.evaluation.measures import predict as predict
+    from megajax.evaluation.robustness import RobustnessConfig as RobustnessConfig
+    from megajax.formats import NameMap as NameMap
+    from megajax.formats import Network as Network
+    from megajax.formats import check_logits as check_logits
+    from megajax.formats import export as export
+    from megajax.formats import from_linen as from_linen
+    from megajax.formats import from_nnx as from_nnx
+    from megajax.formats import load_network as load_network
+    from megajax.formats import load_parents as load_parents
+    from megajax.formats import map_names as map_names
+    from megajax.formats import save_network as save_network
+    from megajax.formats import to_nnx as to_nnx
+    from megajax.run.checkpoint import CheckpointConfig as CheckpointConfig
+    from megajax.run.config import Config as Config
+    from megajax.run.config import merge_sections as merge_sections
+    from megajax.run.presets import mega_paper as mega_paper
+    from megajax.run.presets import sound_cifar10 as sound_cifar10
+    from megajax.zoo.data import DataConfig as DataConfig
+    from megajax.zoo.data import ParentsConfig as ParentsConfig
+    from megajax.zoo.networks import ModelConfig as ModelConfig
+    from megajax.zoo.training import FinetuneConfig as FinetuneConfig
+    from megajax.zoo.training import TrainingConfig as TrainingConfig
 
 __version__ = "0.1.0"
 
 _LATER = {
-    "NameMap": "formats",
-    "Network": "formats.adapters",
+    "check_logits": "formats",
+    "CheckpointConfig": "run.checkpoint",
+    "Config": "run.config",
+    "DataConfig": "zoo.data",
     "ensemble": "evaluation.measures",
-    "measure": "evaluation.measures",
-    "predict": "evaluation.measures",
-    "from_linen": "formats.adapters",
-    "from_nnx": "formats.adapters",
-    "to_nnx": "formats.adapters",
+    "export": "formats",
+    "FinetuneConfig": "zoo.training",
+    "from_linen": "formats",
+    "from_nnx": "formats",
     "load_network": "formats",
     "load_parents": "formats",
+    "map_names": "formats",
+    "measure": "evaluation.measures",
+    "mega_paper": "run.presets",
+    "merge_sections": "run.config",
+    "ModelConfig": "zoo.networks",
+    "NameMap": "formats",
+    "Network": "formats",
+    "ParentsConfig": "zoo.data",
+    "predict": "evaluation.measures",
+    "RobustnessConfig": "evaluation.robustness",
     "save_network": "formats",
+    "sound_cifar10": "run.presets",
+    "to_nnx": "formats",
+    "TrainingConfig": "zoo.training",
 }
 """Names that are imported when they are first used, because they bring heavy libraries along."""
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from megajax.errors import DataError
 from megajax.evaluation.batches import cut
+from megajax.program.batchnorm import recalibrate
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Metrics", "ensemble", "measure", "predict", "predictor", "straight_path"]
@@ -99,7 +100,7 @@ def straight_path(
     labels: Any,
     *,
     shares: Sequence[float] = TENTHS,
-    prepare: Callable[[PyTree], PyTree] | None = None,
+    calibration: PyTree | None = None,
     batch_size: int = 512,
 ) -> list[Metrics]:
     """The metrics of the networks on the straight line between two.
@@ -111,8 +112,8 @@ def straight_path(
         images: `[N, ...]`.
         labels: `[N]`.
         shares: of the second network, from 0 to 1.
-        prepare: done to every network that is neither end, such as recalibration: a module-level
-            function or a `megajax.types.Bound`.
+        calibration: inputs that the BatchNorm statistics of every network that is neither end are
+            measured on; None leaves them as they are mixed.
         batch_size: the largest batch to run.
 
     Returns:
@@ -129,7 +130,7 @@ def straight_path(
         mixed = (
             []
             if share in (0, 1)
-            else [_between(prepare or as_it_is, first, second, np.float32(share))]
+            else [_between(apply_fn, first, second, np.float32(share), calibration)]
         )
         network = mixed[0] if mixed else first if share == 0 else second
         path.append(measure(predict(apply_fn, network, images, batch_size), labels))
@@ -137,18 +138,11 @@ def straight_path(
 
 
 @partial(jax.jit, static_argnums=0)
-def _between(prepare: Callable[[PyTree], PyTree], a: PyTree, b: PyTree, share: Any) -> PyTree:
-    return prepare(jax.tree.map(lambda a, b: (1 - share) * a + share * b, a, b))
-
-
-def as_it_is(variables: PyTree) -> PyTree:
-    """A network as it is.
-
-    Example:
-        >>> as_it_is(3)
-        3
-    """
-    return variables
+def _between(
+    apply_fn: ApplyFn, first: PyTree, second: PyTree, share: Any, calibration: PyTree | None
+) -> PyTree:
+    mixed = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)
+    return mixed if calibration is None else recalibrate(apply_fn, mixed, calibration)
 
 
 def ensemble(logits: np.ndarray) -> np.ndarray:

@@ -20,8 +20,7 @@ from megajax.errors import ConfigError
 from megajax.merging.masks import GRANULARITIES, Masks, masks, mixed_leaves
 from megajax.merging.task_vectors import TaskVectors
 from megajax.merging.weights import Weights
-from megajax.program.roles import find_statistics
-from megajax.program.roles import find_layers
+from megajax.program.roles import find_layers, find_statistics
 from megajax.sections import Pattern, Section, at_least, between, one_of
 from megajax.trees import Static
 from megajax.types import ApplyFn, Genes, Key, PyTree

@@ -145,7 +145,7 @@ def merge(
     evolution: EvolutionConfig | None = None,
     labels: PyTree | None = None,
     keep: Mapping[str, int] | None = None,
-    state: State | None = None,
+    state: State | Mapping[str, Any] | None = None,
     callback: Callable[[State, Info], bool | None] | None = None,
 ) -> MergeResult:
     """Merges networks of one architecture by a search over mixing masks (or other genes).
@@ -174,8 +174,9 @@ def merge(
         labels: your own genes instead of `genome.granularity`; see `megajax.masks`.
         keep: regular expression for leaf paths -> number of the parent that those leaves come from,
             unmixed; the other parents may have other shapes there (another number of classes).
-        state: where an earlier call with the same other arguments got to; the search goes on from
-            it exactly as it would have. None starts anew.
+        state: where an earlier call with the same other arguments got to (a `State`, or its leaves
+            in nested dictionaries, as from a file); the search goes on from it exactly as it would
+            have. None starts anew.
         callback: called with the state and the infos after each compiled call of some generations,
             and, for a search that starts anew, once before the first; a true result stops the
             search.
@@ -536,20 +537,18 @@ def _first_genes(genome: Genome, size: int, key: Key, parents: PyTree) -> PyTree
     return genome.init(key, size, parents)
 
 
-def _check_state(state: State, start: State) -> State:
+def _check_state(state: State | Mapping[str, Any], start: State) -> State:
     """The state on the device, if it is one of a search that starts so."""
-
-    def kinds(state: State) -> dict[str, str]:
-        return {
-            path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(state).items()
-        }
-
-    there, here = kinds(state), kinds(start)
+    there, here = leaves_by_path(state), leaves_by_path(start)
     for path in {**here, **there}:
-        if there.get(path) != here.get(path):
+        found, wanted = (
+            f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree else "absent"
+            for tree in (there, here)
+        )
+        if found != wanted:
             raise ConfigError(
-                f"the state is of another search: {path} is {there.get(path, 'absent')} there, "
-                f"{here.get(path, 'absent')} here"
+                f"the state is of another search: {path} is {found} there, {wanted} here"
             )
-    placed: State = jax.tree.map(jnp.asarray, state)
+    leaves = [jnp.asarray(there[path]) for path in here]
+    placed: State = jax.tree.unflatten(jax.tree.structure(start), leaves)
     return placed

@@ -67,6 +67,8 @@ class FitnessConfig(Section):
             The search then chooses the network that happens to suit the test images, no figure is
             held out any more, and the report says so. For the command line: `merge` scores on the
             data that it is given.
+        distill_examples: for the command line: training images that the metric `distill` takes,
+            without their labels; None takes all.
         racing_examples: score each child on so many validation examples first, drawn anew for each
             generation with every label's share, and only the best children on all of them; the
             others are out. None scores every child on all.
@@ -81,6 +83,7 @@ class FitnessConfig(Section):
     devices: Annotated[int, at_least(1)] | Literal["auto", "all"] = "auto"
     devices_per_network: Annotated[int, at_least(1)] = 1
     select_on_test: bool = False
+    distill_examples: Annotated[int, at_least(1)] | None = 20_000
     racing_examples: Annotated[int, at_least(1)] | None = None
     racing_finalists: Annotated[float, between(1e-9, 1)] = 0.125
 

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from megajax.baselines import BASELINES, applicable
-from megajax.config import FitnessConfig
-from megajax.errors import ConfigError, first_line
+from megajax.baselines import BASELINES
+from megajax.baselines.registry import applicable
+from megajax.errors import ConfigError
 from megajax.evaluation.robustness import PUBLISHED_CORRUPTIONS, published
-from megajax.merging.merge import genome_for
-from megajax.merging.plans import plan_evaluation
+from megajax.merging.merge import problem_for, search_of
+from megajax.merging.problem import FitnessConfig
 from megajax.program.roles import find_statistics
 from megajax.run.config import Config
 from megajax.run.stages.task import Task
 from megajax.run.tensorboard import require_tensorboard
-from megajax.trees import stacked_shapes
+from megajax.search import evosax
+from megajax.search.genetic import check_operators
 from megajax.types import PyTree
 from megajax.zoo.training import make_schedule
 
-__all__ = ["baseline_names", "check_choices", "fitness_of"]
+__all__ = ["baseline_names", "check_choices", "fitness_of", "has_base"]
 
 
 def check_choices(task: Task) -> None:
@@ -33,8 +32,7 @@ def check_choices(task: Task) -> None:
     config = task.config
     one = jax.eval_shape(task.model.init, jax.random.key(0), task.dataset.train.images[:1])
     make_schedule(config.training, 1)
-    _check_genome(task, one)
-    _check_fitness(task, one)
+    _check_merge(task, one)
     _check_budgets(config)
     if config.robustness.enabled and config.robustness.published:
         name = (config.robustness.corruptions or PUBLISHED_CORRUPTIONS)[0]
@@ -53,12 +51,24 @@ def baseline_names(config: Config) -> list[str]:
         >>> baseline_names(Config())[:2]
         ['uniform_average', 'slerp']
     """
-    available = {"validation", "calibration"}
+    available = {"calibration", "labels"}
     if config.parents.count == 2:
         available.add("two parents")
-    if config.parents.shared_initialization and not config.parents.paths:
+    if has_base(config):
         available.add("base")
+    if evosax.is_installed():
+        available.add("evosax")
     return [n for n in applicable(config.baselines.names, available) if n != "best_parent"]
+
+
+def has_base(config: Config) -> bool:
+    """Whether a run knows the network that its parents were trained from.
+
+    Example:
+        >>> has_base(Config())
+        False
+    """
+    return config.parents.shared_initialization and not config.parents.paths
 
 
 def fitness_of(config: Config) -> FitnessConfig:
@@ -72,43 +82,47 @@ def fitness_of(config: Config) -> FitnessConfig:
     return fitness.replace(devices="all") if fitness.devices == "auto" else fitness
 
 
-def _check_genome(task: Task, one: PyTree) -> None:
-    config, images = task.config, task.dataset.train.images[:1]
+def _check_merge(task: Task, one: PyTree) -> None:
+    """Builds the problem and the search from zeros, as the search itself will from the parents."""
+    config, images = task.config, task.dataset.train.images[:2]
     met = 2 if config.hierarchy.enabled else config.parents.count
-    stacked = stacked_shapes(one, met)
-    keep = tuple(pattern for pattern, _ in config.parents.keep)
-    genome = genome_for(task.apply_fn, stacked, images, config.genome, freeze=keep)
-    first = partial(genome.init, jax.random.key(0), config.evolution.population_size)
-    jax.eval_shape(first, stacked)
+    zeros = [jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), one)] * met
+    evolution = config.evolution
+    selection = task.selection
+    few = selection._replace(inputs=selection.inputs[:64])
+    if selection.targets is not None:
+        few = few._replace(targets=selection.targets[:64])
+    fitness = fitness_of(config).replace(racing_examples=None)
+    base = one if config.genome.kind == "task_vectors" and has_base(config) else None
+    problem = problem_for(
+        task.apply_fn,
+        zeros,
+        few,
+        calibration=images,
+        base=zeros[0] if base is not None else None,
+        recalibrate=config.recalibrate.replace(examples=2),
+        genome=config.genome,
+        fitness=fitness,
+        keep=dict(config.parents.keep),
+        population_size=evolution.population_size,
+    )
+    search = search_of(problem, evolution, fitness)
+    genes = jax.eval_shape(
+        lambda key: problem.genome.init(key, evolution.population_size, problem.parents),
+        jax.random.key(0),
+    )
+    check_operators(search, genes)
     if config.recalibrate.enabled and not find_statistics(task.apply_fn, one, images):
         raise ConfigError("recalibrate.enabled is True: the network has no BatchNorm statistics")
     reference = config.align.reference
     if isinstance(reference, int) and reference >= met:
         raise ConfigError(f"align.reference is {reference}: the parents are 0 to {met - 1}")
-
-
-def _check_fitness(task: Task, one: PyTree) -> None:
-    fitness, split = fitness_of(task.config), task.selection
-    images = jax.ShapeDtypeStruct(split.images.shape, jnp.float32)
-    plan_evaluation(task.apply_fn, one, images, fitness, task.config.evolution.population_size)
-    racing, there = fitness.racing_examples, len(split.labels)
+    there = len(selection.inputs)
+    racing = config.fitness.racing_examples
     if racing is not None and racing > there:
         raise ConfigError(
             f"fitness.racing_examples is {racing}: there are only {there} validation examples"
         )
-    if callable(fitness.metric):
-        logits = jax.ShapeDtypeStruct((3, task.dataset.num_classes), jnp.float32)
-        labels = jax.ShapeDtypeStruct((3,), jnp.int32)
-        try:
-            scores = jax.eval_shape(fitness.metric, logits, labels)
-        except Exception as error:  # of the user's function
-            raise ConfigError(f"fitness.metric fails: {first_line(error)}") from None
-        shape = getattr(scores, "shape", None)
-        if shape != (3,):
-            raise ConfigError(
-                f"fitness.metric gives {shape} for logits (3, {task.dataset.num_classes}) and "
-                "labels (3,): a score for each example, (3,), is needed"
-            )
 
 
 def _check_budgets(config: Config) -> None:

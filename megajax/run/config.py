@@ -11,19 +11,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+from megajax.alignment import AlignConfig
 from megajax.baselines.registry import BaselinesConfig
-from megajax.config import (
-    AlignConfig,
-    EvolutionConfig,
-    FitnessConfig,
-    GenomeConfig,
-    HierarchyConfig,
-    RecalibrateConfig,
-)
 from megajax.errors import ConfigError
 from megajax.evaluation.robustness import RobustnessConfig
 from megajax.formats import FORMATS
+from megajax.merging.genome import GenomeConfig
+from megajax.merging.problem import FitnessConfig, RecalibrateConfig
+from megajax.merging.tree import HierarchyConfig
 from megajax.run.checkpoint import CheckpointConfig
+from megajax.search.methods import EvolutionConfig
 from megajax.sections import Section, at_least, literal, one_of
 from megajax.zoo.data import DataConfig, ParentsConfig
 from megajax.zoo.networks import ModelConfig

@@ -5,14 +5,11 @@ A config file starts from one and changes what it wants: `mega_paper().replace(s
 
 from __future__ import annotations
 
-from megajax.config import (
-    AlignConfig,
-    EvolutionConfig,
-    FitnessConfig,
-    GenomeConfig,
-    RecalibrateConfig,
-)
+from megajax.alignment import AlignConfig
+from megajax.merging.genome import GenomeConfig
+from megajax.merging.problem import FitnessConfig, RecalibrateConfig
 from megajax.run.config import Config
+from megajax.search.methods import EvolutionConfig
 from megajax.zoo.data import DataConfig, ParentsConfig
 from megajax.zoo.networks import ModelConfig
 from megajax.zoo.training import TrainingConfig

@@ -68,7 +68,9 @@ class Descent:
         """Adam; its state is `optimizer.init(free)`."""
         return optax.adam(self.learning_rate)
 
-    def __call__(self, key: Key, free: Genes, adam: PyTree, problem: PyTree) -> tuple[Genes, PyTree]:
+    def __call__(
+        self, key: Key, free: Genes, adam: PyTree, problem: PyTree
+    ) -> tuple[Genes, PyTree]:
         """Makes the steps.
 
         Args:

@@ -125,6 +125,10 @@ class Info(NamedTuple):
     valid: np.ndarray
 
 
+COUNTS = frozenset({"generation", "evaluations", "completed", "partial", "invalid", "valid"})
+"""The figures of `Info` that are whole numbers."""
+
+
 class Search(Protocol):
     """A search: a hashable value, equal to others with the same choices, with two pure functions.
 
@@ -232,8 +236,7 @@ def run(
 
 def joined(history: Sequence[Info]) -> Info:
     """The figures of all generations of several calls, one after the other."""
-    whole = {"generation", "evaluations", "completed", "partial", "invalid", "valid"}
-    types = [np.int32 if name in whole else np.float32 for name in Info._fields]
+    types = [np.int32 if name in COUNTS else np.float32 for name in Info._fields]
     nothing = Info(*(np.zeros(0, kind) for kind in types))
     return Info(*map(np.concatenate, zip(nothing, *history, strict=True)))
 

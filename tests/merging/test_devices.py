@@ -363,9 +363,9 @@ RUN = {
 @pytest.mark.slow
 @pytest.mark.skip(reason="the command line is being rewritten")
 def test_a_run_goes_on_from_the_checkpoint_of_another_number_of_devices(tmp_path, capsys):
+    from megajax.config import from_dict
     from rich.console import Console
 
-    from megajax.config import from_dict
     from megajax.run import pipeline
     from megajax.run import store as workdir
 

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from megajax.merging.fitness import batches, evaluator, negative_cross_entropy
 
 import megajax as mj
-from megajax.merging.fitness import batches, evaluator, negative_cross_entropy
 from megajax.program.folding import widened
 from megajax.program.jaxprs import walk
 from megajax.program.prefix import features_size, own_leaves, split

@@ -6,8 +6,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from megajax.config import AlignConfig, EvolutionConfig, FitnessConfig
+
 from megajax.errors import ConfigError
 from megajax.run.config import Config, from_dict, override, smoke, to_dict
 from megajax.sections import fields

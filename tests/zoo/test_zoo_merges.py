@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from megajax.merging.fitness import batches, evaluator, negative_cross_entropy
 
 import megajax as mj
-from megajax.merging.fitness import batches, evaluator, negative_cross_entropy
 from megajax.merging.genome import masks
 from megajax.zoo.networks import MODELS, build
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megajax.merging.merge import align_parents
+from megajax.alignment import align as align_parents
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.stages.task import Outcomes, Task, networks_in, stream
 from megajax.run.store import Outcome
@@ -20,8 +20,8 @@ def align(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
             task.apply_fn,
             networks_in(outcomes["parents"], "parents"),
             task.dataset.validation.images[:2],
-            task.calibration,
-            config.align,
+            calibration=task.calibration,
+            config=config.align,
             keep=dict(config.parents.keep),
         )
     objective = [] if alignment is None else list(alignment.objective)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from megajax.baselines import BASELINES, run_baselines
 from megajax.baselines.registry import BaselinesConfig
-from megajax.config import GenomeConfig
 from megajax.errors import Interrupted
 from megajax.io import digest
 from megajax.run.checkpoint import Checkpoints
@@ -82,17 +81,14 @@ def _entries(config: Config) -> Iterator[_Entry]:
 
 
 def _run(task: Task, outcomes: Outcomes, entry: _Entry) -> Outcome:
-    config, split = task.config, task.selection
+    config = task.config
     folder, stage = ("aligned", "align") if entry.as_searched else ("parents", "parents")
-    genome = config.genome
-    if genome.kind != "masks":  # the line that weights start from, and no more
-        genome = GenomeConfig(granularity="global")
     examples = config.baselines.examples
     results = run_baselines(
         stream(config, "baselines"),
         task.apply_fn,
         networks_in(outcomes[stage], folder),
-        (split.images, split.labels),
+        task.selection,
         calibration=task.calibration,
         parent_inputs=[task.dataset.train.images[shard[:examples]] for shard in task.shards],
         base=None if entry.as_searched else outcomes["parents"].networks.get("base"),
@@ -100,10 +96,10 @@ def _run(task: Task, outcomes: Outcomes, entry: _Entry) -> Outcome:
             names=(entry.method,), budget=config.baselines.budget, examples=examples
         ),
         recalibrate=config.recalibrate if entry.as_searched else None,
-        genome=genome,
+        genome=config.genome,
         fitness=fitness_of(config),
         evolution=config.evolution,
-        budget=round(outcomes["search"].values["examples_scored"] / len(split.labels)),
+        budget=round(outcomes["search"].values["examples_scored"] / task.selection.inputs.shape[0]),
     )
     if entry.method not in results:  # a search without a budget
         return Outcome()

@@ -11,7 +11,6 @@ import numpy as np
 from megajax.evaluation.measures import TENTHS, predict, predictor, straight_path
 from megajax.evaluation.measures import measure as metrics_of
 from megajax.evaluation.predictions import PREDICTIONS, save_predictions
-from megajax.program.batchnorm import recalibrate
 from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.measurement import measure_networks
@@ -44,7 +43,7 @@ def measure(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
                 task.apply_fn,
                 networks,
                 {"ensemble": names},
-                outcomes["search"].values["plan"]["batch_size"],
+                (outcomes["search"].values["plan"] or {"batch_size": 512})["batch_size"],
             ),
             task.dataset,
             config.robustness,
@@ -96,8 +95,7 @@ def _path(
     if config.align.method != "none":
         lines["aligned"] = measured(*aligned)
     if config.recalibrate.enabled:
-        fresh = partial(recalibrate, apply_fn, inputs=task.calibration)
-        lines["aligned, recalibrated"] = measured(*aligned, prepare=fresh)
+        lines["aligned, recalibrated"] = measured(*aligned, calibration=task.calibration)
     of_merged = metrics_of(predict(apply_fn, merged, images), labels)
     share = np.mean([np.mean(np.atleast_2d(rows), axis=0)[1] for rows in shares.values()])
     return {

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from megajax.config import AlignConfig
+from megajax.alignment import AlignConfig
 from megajax.errors import ConfigError, SearchError
 from megajax.io import digest, write_lines
-from megajax.merging.merge import MergeResult, merge, shares_of
+from megajax.merging.masks import Masks
+from megajax.merging.merge import MergeResult, merge
 from megajax.merging.shares import channel_shares, projected_shares
 from megajax.merging.tree import Node, NodeResult, TreeResult, merge_tree
 from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.choices import fitness_of
-from megajax.run.config import to_dict
+from megajax.run.config import Config, to_dict
 from megajax.run.stages import task as common
 from megajax.run.stages.task import (
     Clock,
@@ -28,9 +29,7 @@ from megajax.run.stages.task import (
     stream,
 )
 from megajax.run.store import METRICS, Outcome
-from megajax.search.genetic import GAInfo, GAState
-from megajax.search.operators import Population
-from megajax.trees import stack_parents
+from megajax.search.loop import COUNTS, Info, State
 from megajax.types import PyTree
 
 __all__ = ["search"]
@@ -41,90 +40,115 @@ _TREE = ("align", "recalibrate", "genome", "fitness", "evolution", "hierarchy")
 def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     """Merges the parents into one network."""
     if task.config.hierarchy.enabled:
-        return _by_tree(task, outcomes)
+        return _by_tree(task, outcomes, checkpoints)
     return _at_once(task, outcomes, checkpoints)
+
+
+class _Progress:
+    """A search under way: what the run saves of it, and where it goes on from."""
+
+    def __init__(self, task: Task, checkpoints: Checkpoints, node: int = 0) -> None:
+        self._checkpoints, self._node = checkpoints, node
+        self.state: State | None = None  # of an earlier start: nested dictionaries
+        self.history: dict[str, np.ndarray] = {}  # column by column
+        self.clock = Clock()
+        restored = checkpoints.restore()
+        if restored is not None and int(restored.state["node"]) == node:
+            self.state, stored = restored.state["search"], restored.state["history"]
+            self.history = {name: stored[name] for name in (*Info._fields, "seconds")}
+            self.clock = Clock(float(self.history["seconds"][-1]))
+            done = int(self.history["generation"][-1])
+            task.console.print(f"merging goes on after generation {done}")
+            most = task.config.evolution.generations
+            if done > most:
+                raise ConfigError(
+                    f"evolution.generations is {most}: the search that it is to go on from did "
+                    f"{done} already"
+                )
+
+    def note(self, state: State, infos: Info) -> list[dict[str, Any]]:
+        """Takes in new generations; returns their lines."""
+        seconds = np.full(len(infos.generation), round(self.clock.seconds(), 3))
+        lines = {**infos._asdict(), "seconds": seconds}
+        before = self.history or {name: column[:0] for name, column in lines.items()}
+        self.history = {name: np.append(before[name], column) for name, column in lines.items()}
+        self.state = state
+        return _rows(lines)
+
+    def save(self, *, at_once: bool) -> None:
+        """Saves the state, at once or if it is time to."""
+        if self.state is None or not self.history:
+            return
+        generation = int(self.history["generation"][-1])
+        content = {"node": np.int32(self._node), "search": self.state, "history": self.history}
+        when = self._checkpoints.save if at_once else self._checkpoints.offer
+        when(self._node * 1_000_000 + generation, content)
 
 
 def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     """One search among all parents; goes on from a checkpoint."""
-    config, evolution, clock = task.config, task.config.evolution, Clock()
-    state: GAState | None = None
-    history: dict[str, np.ndarray] = {}  # column by column
-    restored = checkpoints.restore()
-    if restored is not None:
-        state, stored = _search_state(restored.state["search"]), restored.state["history"]
-        history = {name: stored[name] for name in (*GAInfo._fields, "seconds")}
-        clock = Clock(float(history["seconds"][-1]))
-        task.console.print(f"merging goes on after generation {restored.step}")
-        if restored.step > evolution.generations:
-            raise ConfigError(
-                f"evolution.generations is {evolution.generations}: the search that it is to go on "
-                f"from did {restored.step} already"
-            )
-    _note(task, _rows(history), append=False)
+    config, evolution = task.config, task.config.evolution
+    here = _Progress(task, checkpoints)
+    _note(task, _rows(here.history), append=False)
     if evolution.time_budget is not None:
-        left = max(evolution.time_budget - clock.seconds(), 0.0)
+        left = max(evolution.time_budget - here.clock.seconds(), 0.0)
         evolution = evolution.replace(time_budget=left)
-
-    def save(when: Callable[[int, PyTree], None]) -> None:
-        assert state is not None
-        when(int(state.generation), {"search": state, "history": history})
 
     with progress(task.console, "merging", evolution.generations) as update:
 
-        def on_chunk(reached: GAState, infos: GAInfo) -> None:
-            nonlocal state, history
-            seconds = np.full(len(infos.generation), round(clock.seconds(), 3))
-            lines = {**infos._asdict(), "seconds": seconds}
-            _note(task, _rows(lines))
-            before = history or {name: column[:0] for name, column in lines.items()}
-            history = {name: np.append(before[name], column) for name, column in lines.items()}
-            state = reached
+        def on_chunk(state: State, infos: Info) -> None:
+            _note(task, here.note(state, infos))
             generation = int(state.generation)
             update(generation, f"merging, {float(state.best.fitness):.4f}")
             if task.stopping() and generation < evolution.generations:
-                save(checkpoints.save)
+                here.save(at_once=True)
                 raise interrupted("generation", generation)
-            save(checkpoints.offer)
+            here.save(at_once=False)
 
         try:
             merged = merge(
                 stream(config, "search"),
                 task.apply_fn,
                 networks_in(outcomes["align"], "aligned"),
-                (task.selection.images, task.selection.labels),
+                task.selection,
                 calibration=task.calibration,
+                base=_base(config, outcomes),
                 align=AlignConfig(method="none"),  # they are
                 recalibrate=config.recalibrate,
                 genome=config.genome,
                 fitness=fitness_of(config),
                 evolution=evolution,
                 keep=dict(config.parents.keep),
-                state=state,
+                state=here.state,
                 callback=on_chunk,
             )
         except SearchError:
-            save(checkpoints.save)
+            here.save(at_once=True)
             raise
-    save(checkpoints.save)
-    figures = {"generations": int(merged.state.generation), "shares": _shares(merged)}
-    return _outcome(merged, figures, clock.seconds())
+    here.save(at_once=True)
+    figures = {
+        "generations": int(merged.state.generation),
+        "shares": _shares(merged),
+        "genes": merged.genome.num_genes,
+        "plan": merged.problem.layout.plain(),
+    }
+    return _outcome(merged, figures, here.clock.seconds())
 
 
-def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
+def _by_tree(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     """Two by two, round after round; nodes that are done are not searched again."""
-    config, clock = task.config, Clock()
+    config = task.config
     sections = to_dict(config)
     before = [outcomes["parents"].identity, *(sections[name] for name in _TREE)]
-    earlier, started = 0.0, 0.0
+    earlier = 0.0
+    here: _Progress | None = None
     _note(task, [], append=False)
 
     def key_of(node: Node) -> str:
         return digest([before, node._asdict()])
 
-    def note(node: Node, result: NodeResult) -> None:
-        place = {"round": node.round, "position": node.position}
-        _note(task, [place | row for row in _rows(result.history._asdict())])
+    def place(node: Node, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"round": node.round, "position": node.position, **row} for row in rows]
 
     def load(node: Node) -> NodeResult | None:
         nonlocal earlier
@@ -133,33 +157,45 @@ def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
             return None
         earlier += stored.seconds or 0.0
         result = _node_result(stored)
-        note(node, result)
+        _note(task, place(node, _rows(result.history._asdict())))
         return result
 
+    def resume(node: Node) -> State | None:
+        nonlocal here
+        here = _Progress(task, checkpoints, node.number)
+        _note(task, place(node, _rows(here.history)))
+        return here.state
+
     def save(node: Node, result: NodeResult) -> None:
-        nonlocal started
-        now = clock.seconds()
-        outcome = _node_outcome(node, result)._replace(seconds=now - started)
-        started = now
-        common.save(task, _node_name(node), key_of(node), outcome)
-        note(node, result)
+        nonlocal earlier
+        assert here is not None
+        whole = Info(**{name: here.history[name] for name in Info._fields})
+        outcome = _node_outcome(node, result._replace(history=whole))
+        seconds = here.clock.seconds()
+        earlier += seconds
+        common.save(task, _node_name(node), key_of(node), outcome._replace(seconds=seconds))
 
     total = (config.parents.count - 1) * config.evolution.generations
     with progress(task.console, "merging by a tree", total) as update:
         done = 0
 
-        def on_chunk(node: Node, infos: GAInfo) -> None:
+        def on_chunk(node: Node, state: State, infos: Info) -> None:
             nonlocal done
+            assert here is not None
+            _note(task, place(node, here.note(state, infos)))
             done += int((infos.generation > 0).sum())
             update(done, f"merging, round {node.round}")
             if task.stopping():
-                raise interrupted(f"the pairs before number {node.position} of round", node.round)
+                here.save(at_once=True)
+                generation = f"generation {int(state.generation)} of pair {node.position} of round"
+                raise interrupted(generation, node.round)
+            here.save(at_once=False)
 
         tree = merge_tree(
             stream(config, "search"),
             task.apply_fn,
             networks_in(outcomes["parents"], "parents"),
-            (task.selection.images, task.selection.labels),
+            task.selection,
             hierarchy=config.hierarchy,
             calibration=task.calibration,
             align=config.align,
@@ -168,6 +204,7 @@ def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
             fitness=fitness_of(config),
             evolution=config.evolution,
             load=load,
+            resume=resume,
             save=save,
             callback=on_chunk,
         )
@@ -183,11 +220,13 @@ def _by_tree(task: Task, outcomes: Outcomes) -> Outcome:
     ]
     aligned = networks_in(outcomes["align"], "aligned")
     figures = {
-        "generations": sum(len(result.history.generation) - 1 for result in tree.results),
-        "shares": projected_shares(tree.variables, stack_parents(aligned)),
+        "generations": sum(int(result.history.generation[-1]) for result in tree.results),
+        "shares": projected_shares(tree.variables, aligned),
+        "genes": tree.num_genes,
+        "plan": None if tree.layout is None else tree.layout.plain(),
         "nodes": nodes,
     }
-    return _outcome(tree, figures, earlier + clock.seconds())
+    return _outcome(tree, figures, earlier)
 
 
 def _outcome(
@@ -200,8 +239,6 @@ def _outcome(
             "parent_fitness": found.parent_fitness.tolist(),
             "evaluations": found.evaluations,
             "examples_scored": found.examples_scored,
-            "genes": found.genome.num_genes,
-            "plan": found.plan.plain(),
             **figures,
         },
         files=(METRICS,),
@@ -209,10 +246,17 @@ def _outcome(
     )
 
 
+def _base(config: Config, outcomes: Outcomes) -> PyTree | None:
+    """The network that the parents were trained from, where the genome needs it."""
+    if config.genome.kind != "task_vectors":
+        return None
+    return outcomes["parents"].networks.get("base")
+
+
 def _shares(merged: MergeResult) -> dict[str, Any]:
     """For each module, the parents' shares: channel by channel for masks, else one row."""
-    if merged.genome.labels is None:
-        return shares_of(merged)
+    if not isinstance(merged.genome, Masks):
+        return projected_shares(merged.variables, merged.parents)
     found = channel_shares(merged.genome, merged.genes, merged.variables)
     return {name: shares.tolist() for name, shares in found.items()}
 
@@ -240,27 +284,17 @@ def _node_result(stored: Outcome) -> NodeResult:
     values = stored.values
     columns: dict[str, Any] = {}
     for name, column in values["history"].items():
-        whole = name in ("generation", "evaluations", "invalid", "completed", "valid")
+        whole = name in COUNTS
         known = [np.nan if value is None else value for value in column]
         columns[name] = np.array(known, np.int32 if whole else np.float32)
     return NodeResult(
         variables=variables,
         fitness=values["fitness"],
         parent_fitness=np.array(values["parent_fitness"], np.float32),
-        history=GAInfo(**columns),
+        history=Info(**columns),
         evaluations=values["evaluations"],
         examples_scored=values["examples_scored"],
     )
-
-
-def _search_state(saved: Mapping[str, Any]) -> GAState:
-    """The state from the nested dictionaries of a checkpoint, which `merge` checks."""
-    population, best = (
-        Population(saved[name]["genes"], saved[name]["fitness"], saved[name].get("aux", ()))
-        for name in ("population", "best")
-    )
-    counters = ("generation", "evaluations", "stale", "completed")
-    return GAState(population, best, *(saved[name] for name in counters))
 
 
 def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

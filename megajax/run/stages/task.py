@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megajax.errors import Interrupted, WorkdirError
 from megajax.formats import from_linen
 from megajax.keys import named_key
+from megajax.merging import tasks as merging
 from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.config import Config
@@ -80,10 +81,14 @@ class Task:
         return jnp.asarray(self.dataset.train.images[: self.config.recalibrate.examples])
 
     @property
-    def selection(self) -> data.Split:
-        """The images that the search is scored on."""
-        on_test = self.config.fitness.select_on_test
-        return self.dataset.test if on_test else self.dataset.validation
+    def selection(self) -> merging.Task:
+        """What the search is scored on; without labels, the training images."""
+        fitness = self.config.fitness
+        if fitness.metric == "distill":
+            images = self.dataset.train.images[: fitness.distill_examples]
+            return merging.Task(images, metric="distill")
+        split = self.dataset.test if fitness.select_on_test else self.dataset.validation
+        return merging.Task(split.images, split.labels)
 
 
 def prepare(
