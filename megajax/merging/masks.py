@@ -7,7 +7,7 @@ another way to write them. Knows pytrees and genes; nothing of programs, data or
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
@@ -378,11 +378,12 @@ def _mix(genes: jax.Array, label: np.ndarray, leaf: Any) -> Any:
     return jnp.where(frozen, leaf[0], mixed) if frozen.any() else mixed
 
 
-def exact(mixed: jax.Array, coefficients: Sequence[jax.Array], leaves: Any) -> jax.Array:
+def exact(mixed: jax.Array, coefficients: Iterable[jax.Array], leaves: Any) -> jax.Array:
     """A mix with the bits of a leaf, -0.0 too, where its coefficient is 1 and all others are 0."""
-    for k, leaf in enumerate(leaves):
-        others = [share == 0 for j, share in enumerate(coefficients) if j != k]
-        mixed = jnp.where(reduce(jnp.logical_and, others, coefficients[k] == 1), leaf, mixed)
+    shares = list(coefficients)
+    alone = reduce(jnp.add, [(share != 0).astype(jnp.int32) for share in shares]) == 1
+    for share, leaf in zip(shares, leaves, strict=True):
+        mixed = jnp.where(alone & (share == 1), leaf, mixed)
     return mixed
 
 

@@ -311,9 +311,10 @@ def _at_temperatures(logits: jax.Array, targets: Any) -> jax.Array:
     """The cross-entropy at each temperature, `[b, T]`."""
     labels, weights = _positions(targets)
     wide = logits.astype(jnp.float32)
-    return jax.lax.map(
+    scores: jax.Array = jax.lax.map(
         lambda t: _mean(_log_likelihood(wide / t, labels), weights), jnp.asarray(_TEMPERATURES)
-    ).T
+    )
+    return scores.T
 
 
 perplexity = Metric(

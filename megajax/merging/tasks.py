@@ -348,4 +348,5 @@ def counted(task: Task) -> np.ndarray:
     labels = task.targets[0] if isinstance(task.targets, tuple) else task.targets
     if not hasattr(labels, "dtype") or not np.issubdtype(labels.dtype, np.integer):
         return np.ones(total, bool)
-    return (np.asarray(labels) != IGNORED).reshape(total, -1).any(axis=1)
+    counts: np.ndarray = (np.asarray(labels) != IGNORED).reshape(total, -1).any(axis=1)
+    return counts
