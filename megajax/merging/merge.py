@@ -24,6 +24,7 @@ from megajax.merging.problem import (
     RecalibrateConfig,
     evaluate,
     expressed,
+    improved,
     make_problem,
     objective,
     race_of,
@@ -365,6 +366,7 @@ def search_of(
         evaluate,
         race,
         objective=objective,
+        improve=improved,
         num_examples=problem.num_examples,
     )
 

@@ -26,8 +26,8 @@ from megajax.program.batchnorm import recalibrate
 from megajax.program.folding import Folded, Prepared, fold, for_backend
 from megajax.program.gradients import with_fast_gradients
 from megajax.program.prefix import own_leaves, split
+from megajax.search.descent import Descent
 from megajax.search.genetic import Race
-from megajax.search.gradient import Descent
 from megajax.sections import Section, at_least, between, one_of
 from megajax.trees import is_mixable
 from megajax.types import ApplyFn, Genes, Key, PyTree, bind

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from megajax.errors import ConfigError
 from megajax.search import operators
-from megajax.search.genetic import Evaluate, Race, Space, evaluated
+from megajax.search.genetic import Evaluate, Tools, evaluated
 from megajax.search.loop import Record, State, scored, start
 from megajax.search.operators import Mutation, Population, take
 from megajax.types import Genes, Key, PyTree, bind
@@ -179,33 +179,33 @@ def _alone(one: Population) -> Population:
     return alone
 
 
-def one_plus_one(
-    config: Any, space: Space, evaluate: Evaluate, race: Race | None = None
-) -> OnePlusOne:
+def one_plus_one(config: Any, tools: Tools) -> OnePlusOne:
     """The (1 + lambda) algorithm that a configuration section describes: one flip on average.
 
     Raises:
         ConfigError: genes that do not pick a parent.
     """
-    _check(config, space, race)
+    _check(config, tools)
     rate = config.mutation_rate
-    mutate = bind(operators.flip, rate=1 / space.num_genes if rate is None else rate)
-    return OnePlusOne(evaluate, mutate, config.offspring or config.population_size)
+    mutate = bind(operators.flip, rate=1 / tools.space.num_genes if rate is None else rate)
+    return OnePlusOne(tools.evaluate, mutate, config.offspring or config.population_size)
 
 
-def pbil(config: Any, space: Space, evaluate: Evaluate, race: Race | None = None) -> PBIL:
+def pbil(config: Any, tools: Tools) -> PBIL:
     """PBIL with the population size of a configuration section, and its learning rate.
 
     Raises:
         ConfigError: genes that do not pick a parent.
     """
-    _check(config, space, race)
+    _check(config, tools)
     rate = config.learning_rate
     config.require(rate <= 1, "learning_rate", "that of probabilities is at most 1")
-    search = PBIL(evaluate, config.population_size, learning_rate=rate)
+    search = PBIL(tools.evaluate, config.population_size, learning_rate=rate)
     return search
 
 
-def _check(config: Any, space: Space, race: Race | None) -> None:
-    config.require(race is None, "method", "only the genetic algorithm races")
-    config.require(space.picks, "method", "it is for genes that pick a parent: genome.binary=True")
+def _check(config: Any, tools: Tools) -> None:
+    config.require(tools.race is None, "method", "only the genetic algorithm races")
+    config.require(
+        tools.space.picks, "method", "it is for genes that pick a parent: genome.binary=True"
+    )

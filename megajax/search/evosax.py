@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from megajax.errors import ConfigError
-from megajax.search.genetic import Evaluate, Race, Space, evaluated
+from megajax.search.genetic import Evaluate, Space, Tools, evaluated
 from megajax.search.loop import Counts, Record, State, advance, record, start
 from megajax.search.operators import Population
 from megajax.types import Genes, Key, PyTree
@@ -154,13 +154,11 @@ class Evosax:
             raise ConfigError(f"searcher {self.algorithm}: {error}") from None
 
 
-def from_config(
-    config: Any, space: Space, evaluate: Evaluate, race: Race | None = None, *, algorithm: str
-) -> Evosax:
+def from_config(config: Any, tools: Tools, *, algorithm: str) -> Evosax:
     """An algorithm of evosax with the population size of a configuration section."""
-    config.require(race is None, "method", "only the genetic algorithm races")
+    config.require(tools.race is None, "method", "only the genetic algorithm races")
     _algorithm(algorithm)
-    return Evosax(algorithm, evaluate, space, config.population_size)
+    return Evosax(algorithm, tools.evaluate, tools.space, config.population_size)
 
 
 def is_installed() -> bool:

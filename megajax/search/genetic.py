@@ -19,13 +19,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from megajax.errors import ConfigError, first_line
 from megajax.search import operators
+from megajax.search.descent import Objective, descent_of
 from megajax.search.loop import Counts, Record, State, advance, record, start
 from megajax.search.operators import (
     BLENDING,
@@ -40,7 +41,15 @@ from megajax.search.operators import (
 )
 from megajax.types import Bound, Genes, Key, Method, PyTree, bind
 
-__all__ = ["GeneticAlgorithm", "Race", "Space", "check_operators", "evaluated", "from_config"]
+__all__ = [
+    "GeneticAlgorithm",
+    "Race",
+    "Space",
+    "Tools",
+    "check_operators",
+    "evaluated",
+    "from_config",
+]
 
 Evaluate: TypeAlias = Callable[[PyTree, Genes], Any]
 """`evaluate(problem, genes [M, ...])` is the fitness `[M]`, or that and aux, leaves `[M, ...]`."""
@@ -59,6 +68,27 @@ class Space(Protocol):
     def repair(self, genes: Genes) -> Genes: ...  # noqa: D102
     def sample(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array: ...  # noqa: D102
     def noise(self, key: Key, genes: Genes, *, rate: float, scale: float) -> Genes: ...  # noqa: D102
+
+
+class Tools(NamedTuple):
+    """What a problem gives a search to work with.
+
+    Attributes:
+        space: what is known of the genes.
+        evaluate: `evaluate(problem, genes [M, ...]) -> fitness [M]` or `(fitness, aux)`.
+        race: how children race, or None.
+        objective: of one individual on a mini-batch, see `megajax.search.gradient`; or None.
+        improve: `improve(key, problem, genes [M, ...], descent=...)` takes the steps of a descent
+            with every individual; or None.
+        num_examples: that a full scoring passes through a network.
+    """
+
+    space: Any
+    evaluate: Evaluate
+    race: Race | None = None
+    objective: Objective | None = None
+    improve: Callable[..., Genes] | None = None
+    num_examples: int = 1
 
 
 @dataclass(frozen=True)
@@ -240,20 +270,18 @@ def _check(name: str, call: Callable[[], Any], wanted: PyTree) -> None:
         raise ConfigError(f"evolution.{name} gives {told(found)}: {told(wanted)} is needed")
 
 
-def from_config(
-    config: Any, space: Space, evaluate: Evaluate, race: Race | None = None
-) -> GeneticAlgorithm:
+def from_config(config: Any, tools: Tools) -> GeneticAlgorithm:
     """The genetic algorithm that a configuration section describes.
 
     Args:
         config: names of operators, or functions in their place.
-        space: what is known of the genes.
-        evaluate: see `GeneticAlgorithm`.
-        race: how children race, or None.
+        tools: what the problem gives.
 
     Raises:
-        ConfigError: a crossover would blend genes that pick one parent each.
+        ConfigError: a crossover would blend genes that pick one parent each, or such genes should
+            learn by gradients; children cannot both race and learn.
     """
+    space = tools.space
     crossover, mutation = config.crossover, config.mutation
     if crossover is None:
         crossover = ("uniform",) if space.picks else ("uniform", "arithmetic")
@@ -264,15 +292,23 @@ def from_config(
         blending = [name for name in names if name in BLENDING]
         config.require(not blending, "crossover", f"binary genes cannot be blended by {blending}")
     elites = config.elites if config.survival == "generational" else 0
+    improve, cost = None, 0
+    if config.gradient_steps:
+        race = tools.race
+        config.require(race is None, "gradient_steps", "children race or learn, not both")
+        descent = descent_of(config, tools, config.gradient_steps)
+        improve, cost = bind(tools.improve, descent=descent), config.gradient_steps * descent.cost
     return GeneticAlgorithm(
-        evaluate,
+        tools.evaluate,
         num_offspring=config.population_size - elites,
         select=_selection(config),
         cross=_crossover(names, space.gene_ndim),
         mutate=_mutation(mutation, config, space),
         survive=SURVIVALS[config.survival] if isinstance(config.survival, str) else config.survival,
         repair=Method(space, "repair"),
-        race=race,
+        race=tools.race,
+        improve=improve,
+        improve_cost=cost,
     )
 
 

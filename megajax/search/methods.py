@@ -10,15 +10,17 @@ from functools import partial
 from typing import Annotated, Any
 
 from megajax.search import binary, evosax, genetic, gradient, niches, pareto, sampling
-from megajax.search.genetic import Evaluate, Race, Space
+from megajax.search.descent import Objective
+from megajax.search.genetic import Evaluate, Race, Space, Tools
 from megajax.search.loop import Limits, Search
 from megajax.search.operators import CROSSOVERS, SELECTIONS, SURVIVALS
 from megajax.sections import Section, at_least, between, one_of
+from megajax.types import Genes
 
 __all__ = ["METHODS", "EvolutionConfig", "limits_of", "make_search"]
 
 
-METHODS: dict[str, Callable[[Any, Space, Evaluate, Race | None], Search]] = {
+METHODS: dict[str, Callable[[Any, Tools], Search]] = {
     "genetic": genetic.from_config,
     "gradient": gradient.from_config,
     "random": sampling.from_config,
@@ -58,6 +60,8 @@ class EvolutionConfig(Section):
         time_budget: stop after so many seconds; None never does. Not reproducible by nature.
         learning_rate: of Adam on the genes, for `gradient`; of the probabilities, for `pbil`.
         gradient_examples: of the mini-batch of a gradient. A gradient costs three passes of it.
+        gradient_steps: steps that each child takes before it is scored, for `genetic` (memetic
+            evolution); its genes keep what it learnt.
         offspring: children of a generation, for `niches` and `one_plus_one`; None is as many as the
             population.
         sharing: for `niches`: an example that n members are right on is worth 1 / n^sharing to each
@@ -96,6 +100,7 @@ class EvolutionConfig(Section):
     time_budget: Annotated[float, at_least(0)] | None = None
     learning_rate: Annotated[float, between(1e-9, 1e3)] = 0.1
     gradient_examples: Annotated[int, at_least(1)] = 256
+    gradient_steps: Annotated[int, at_least(0)] = 0
     offspring: Annotated[int, at_least(1)] | None = None
     sharing: Annotated[float, at_least(0)] = 1.0
     matchmaker: bool = True
@@ -121,7 +126,8 @@ def make_search(
     evaluate: Evaluate,
     race: Race | None = None,
     *,
-    objective: gradient.Objective | None = None,
+    objective: Objective | None = None,
+    improve: Callable[..., Genes] | None = None,
     num_examples: int = 1,
 ) -> Search:
     """The search that a configuration section describes.
@@ -131,7 +137,8 @@ def make_search(
         space: what is known of the genes.
         evaluate: `evaluate(problem, genes [M, ...]) -> fitness [M]` or `(fitness, aux)`.
         race: how children race, or None.
-        objective: for searches by gradient; see `megajax.search.gradient`.
+        objective: for gradients; see `megajax.search.descent`.
+        improve: for children that learn; see `megajax.search.genetic.Tools`.
         num_examples: that a full scoring passes through a network.
 
     Returns:
@@ -140,10 +147,8 @@ def make_search(
     Raises:
         ConfigError: the choices do not fit the genes.
     """
-    if config.method == "gradient":
-        assert objective is not None
-        return gradient.from_config(config, space, evaluate, race, objective, num_examples)
-    return METHODS[config.method](config, space, evaluate, race)
+    tools = Tools(space, evaluate, race, objective, improve, num_examples)
+    return METHODS[config.method](config, tools)
 
 
 def limits_of(config: EvolutionConfig, num_examples: int) -> Limits:

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from megajax.search import genetic, operators
-from megajax.search.genetic import Evaluate, Race, evaluated
+from megajax.search.genetic import Evaluate, Tools, evaluated
 from megajax.search.loop import Record, State, scored, start
 from megajax.search.operators import Crossover, Mutation, Population, take
 from megajax.types import Genes, Key, PyTree, bind
@@ -181,7 +181,7 @@ def _archived(everyone: Population, size: int, alpha: float) -> jax.Array:
     return who
 
 
-def from_config(config: Any, space: Any, evaluate: Evaluate, race: Race | None = None) -> Niches:
+def from_config(config: Any, tools: Tools) -> Niches:
     """The search by niches that a configuration section describes.
 
     The crossover is M2N2's: on the arc between whole networks where genes are weights, cut in the
@@ -191,7 +191,8 @@ def from_config(config: Any, space: Any, evaluate: Evaluate, race: Race | None =
     Raises:
         ConfigError: see `megajax.search.genetic.from_config`.
     """
-    config.require(race is None, "method", "only the genetic algorithm races")
+    space = tools.space
+    config.require(tools.race is None, "method", "only the genetic algorithm races")
     crossover = config.crossover
     if crossover is None and space.picks:
         crossover = "one_point"
@@ -202,9 +203,9 @@ def from_config(config: Any, space: Any, evaluate: Evaluate, race: Race | None =
             gene_ndim=space.gene_ndim,
             order=getattr(space, "order", ()),
         )
-    varied = genetic.from_config(config.replace(crossover=crossover), space, evaluate)
+    varied = genetic.from_config(config.replace(crossover=crossover), tools)
     return Niches(
-        evaluate,
+        tools.evaluate,
         num_offspring=config.offspring or config.population_size,
         cross=varied.cross,
         mutate=_NONE if config.mutation_rate == 0 else varied.mutate,

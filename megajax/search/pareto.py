@@ -33,7 +33,7 @@ import numpy as np
 
 from megajax.errors import ConfigError
 from megajax.search import genetic, operators
-from megajax.search.genetic import Evaluate, Race, Space, evaluated
+from megajax.search.genetic import Evaluate, Tools, evaluated
 from megajax.search.loop import Record, State, scored, start
 from megajax.search.operators import Crossover, Mutation, Population, take
 from megajax.types import Genes, Key, PyTree
@@ -198,12 +198,12 @@ def _places(order: jax.Array) -> jax.Array:
     return jnp.zeros_like(places).at[order].set(places)
 
 
-def from_config(config: Any, space: Space, evaluate: Evaluate, race: Race | None = None) -> NSGA2:
+def from_config(config: Any, tools: Tools) -> NSGA2:
     """NSGA-II with the crossover and mutation that a configuration section describes.
 
     Raises:
         ConfigError: see `megajax.search.genetic.from_config`.
     """
-    config.require(race is None, "method", "only the genetic algorithm races")
-    varied = genetic.from_config(config, space, evaluate)
-    return NSGA2(evaluate, config.population_size, varied.cross, varied.mutate, varied.repair)
+    config.require(tools.race is None, "method", "only the genetic algorithm races")
+    varied = genetic.from_config(config, tools)
+    return NSGA2(tools.evaluate, config.population_size, varied.cross, varied.mutate, varied.repair)

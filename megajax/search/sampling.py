@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from megajax.search import operators
-from megajax.search.genetic import Evaluate, Race, Space, evaluated
+from megajax.search.genetic import Evaluate, Space, Tools, evaluated
 from megajax.search.loop import Counts, Record, State, advance, record, start
 from megajax.types import Genes, Key, PyTree
 
@@ -65,10 +65,8 @@ class RandomSearch:
         return self.num_offspring * num_examples
 
 
-def from_config(
-    config: Any, space: Space, evaluate: Evaluate, race: Race | None = None
-) -> RandomSearch:
+def from_config(config: Any, tools: Tools) -> RandomSearch:
     """Random search with the population size of a configuration section."""
-    config.require(race is None, "method", "only the genetic algorithm races")
-    config.require(space.gene_ndim == 1, "method", "weights cannot be drawn at random")
-    return RandomSearch(evaluate, space, config.population_size)
+    config.require(tools.race is None, "method", "only the genetic algorithm races")
+    config.require(tools.space.gene_ndim == 1, "method", "weights cannot be drawn at random")
+    return RandomSearch(tools.evaluate, tools.space, config.population_size)
