@@ -182,7 +182,7 @@ class GeneticAlgorithm:
         counts = Counts(*map(jnp.int32, (size, full, size if self.partial_examples else 0)))
         valid = jnp.sum(jnp.isfinite(offspring.fitness))
         state = advance(state, self.survive(survive_key, population, offspring), offspring, counts)
-        return state, record(state, size - valid, valid)
+        return state, record(state, full - valid, valid)
 
     @property
     def partial_examples(self) -> int:
