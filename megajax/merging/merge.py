@@ -152,9 +152,9 @@ def merge(
     """Merges networks of one architecture by a search over mixing masks (or other genes).
 
     The parents are in the first population (unless `genome.parents_first` is off), and the best
-    individual is never lost: the result's fitness is at least the best parent's. On other data it
-    may not be; keep a test set aside. Calls with equal shapes and choices share one compiled
-    program, whatever their parents, keys and data.
+    individual is never lost: but for rounding the result's fitness is at least the best parent's.
+    On other data it may not be; keep a test set aside. Calls with equal shapes and choices share
+    one compiled program, whatever their parents, keys and data.
 
     Args:
         key: PRNG key; the same key gives the same result.

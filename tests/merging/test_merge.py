@@ -163,17 +163,11 @@ def test_the_state_of_another_search_is_refused(whole, seen):
 
 
 def test_limits_end_a_search():
-    elites = SMALL.replace(survival="generational", elites=3)
-    assert merge(evolution=elites).evaluations == 10 + 6 * 7
     assert merge(evolution=SMALL.replace(evaluation_budget=35)).evaluations == 30
     assert merge(evolution=SMALL.replace(time_budget=0.0)).evaluations == 10
     flat = mj.Task(INPUTS, LABELS, constant)
     patient = merge(data=flat, evolution=SMALL.replace(generations=50, patience=3))
     assert int(patient.state.generation) == 3
-    chunked = merge(
-        data=flat, evolution=SMALL.replace(generations=50, patience=3, generations_per_chunk=2)
-    )
-    assert int(chunked.state.generation) == 4
 
 
 def constant(outputs, targets):

@@ -87,13 +87,6 @@ def test_merges_of_equal_shapes_and_choices_share_all_their_programs(choice):
     assert trees[0] == trees[1] == trees[2]
 
 
-def test_other_choices_are_other_programs():
-    merge(0)
-    before = len(COMPILED)
-    merge(1, fitness=mj.FitnessConfig(metric="macro_f1"))
-    assert len(COMPILED) > before
-
-
 def test_sections_are_values():
     for make in (
         lambda: mj.EvolutionConfig(crossover=["uniform", "arithmetic"], mutation_rate=0.5),

@@ -83,18 +83,17 @@ def test_jit_and_vmap_agree_with_plain_calls(operator):
     plain = operator(KEY)
     chex.assert_trees_all_close(jax.jit(operator)(KEY), plain, rtol=1e-5, atol=1e-2)
     chex.assert_trees_all_equal(operator(KEY), plain)
-    keys = jax.random.split(KEY, 3)
-    looped = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[operator(k) for k in keys])
-    chex.assert_trees_all_close(jax.vmap(operator)(keys), looped, rtol=1e-5, atol=1e-2)
+    keys, compiled = jax.random.split(KEY, 3), jax.jit(operator)
+    looped = jax.tree.map(lambda *leaves: np.stack(leaves), *[compiled(k) for k in keys])
+    mapped = jax.jit(jax.vmap(operator))(keys)
+    chex.assert_trees_all_close(mapped, looped, rtol=1e-5, atol=1e-2)
 
 
 @pytest.mark.parametrize("operator", [*CROSSOVERS.values(), *MUTATIONS.values()])
 def test_structure_shapes_and_dtypes_are_kept(operator):
     first, second = genes_pair()
-    result = (
-        operator(KEY, first, second) if operator in CROSSOVERS.values() else operator(KEY, first)
-    )
-    chex.assert_trees_all_equal_shapes_and_dtypes(result, first)
+    genes = (first, second) if operator in CROSSOVERS.values() else (first,)
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(operator, KEY, *genes), first)
 
 
 @pytest.mark.parametrize(
@@ -103,16 +102,15 @@ def test_structure_shapes_and_dtypes_are_kept(operator):
 def test_leaves_of_equal_shape_do_not_share_noise(name):
     zeros = {"a": jnp.zeros((32, 50)), "b": jnp.zeros((32, 50))}
     ones = jax.tree.map(jnp.ones_like, zeros)
-    result = (
-        CROSSOVERS[name](KEY, zeros, ones) if name in CROSSOVERS else MUTATIONS[name](KEY, zeros)
-    )
+    genes = (zeros, ones) if name in CROSSOVERS else (zeros,)
+    result = jax.jit((CROSSOVERS | MUTATIONS)[name])(KEY, *genes)
     assert not np.array_equal(result["a"], result["b"])
 
 
 @pytest.mark.parametrize("cross", list(CROSSOVERS.values()), ids=list(CROSSOVERS))
 def test_a_gene_that_both_share_is_inherited_bit_for_bit(cross):
     genes = {"a": jax.random.normal(KEY, (16, 9)), "b": jax.random.normal(KEY, (16, 3, 2))}
-    chex.assert_trees_all_equal(cross(KEY, genes, genes), genes)
+    chex.assert_trees_all_equal(jax.jit(cross)(KEY, genes, genes), genes)
 
 
 # Selection ------------------------------------------------------------------------------------
@@ -150,7 +148,8 @@ def test_tournament_without_replacement_draws_every_ordered_triple_alike():
 
 def test_tournament_of_the_whole_population_finds_the_best():
     fitness = jax.random.normal(KEY, (11,))
-    assert (ops.tournament(KEY, fitness, 50, size=11) == fitness.argmax()).all()
+    winners = jax.jit(partial(ops.tournament, num=50, size=11))(KEY, fitness)
+    assert (winners == fitness.argmax()).all()
 
 
 def test_tournament_larger_than_the_population_is_refused():
