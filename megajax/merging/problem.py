@@ -22,7 +22,7 @@ from megajax.merging.devices import Layout, choose_layout, over_population, plac
 from megajax.merging.genome import Genome
 from megajax.merging.metrics import METRICS, Metric, accuracy, binary_accuracy, default_metric
 from megajax.merging.tasks import Batches, Task, batches
-from megajax.program.batchnorm import recalibrate
+from megajax.program.batchnorm import recalibrate, with_batch_statistics
 from megajax.program.folding import Folded, Prepared, fold, for_backend
 from megajax.program.gradients import with_fast_gradients
 from megajax.program.prefix import own_leaves, split
@@ -374,10 +374,10 @@ def objective(key: Key, problem: Problem, genes: Genes, count: int) -> jax.Array
             chosen = jax.random.randint(own_key, (count,), 0, few.valid.size)
             few = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], few)
         if problem.calibration is not None:
-            measure = with_fast_gradients(partial(recalibrate, network))
-            variables = measure(variables, few.inputs)
-        smooth, fast = metric.smooth or metric, with_fast_gradients(network)
-        statistics = smooth.statistics(fast(variables, few.inputs), few.targets)
+            network = partial(with_batch_statistics, network)
+        outputs = with_fast_gradients(network)(variables, few.inputs)
+        smooth = metric.smooth or metric
+        statistics = smooth.statistics(outputs, few.targets)
         scores.append(smooth.of(statistics, few.valid))
     if len(scores) == 1:
         return scores[0]

@@ -32,7 +32,7 @@ from megajax.program.roles import Statistic, Step, find_roles
 from megajax.trees import leaf_paths
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["recalibrate", "repair"]
+__all__ = ["recalibrate", "repair", "with_batch_statistics"]
 
 
 def recalibrate(
@@ -71,6 +71,31 @@ def recalibrate(
     Source: Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair",
     arXiv 2211.08403, section on resetting BatchNorm.
     """
+    return _measured(apply_fn, variables, inputs, statistics)[1]
+
+
+def with_batch_statistics(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> Any:
+    """The outputs of a network whose statistics are those of the batch itself, as in training.
+
+    Args:
+        apply_fn: as for `recalibrate`.
+        variables: of one network.
+        inputs: one batch.
+
+    Example:
+        >>> def apply_fn(w, x):
+        ...     return (x - w["mean"]) * jax.lax.rsqrt(w["var"])
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> with_batch_statistics(apply_fn, {"mean": jnp.zeros(1), "var": jnp.ones(1)}, x).tolist()
+        [[-1.0], [1.0]]
+    """
+    return _measured(apply_fn, variables, inputs, ())[0]
+
+
+def _measured(
+    apply_fn: ApplyFn, variables: PyTree, inputs: Any, statistics: Sequence[tuple[str, str]]
+) -> tuple[Any, PyTree]:
+    """Outputs and variables of a network whose statistics are measured on the way."""
     roles = find_roles(apply_fn, variables, inputs, statistics)
     paths = leaf_paths(variables)
     wrong = dict.fromkeys(roles.unpaired, "no mean goes with it; name the pair in `statistics`")
@@ -89,8 +114,10 @@ def recalibrate(
     leaves, treedef = jax.tree.flatten(variables)
     program, places = trace(apply_fn, variables, inputs), {i: i for i in range(len(leaves))}
     arguments = [*leaves, *jax.tree.leaves(inputs)]
-    _measure(program.closed, arguments, places, {s.equation: s for s in roles.statistics}, 0)
-    return jax.tree.unflatten(treedef, arguments[: len(leaves)])
+    wanted = {s.equation: s for s in roles.statistics}
+    results, _ = _measure(program.closed, arguments, places, wanted, 0)
+    outputs = jax.tree.unflatten(program.output_tree, results)
+    return outputs, jax.tree.unflatten(treedef, arguments[: len(leaves)])
 
 
 def _measure(
