@@ -9,15 +9,15 @@ this file has everybody.
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megajax.evaluation.results import Comparison, comparison
 from megajax.evaluation.statistics import paired_t
 from megajax.report.text import p_value, percent, points, sentence
+from megajax.tables import to_markdown
 
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
@@ -52,12 +52,6 @@ ROWS = {
 AGAINST = ("aligned_uniform_average", "aligned_regmean", "random_search", "sep_cma_es", "ensemble")
 
 
-def table(rows: Iterable[Iterable[str]]) -> str:
-    """Markdown, the header first."""
-    header, *body = ["| " + " | ".join(cells) + " |" for cells in rows]
-    return "\n".join([header, re.sub(r"[^|]+", " --- ", header), *body])
-
-
 def accuracies(found: Mapping[str, Comparison], names: Mapping[str, str]) -> str:
     """Test accuracy and difference to the best parent, a column for each setting."""
 
@@ -69,7 +63,7 @@ def accuracies(found: Mapping[str, Comparison], names: Mapping[str, str]) -> str
 
     header = ["network", *(SETTINGS[setting] for setting in found)]
     body = [[name, *(cell(key, one) for one in found.values())] for key, name in names.items()]
-    return table([header, *body])
+    return to_markdown([header, *body])
 
 
 def gains(results: Mapping[str, Any]) -> str:
@@ -84,7 +78,7 @@ def gains(results: Mapping[str, Any]) -> str:
     body = [
         [ROWS[key], *(cell(one["networks"], key) for one in results.values())] for key in AGAINST
     ]
-    return table([header, *body])
+    return to_markdown([header, *body])
 
 
 def section(results: Mapping[str, Any]) -> str:
@@ -127,7 +121,7 @@ def everybody(results: Mapping[str, Any]) -> str:
             header = ["network", "validation", "test", "to best parent [points]", "p (Holm)"]
             header += ["corrupted", "networks x images scored"]
             parts += [f"## {NAMES[data]}, {SETTINGS[setting]}", sentence(found)]
-            parts.append(table([header, *rows]))
+            parts.append(to_markdown([header, *rows]))
     return "\n\n".join(parts) + "\n"
 
 

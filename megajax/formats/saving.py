@@ -19,6 +19,7 @@ from megajax.formats.disk import fingerprint, remove_sums, write_sums, write_who
 from megajax.formats.kinds import FORMATS, open_network, read_arrays
 from megajax.formats.layouts import to_file
 from megajax.formats.mapping import NameMap
+from megajax.tables import to_markdown
 from megajax.types import PyTree
 
 __all__ = ["export", "model_card", "save_network"]
@@ -175,10 +176,10 @@ def model_card(
         >>> print(card[card.index("## Figures"):])
         ## Figures
         <BLANKLINE>
-        |          | accuracy |
-        | -------- | -------- |
-        | parent 0 | 0.75     |
-        | merged   | 0.8      |
+        |  | accuracy |
+        | --- | ---: |
+        | parent 0 | 0.75 |
+        | merged | 0.8 |
         <BLANKLINE>
     """
     tables = {
@@ -190,7 +191,7 @@ def model_card(
     parts = [_HEADER.format(title=title)]
     for heading, rows in tables.items():
         if rows:
-            parts.append(f"## {heading}\n\n{_table(rows)}\n")
+            parts.append(f"## {heading}\n\n{_table(rows)}\n\n")
         if rows and heading == "Files":
             parts.append(
                 "`megajax.load_network(file, like=model, inputs=batch)` reads all of them.\n\n"
@@ -244,14 +245,10 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table with a column for every key of any row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "".join(f"| {' | '.join(map(str.ljust, line, widths))} |\n" for line in cells)
+    return to_markdown([columns, *([_cell(row.get(key)) for key in columns] for row in rows)])
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
