@@ -14,6 +14,11 @@
     errors      what can be caught
 """
 
+from megajax._interrupts import end_at_once as _end_at_once
+
+_end_at_once()  # before the imports that take seconds
+# ruff: noqa: E402
+
 from megajax.alignment import align as align
 from megajax.alignment import find_symmetries as find_symmetries
 from megajax.baselines import run_baselines as run_baselines
