@@ -18,6 +18,11 @@ layers, each of which knows only those below it:
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from megajax._interrupts import end_at_once as _end_at_once
+
+_end_at_once()  # before the imports that take seconds
+# ruff: noqa: E402
+
 from megajax.alignment import AlignConfig as AlignConfig
 from megajax.alignment import align as align
 from megajax.alignment import find_symmetries as find_symmetries

@@ -84,10 +84,11 @@ def verify(
     for each in jax.random.split(key, draws):
         noise, draw = jax.random.split(each)
         perturbed = _perturb(noise, variables)
-        before = outputs({}, perturbed)
+        first, before = given, outputs({}, perturbed)
         if any(np.isnan(one).any() for one in before):  # too much for its precision
             perturbed, before = variables, given
-        change, drawn = partial(_change, given, before), random_permutations(draw, symmetries)
+            first = [np.zeros_like(one) for one in given]
+        change, drawn = partial(_change, first, before), random_permutations(draw, symmetries)
         allowed = lowest if tolerance is None else tolerance
         by = change(outputs(drawn, perturbed))
         if by > allowed and tolerance is None:
@@ -164,22 +165,22 @@ def _floating(outputs: Sequence[jax.Array]) -> list[Array]:
     return [one for one in arrays if jnp.issubdtype(one.dtype, jnp.inexact)] or arrays
 
 
-def _change(given: Sequence[Array], before: Sequence[Array], after: Sequence[Array]) -> float:
+def _change(first: Sequence[Array], before: Sequence[Array], after: Sequence[Array]) -> float:
     """The largest change of an output, relative to what perturbing the weights changes in its leaf.
 
     So classes that are switched off, by minus infinity or by -1e9, do not blind the comparison. An
     output may always change by the spacing of its own numbers.
     """
     changes = [0.0]
-    for arrays in zip(given, before, after, strict=True):
+    for arrays in zip(first, before, after, strict=True):
         spacing = 0.0
         if jnp.issubdtype(arrays[0].dtype, jnp.inexact):
             spacing = 2 * float(jnp.finfo(arrays[0].dtype).eps)
         wide = jnp.promote_types(arrays[0].dtype, jnp.float32)
-        first, a, b = (array.astype(wide) for array in arrays)
+        other, a, b = (array.astype(wide) for array in arrays)
         same = (a == b) | (np.isnan(a) & np.isnan(b))
         with np.errstate(invalid="ignore"):
-            spread = np.nan_to_num(np.abs(a - first), nan=0, posinf=0).max(initial=0)
+            spread = np.nan_to_num(np.abs(a - other), nan=0, posinf=0).max(initial=0)
             over = np.where(same, 0, np.abs(b - a) - spacing * np.abs(a))
         by = np.nan_to_num(over, nan=np.inf).max(initial=0)
         changes.append(float(by / spread) if spread else np.inf if by else 0.0)

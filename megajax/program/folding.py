@@ -82,6 +82,8 @@ class Folded:
         kept: list[Any] = []
         holes = [None] * len(jax.tree.leaves(inputs))
         self._pass(program, _Pass(kept=kept), jax.tree.leaves(variables), holes)
+        # Without a barrier XLA computes some of it anew for every pixel of a pass.
+        kept = jax.lax.optimization_barrier(kept)
         return Prepared(kept, program.treedef, program.shapes)
 
     def apply(self, prepared: Prepared, inputs: Any) -> Any:

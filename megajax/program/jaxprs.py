@@ -131,7 +131,7 @@ def trace(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> Program:
         config.jax_enable_x64,
         config.jax_default_matmul_precision,
         config.jax_numpy_dtype_promotion,
-        jax.sharding.get_abstract_mesh(),  # types say which mesh they were traced under
+        jax.sharding.get_abstract_mesh(),  # the types in a program name the mesh it is traced under
     )
     shapes = (tuple(specs), tuple(input_specs))
     return _trace(static(apply_fn), treedef, input_tree, shapes, context)

@@ -1,22 +1,15 @@
 """`python -m megajax.run`: see `megajax.run.cli`."""
 
-import signal
 import sys
 
+from megajax.run import cli
 
-def start() -> int:
-    """Runs the command; Ctrl-C ends it quietly, whether it comes while it loads or ends."""
-    try:
-        from megajax.run.cli import main, make_cores_devices
 
-        make_cores_devices()
-        code = main()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 128 + signal.SIGINT
-    return code
+def main() -> int:
+    """The command, with a device for each core."""
+    cli.make_cores_devices()
+    return cli.main()
 
 
 if __name__ == "__main__":
-    sys.exit(start())
+    sys.exit(main())

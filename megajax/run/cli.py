@@ -328,10 +328,12 @@ def _help() -> str:
 def _find_devices() -> None:
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter says nothing
         wanted = os.environ.get("JAX_PLATFORMS", "")
-        asked = f"JAX_PLATFORMS is {wanted!r}: " if wanted else ""
-        raise DeviceError(f"{asked}{first_line(error)}") from None
+        why = str(error) and f" ({first_line(error)})"
+        raise DeviceError(
+            f"JAX finds no device to work on; JAX_PLATFORMS is {wanted!r}{why}"
+        ) from None
 
 
 @contextlib.contextmanager

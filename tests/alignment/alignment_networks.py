@@ -1,10 +1,14 @@
 """Networks that the zoo does not have, and an NNX build of one that it has."""
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+# Flax 0.12.1 does not know how JAX 0.10 spells it.
+REMAT = nn.remat if flax.__version__ != "0.12.1" else lambda module: module
 
 
 class SqueezeExcite(nn.Module):
@@ -34,8 +38,9 @@ class Transformer(nn.Module):
         token = self.param("token", nn.initializers.normal(), (1, 1, 12))
         x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], axis=1)
         x = x + self.param("position", nn.initializers.normal(), (1, *x.shape[1:]))
-        for _ in range(self.depth):
-            x = x + nn.remat(nn.MultiHeadDotProductAttention)(num_heads=3)(nn.LayerNorm()(x))
+        for i in range(self.depth):
+            attention = REMAT(nn.MultiHeadDotProductAttention)(num_heads=3, name=f"attention{i}")
+            x = x + attention(nn.LayerNorm()(x))
             x = x + nn.Dense(12)(nn.gelu(nn.Dense(20)(nn.LayerNorm()(x))))
         return nn.Dense(3)(nn.LayerNorm()(x)[:, 0])
 

@@ -77,7 +77,7 @@ def test_the_output_axis_is_read_off_the_program_not_off_the_layout():
 def test_each_head_of_attention_has_units_of_its_own():
     apply_fn, variables, inputs = NETWORKS["vision transformer"][0]()
     labels = unit_labels(apply_fn, variables, inputs)
-    attention = labels["params"]["CheckpointMultiHeadDotProductAttention_0"]
+    attention = labels["params"]["attention0"]
     value = attention["value"]
     assert value["kernel"].shape == (1, 3, 4)
     assert len(np.unique(value["kernel"])) == 12

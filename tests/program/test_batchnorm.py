@@ -370,3 +370,22 @@ def test_derivatives_of_ones_own_are_kept():
 
     w = leaves_of_a_norm((3,)) | {"kernel": jax.random.normal(jax.random.key(1), (3, 3))}
     assert np.abs(jax.grad(loss)(w["kernel"])).max() > 0
+
+
+def test_inputs_and_outputs_of_any_form():
+    def apply_fn(w, x):
+        z = x["a"] @ w["kernel"] + x["b"][0]
+        return {"out": haiku(w, z), "nothing": None}
+
+    w = leaves_of_a_norm((4,)) | {"kernel": jax.random.normal(jax.random.key(1), (3, 4))}
+    x = {"a": X[0, 0], "b": (X[0, 1, :, :1],)}
+    new = recalibrate(apply_fn, w, x)
+    z = x["a"] @ w["kernel"] + x["b"][0]
+    np.testing.assert_allclose(new["mean"], z.mean(0), rtol=1e-4, atol=1e-5)
+
+    def plain(w, x):
+        return {"y": jnp.tanh(x["a"] @ w["u"] + w["b"]) @ w["v"]}
+
+    parent = {"u": jnp.ones((3, 2)), "b": jnp.zeros(2), "v": jnp.ones((2, 1))}
+    repaired = repair(plain, parent | {"u": parent["u"] / 4}, [parent, parent], x)
+    np.testing.assert_allclose(repaired["u"], parent["u"], rtol=1e-4)

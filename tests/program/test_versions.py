@@ -15,6 +15,7 @@ from megajax.program.jaxprs import CALLS, CONTRACTIONS, ELEMENTWISE, bodies, wal
 # Names that not all supported versions of JAX have.
 NOT_EVERYWHERE = {
     *("call", "closed_call", "core_call"),  # up to 0.10
+    *("stack", "unstack"),  # from 0.10.1
     *("eval_jaxpr", "log2", "one_minus_square"),  # from 0.11
     "polynomial",  # from 0.12
     *("checkpoint", "pjit"),  # the names of `remat2` and `jit` before 0.10

@@ -26,6 +26,7 @@ from megajax.run import checkpoint, pipeline
 from megajax.run import cli as run
 from megajax.run import store as workdir
 from megajax.run.config import from_dict
+from megajax.run.stages import comparing
 from megajax.run.stages import searching as searching_stage
 from megajax.search import genetic as evolution
 from megajax.zoo import training
@@ -193,6 +194,55 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(undisturbed, no_plots, tm
     for expected in ("before the stage parents", "after epoch 1", "before the stage "):
         assert any(expected in stop for stop in stops)
     assert any("after generation" in stop for stop in stops)
+
+
+def test_whatever_is_done_when_it_stops_is_not_done_again(no_plots, tmp_path, monkeypatch):
+    """Baselines one by one, fine-tuning epoch by epoch."""
+    config = tiny(
+        finetune={"epochs": 2},
+        baselines={"names": ("uniform_average", "greedy_soup")},
+        checkpoint={"every_seconds": None},
+    )
+    pipeline.run(config, tmp_path / "straight")
+    done, baselines, make_epoch = [], comparing.run_baselines, training.make_epoch
+
+    def run_baselines(*arguments, config, **options):
+        done.append(config.names)
+        return baselines(*arguments, config=config, **options)
+
+    def counted(*arguments, **options):
+        run_epoch = make_epoch(*arguments, **options)
+
+        def one(key, state):
+            done.append(("epoch", int(state.epoch)))
+            return run_epoch(key, state)
+
+        return one
+
+    monkeypatch.setattr(comparing, "run_baselines", run_baselines)
+    monkeypatch.setattr(training, "make_epoch", counted)
+    stops = []
+    for patience in itertools.cycle([1, 2]):  # stops where it is asked for the second or third time
+        asked = itertools.count()
+        try:
+            pipeline.run(
+                config,
+                tmp_path / "run",
+                stopping=lambda: next(asked) >= patience,  # noqa: B023
+            )
+        except mj.Interrupted as interruption:
+            stops.append(str(interruption))
+            continue
+        break
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "straight")
+    epochs = [("epoch", 0), ("epoch", 1)]
+    assert done == [*epochs, *epochs, ("uniform_average",), ("greedy_soup",)]
+    for expected in (
+        "after epoch 1",
+        "before the baseline greedy_soup",
+        "before the stage measure",
+    ):
+        assert any(expected in stop for stop in stops), stops
 
 
 # --- damaged ------------------------------------------------------------------------------------

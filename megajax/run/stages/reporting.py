@@ -9,8 +9,8 @@ import numpy as np
 from megajax import report
 from megajax.evaluation.predictions import load_predictions
 from megajax.evaluation.results import entries
-from megajax.formats import FORMATS, NameMap, map_names, model_card, save_network
-from megajax.io import read_lines, write_json, write_text
+from megajax.formats import FORMATS, export, map_names
+from megajax.io import read_lines, write_json
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
 from megajax.run.checkpoint import Checkpoints
@@ -75,38 +75,32 @@ def _results(task: Task, outcomes: Outcomes) -> dict[str, Any]:
 
 
 def _export(task: Task, outcomes: Outcomes, results: dict[str, Any]) -> list[str]:
-    """The merged network in further formats, and its model card."""
-    config, folder = task.config, task.folder / "merged"
-    names: NameMap | None = None
-    if config.parents.paths and {"safetensors", "npz"} & set(config.export):
+    """The merged network in all formats that are asked for, and its model card."""
+    config, loaded = task.config, task.config.parents
+    names = None
+    if loaded.paths and any(FORMATS[kind].flat for kind in config.export):
         names = map_names(
-            config.parents.paths[0],
+            loaded.paths[0],
             task.model,
             inputs=task.dataset.train.images[:2],
-            rename=dict(config.parents.rename),
-            ignore=config.parents.ignore,
-            cast=config.parents.cast,
+            rename=dict(loaded.rename),
+            ignore=loaded.ignore,
+            cast=loaded.cast,
         )
-    files = []
-    for kind in config.export:
-        own = names if kind in ("safetensors", "npz") else None
-        merged = outcomes["search"].networks["merged"]
-        save_network(folder / FORMATS[kind].files[0], merged, format=kind, names=own)
-        if kind != "orbax":  # a folder
-            files.append(f"merged/{FORMATS[kind].files[0]}")
-    parents: list[dict[str, Any]] = [
-        {"parent": k, "path": path} for k, path in enumerate(config.parents.paths)
-    ] or [{"parent": k, "path": f"parents/{k}"} for k in range(config.parents.count)]
-    card = model_card(
+    trained = [{"parent": k, "path": f"parents/{k}"} for k in range(loaded.count)]
+    paths = export(
+        task.folder / "merged",
+        outcomes["search"].networks["merged"],
+        formats=tuple(dict.fromkeys(("msgpack", *config.export))),
+        names=names,
+        parents=loaded.paths or trained,
+        versions=workdir.read_config(task.folder)["versions"],
         title="Merged network",
-        parents=parents,
         method=to_dict(config),
         figures={
             name: {figure: entry[figure] for figure in _CARD_FIGURES}
             for name, entry in entries(results).items()
         },
         seed=config.seed,
-        versions=workdir.read_config(task.folder)["versions"],
     )
-    write_text(folder / "README.md", card)
-    return [*files, "merged/README.md"]
+    return [str(path.relative_to(task.folder)) for path in paths.values() if path.is_file()]
