@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from scipy.special import log_softmax, logsumexp
 
 from megajax.errors import DataError
 from megajax.evaluation.batches import cut
@@ -87,8 +88,7 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
     """
     labels = np.asarray(labels)
     right = (logits.argmax(axis=-1) == labels) & (logits < np.inf).all(axis=-1)
-    log_probability = _log_softmax(logits)
-    nll = -log_probability[np.arange(len(labels)), labels].mean()
+    nll = -_log_softmax(logits)[np.arange(len(labels)), labels].mean()
     return Metrics(float(right.mean()), float(nll))
 
 
@@ -127,12 +127,9 @@ def straight_path(
     """
     path = []
     for share in shares:
-        mixed = (
-            []
-            if share in (0, 1)
-            else [_between(apply_fn, first, second, np.float32(share), calibration)]
-        )
-        network = mixed[0] if mixed else first if share == 0 else second
+        network = first if share == 0 else second
+        if share not in (0, 1):
+            network = _between(apply_fn, first, second, np.float32(share), calibration)
         path.append(measure(predict(apply_fn, network, images, batch_size), labels))
     return path
 
@@ -158,8 +155,7 @@ def ensemble(logits: np.ndarray) -> np.ndarray:
         >>> np.exp(ensemble(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))).round(3).tolist()
         [[0.7, 0.3]]
     """
-    log_probabilities = _log_softmax(logits)
-    mean: np.ndarray = np.logaddexp.reduce(log_probabilities, axis=0) - np.log(len(logits))
+    mean: np.ndarray = logsumexp(_log_softmax(logits), axis=0) - np.log(len(logits))
     return mean
 
 
@@ -191,18 +187,14 @@ def predictor(
             name: predict(apply_fn, variables, images, batch_size)
             for name, variables in networks.items()
         }
-        of_ensembles = {
-            name: ensemble(np.stack([logits[member] for member in members]))
-            for name, members in (ensembles or {}).items()
-        }
-        return logits | of_ensembles
+        for name, members in (ensembles or {}).items():
+            logits[name] = ensemble(np.stack([logits[member] for member in members]))
+        return logits
 
     return logits_of
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    wide = np.asarray(logits, np.float64)
     with np.errstate(invalid="ignore"):  # infinite logits give what is no number
-        shifted = wide - wide.max(axis=-1, keepdims=True)
-        result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        result: np.ndarray = log_softmax(np.asarray(logits, np.float64), axis=-1)
     return result

@@ -11,17 +11,25 @@ report; `predictions.npz` beside it holds the arrays, see `megajax.evaluation.pr
     merged       entry
     seed, generations, evaluations (networks that the search scored on the validation images)
     data         name, train, validation, test (numbers of images) [, classes: their names]
+    [metric]     name of the fitness
+    [settings]   what was run: subject -> words, and fields with their values
     [seconds]    stage -> seconds
     [path]       shares, lines: name -> points {accuracy, nll}, merged: {share, accuracy, nll}
     [robustness] networks: name -> {mean_corruption_accuracy, accuracy: corruption -> [S]},
                  severities [S], examples [, published]
-    [not_held_out] true where the search was scored on the test images
+    [front]      tasks: T names, points: [F, T] scores of the front, networks: name -> [T] scores;
+                 made by `megajax.report.front`
+    [not_held_out]    true where the search was scored on the test images
+    [smoke]           true where everything was cut down to a trial
+    [returned_parent] number of the parent that the merged network is, mixture of nothing
+    [still_rising]    true where fitness was still rising when the search ended
 
 An entry is one network's figures: `validation_accuracy`, `test_accuracy`, `test_nll` (nats)
 [, `validation_nll`, `fitness`, `calibration_error`, `per_class_accuracy` (one for each class),
-`agreement` (with each parent), `evaluations` (networks that its own search scored),
-`images_scored` (images that each of those was scored on, a mean if they differ; the validation
-images if it is missing)].
+`agreement` (with each parent), `evaluations` (networks that its own method scored), `images_scored`
+(images that each of those was scored on, a mean if they differ; the validation images if it is
+missing), `searches` (whether it scored as many as its budget allowed; if it is missing, whether it
+scored any), `labels` (whether its method saw labels; likewise)].
 Shares and accuracies lie in [0, 1]. In `predictions.npz` and in `robustness`, a network's name is
 `parent_0`, ..., the name of a baseline, or `merged`.
 """
@@ -29,7 +37,8 @@ Shares and accuracies lie in [0, 1]. In `predictions.npz` and in `robustness`, a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,16 +59,26 @@ from megajax.evaluation.statistics import (
 
 __all__ = [
     "BEST",
+    "FEWEST",
+    "ON_TEST",
     "Comparison",
+    "Rival",
     "Row",
     "aggregate",
     "best_parent",
     "comparison",
     "entries",
     "is_aggregate",
+    "name_of",
 ]
 
-BEST = "best_parent"
+BEST, ON_TEST = "best_parent", "best_parent_on_test"
+"""Keys of an aggregate: the parent that is best for each seed, on validation and on test images."""
+
+FEWEST = 5
+"""Seeds from which on a mean has an interval; of fewer ones, each is shown."""
+
+_GROUPS = ("parents", "without search", "by search", "fine-tuned", "ensemble")
 _FIGURES = (
     "validation_accuracy",
     "test_accuracy",
@@ -68,6 +87,26 @@ _FIGURES = (
     "calibration_error",
     "mean_corruption_accuracy",
 )
+_DIFFERENCES = {
+    "difference": "test_accuracy",
+    "corrupted_difference": "mean_corruption_accuracy",
+}
+_NAMES = {
+    BEST: "best parent of each seed",
+    ON_TEST: "best parent on test of each seed",
+    "uniform_average": "average",
+    "slerp": "SLERP",
+    "fisher": "Fisher average",
+    "regmean": "RegMean",
+    "regmean_plus": "RegMean++",
+    "pleas": "PLeaS",
+    "ties": "TIES",
+    "dare": "DARE",
+    "line": "best point of the line",
+    "cma_es": "CMA-ES",
+    "sep_cma_es": "CMA-ES, separable",
+    "ensemble": "ensemble of the parents",
+}
 
 
 class Row(NamedTuple):
@@ -76,6 +115,7 @@ class Row(NamedTuple):
     Attributes:
         key: its name in the files.
         name: its name for people.
+        group: `parents`, `without search`, `by search`, `fine-tuned` or `ensemble`.
         validation: accuracy on the validation images.
         test: accuracy on the test images.
         test_nll: nats, or None.
@@ -83,14 +123,16 @@ class Row(NamedTuple):
         difference: of the test accuracy, to the best parent; None for parents, and where no test
             can be made.
         adjusted: the difference's p-value after Holm's correction over the comparison, or None.
-        evaluations: networks that its search scored, or None where nothing was searched.
+        evaluations: networks that its method scored, or None where it scored none.
         images_scored: images that each of them was scored on, a mean if they differ, or None.
+        labels: whether its method saw labels, or None for parents.
         corrupted: mean corruption accuracy, or None.
         corrupted_difference: of that, to the best parent, or None.
     """
 
     key: str
     name: str
+    group: str
     validation: Interval
     test: Interval
     test_nll: float | None = None
@@ -99,8 +141,27 @@ class Row(NamedTuple):
     adjusted: float | None = None
     evaluations: int | None = None
     images_scored: float | None = None
+    labels: bool | None = None
     corrupted: float | None = None
     corrupted_difference: Difference | None = None
+
+
+class Rival(NamedTuple):
+    """Somebody whom the merged network must stand up to.
+
+    Attributes:
+        role: `best` (the best parent), `best on test` (the parent that is better on the test
+            images, if there is one), `without search` (the best of its group) or `ensemble`. All
+            but the second are chosen on validation.
+        key: its name in the files.
+        test: its accuracy on the test images.
+        difference: the merged network's minus that, or None where no test can be made.
+    """
+
+    role: str
+    key: str
+    test: float
+    difference: Difference | None
 
 
 class Comparison(NamedTuple):
@@ -112,6 +173,8 @@ class Comparison(NamedTuple):
         seeds: S of many runs, or 1.
         images: test images of a run.
         held_out: False where the search was scored on the test images.
+        rivals: whom the merged network is set against by name.
+        by_seed: the test accuracies of each network, where seeds are too few for intervals.
     """
 
     rows: tuple[Row, ...]
@@ -119,10 +182,32 @@ class Comparison(NamedTuple):
     seeds: int
     images: int
     held_out: bool
+    rivals: tuple[Rival, ...] = ()
+    by_seed: Mapping[str, Sequence[float]] = {}
 
     def row(self, key: str) -> Row | None:
         """The row of a network, or None if there is none."""
         return next((row for row in self.rows if row.key == key), None)
+
+    def groups(self) -> Iterator[tuple[str, list[Row]]]:
+        """The rows by group, in the order in which they are shown."""
+        for group in _GROUPS:
+            rows = [row for row in self.rows if row.group == group]
+            if rows:
+                yield group, rows
+
+
+def name_of(key: str) -> str:
+    """The name of a network for people.
+
+    Example:
+        >>> name_of("parent_0"), name_of("aligned_regmean"), name_of("my_method")
+        ('parent 0', 'RegMean, aligned parents', 'my method')
+    """
+    for how in ("aligned", "recalibrated"):
+        if key.startswith(f"{how}_"):
+            return f"{name_of(key.removeprefix(f'{how}_'))}, {how} parents"
+    return _NAMES.get(key, key.replace("_", " "))
 
 
 def entries(results: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -171,11 +256,52 @@ def comparison(results: Mapping[str, Any], predictions: Predictions | None = Non
         >>> [row.name for row in comparison(run).rows]
         ['parent 0', 'merged']
     """
-    found = _over_seeds(results) if is_aggregate(results) else _of_run(results, predictions)
-    p_values = [np.nan if row.difference is None else row.difference.p_value for row in found.rows]
-    adjusted = [None if np.isnan(p) else float(p) for p in holm(p_values)]
-    rows = (row._replace(adjusted=p) for row, p in zip(found.rows, adjusted, strict=True))
-    return found._replace(rows=tuple(rows))
+    many, data = is_aggregate(results), results["data"]
+    networks = results["networks"] if many else _networks(results)
+    best = BEST if many else f"parent_{best_parent(results)}"
+    compare: Callable[[str, str, str], Difference | None] = partial(_by_seed, networks)
+    if not many:
+        compare = partial(_by_image, predictions, results.get("seed", 0))
+
+    def row(key: str, entry: Mapping[str, Any]) -> Row:
+        parent = _group(key, entry) == "parents"
+        gain, robust = (None if parent else compare(f, key, best) for f in _DIFFERENCES.values())
+        return Row(
+            key=key,
+            name=name_of(key),
+            group=_group(key, entry),
+            validation=_interval(entry["validation_accuracy"], data["validation"]),
+            test=_interval(entry["test_accuracy"], data["test"]),
+            test_nll=_mean(entry.get("test_nll")),
+            difference=gain,
+            calibration_error=_mean(entry.get("calibration_error")),
+            evaluations=entry.get("evaluations"),
+            images_scored=entry.get("images_scored"),
+            labels=None if parent else entry.get("labels", bool(entry.get("evaluations"))),
+            corrupted=_mean(entry.get("mean_corruption_accuracy")),
+            corrupted_difference=robust,
+        )
+
+    rows = [row(key, entry) for key, entry in networks.items()]
+    p_values = holm([np.nan if row.difference is None else row.difference.p_value for row in rows])
+    few = many and 1 < len(results["seeds"]) < FEWEST
+    return Comparison(
+        rows=tuple(
+            row._replace(adjusted=None if np.isnan(p) else float(p))
+            for row, p in zip(rows, p_values, strict=True)
+        ),
+        best=best,
+        seeds=len(results["seeds"]) if many else 1,
+        images=data["test"],
+        held_out=not results.get("not_held_out", False),
+        rivals=tuple(
+            Rival(role, row.key, row.test.estimate, compare("test_accuracy", "merged", row.key))
+            for role, row in _rivals(rows, best)
+        ),
+        by_seed={key: entry["test_accuracy"]["values"] for key, entry in networks.items()}
+        if few
+        else {},
+    )
 
 
 def aggregate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -187,7 +313,8 @@ def aggregate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         Plain data: `seeds`; `networks`, which for every network, and for the best parent of each
         seed (`best_parent`), hold each figure as {mean, low, high, values} and its `difference` to
-        the best parent; `robustness` and `per_class_accuracy` as means; `data`.
+        the best parent; `robustness` and `per_class_accuracy` as means; `data`; the `settings` that
+        all runs have in common. What a run says of itself (`returned_parent`, ...) is a list.
 
     Raises:
         DataError: there are no runs, a seed is there twice, or the runs hold different networks or
@@ -206,6 +333,8 @@ def aggregate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     runs = sorted(runs, key=lambda run: run["seed"])
     _check_alike(runs)
     tables = [_with_best(run) for run in runs]
+    if all(table[ON_TEST] == table[BEST] for table in tables):
+        tables = [{k: v for k, v in table.items() if k != ON_TEST} for table in tables]
     networks = {
         key: _summary([table[key] for table in tables], [table[BEST] for table in tables], key)
         for key in tables[0]
@@ -216,124 +345,111 @@ def aggregate(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "networks": networks,
     }
     if all("generations" in run for run in runs):
-        combined["generations"] = _equal_or_mean(run["generations"] for run in runs)
+        combined["generations"] = round(float(np.mean([run["generations"] for run in runs])))
     if all("seconds" in run for run in runs):
         stages = runs[0]["seconds"]
         combined["seconds"] = {s: sum(run["seconds"].get(s, 0.0) for run in runs) for s in stages}
-    if any(run.get("not_held_out") for run in runs):
-        combined["not_held_out"] = True
+    settings = [run.get("settings", {}) for run in runs]
+    combined["settings"] = {
+        name: words
+        for name, words in settings[0].items()
+        if all(other.get(name) == words for other in settings)
+    }
+    for name in ("not_held_out", "smoke"):
+        if any(run.get(name) for run in runs):
+            combined[name] = True
+    for name in ("returned_parent", "still_rising"):
+        combined[name] = [run.get(name) for run in runs]
     if all(run.get("robustness") for run in runs):
         combined["robustness"] = _mean_robustness(runs, tables[0])
     return combined
 
 
-def _of_run(results: Mapping[str, Any], predictions: Predictions | None) -> Comparison:
-    data, best = results["data"], f"parent_{best_parent(results)}"
-    of_all = _with_robustness(results)
-
-    def row(key: str, entry: Mapping[str, Any]) -> Row:
-        parent = key.startswith("parent_")
-        evaluations = entry.get("evaluations")
-        if key == "merged" and evaluations is None:
-            evaluations = results.get("evaluations")
-        return Row(
-            key,
-            _for_people(key),
-            _wilson(entry["validation_accuracy"], data["validation"]),
-            _wilson(entry["test_accuracy"], data["test"]),
-            entry.get("test_nll"),
-            entry.get("calibration_error"),
-            None if parent else _mcnemar(predictions, key, best),
-            evaluations=evaluations,
-            images_scored=entry.get("images_scored", data["validation"]) if evaluations else None,
-            corrupted=entry.get("mean_corruption_accuracy"),
-            corrupted_difference=None
-            if parent
-            else _bootstrap(results.get("seed", 0), predictions, key, best),
-        )
-
-    rows = tuple(row(key, entry) for key, entry in of_all.items())
-    return Comparison(rows, best, 1, data["test"], not results.get("not_held_out", False))
+def _group(key: str, entry: Mapping[str, Any]) -> str:
+    if key in (BEST, ON_TEST) or key.startswith("parent_"):
+        return "parents"
+    if key == "ensemble":
+        return key
+    if key.endswith("_finetuned"):
+        return "fine-tuned"
+    searches = entry.get("searches", bool(entry.get("evaluations")))
+    return "by search" if searches or key == "merged" else "without search"
 
 
-def _over_seeds(results: Mapping[str, Any]) -> Comparison:
-    def interval(figure: Mapping[str, Any]) -> Interval:
-        return Interval(*(_number(figure[part]) for part in ("mean", "low", "high")))
-
-    def difference(figure: Mapping[str, Any] | None) -> Difference | None:
-        if figure is None:
-            return None
-        return Difference(*(_number(figure[part]) for part in Difference._fields))
-
-    def row(key: str, entry: Mapping[str, Any]) -> Row:
-        return Row(
-            key,
-            _for_people(key),
-            interval(entry["validation_accuracy"]),
-            interval(entry["test_accuracy"]),
-            entry.get("test_nll", {}).get("mean"),
-            entry.get("calibration_error", {}).get("mean"),
-            difference(entry.get("difference")),
-            evaluations=entry.get("evaluations"),
-            images_scored=entry.get("images_scored"),
-            corrupted=entry.get("mean_corruption_accuracy", {}).get("mean"),
-            corrupted_difference=difference(entry.get("corrupted_difference")),
-        )
-
-    rows = tuple(row(key, entry) for key, entry in results["networks"].items())
-    held_out = not results.get("not_held_out", False)
-    return Comparison(rows, BEST, len(results["seeds"]), results["data"]["test"], held_out)
+def _rivals(rows: Sequence[Row], best: str) -> Iterator[tuple[str, Row]]:
+    first = next(row for row in rows if row.key == best)
+    yield "best", first
+    on_test = max(
+        (row for row in rows if row.group == "parents"), key=lambda row: row.test.estimate
+    )
+    if on_test.test.estimate > first.test.estimate:
+        yield "best on test", on_test
+    plain = [row for row in rows if row.group == "without search"]
+    if plain:
+        yield "without search", max(plain, key=lambda row: row.validation.estimate)
+    yield from (("ensemble", row) for row in rows if row.key == "ensemble")
 
 
-def _for_people(key: str) -> str:
-    return key.replace("_", " ")
-
-
-def _number(value: float | None) -> float:
-    """JSON has no NaN: it is written as null."""
-    return np.nan if value is None else float(value)
-
-
-def _wilson(accuracy: float, images: int) -> Interval:
-    return proportion_interval(round(accuracy * images), images)
-
-
-def _mcnemar(predictions: Predictions | None, key: str, best: str) -> Difference | None:
-    if predictions is None or not {key, best} <= set(predictions.names):
-        return None
-    return mcnemar(correct(predictions, key), correct(predictions, best))
-
-
-def _bootstrap(
-    seed: int, predictions: Predictions | None, key: str, best: str
+def _by_image(
+    predictions: Predictions | None, seed: int, figure: str, ours: str, theirs: str
 ) -> Difference | None:
-    if predictions is None or predictions.scores is None:
+    if predictions is None or not {ours, theirs} <= set(predictions.names):
         return None
-    if not {key, best} <= set(predictions.names):
+    if figure == "test_accuracy":
+        return mcnemar(correct(predictions, ours), correct(predictions, theirs))
+    if predictions.scores is None:
         return None
-    ours, theirs = (predictions.scores[predictions.names.index(name)] for name in (key, best))
-    return paired_bootstrap(jax.random.key(seed), ours, theirs)
+    pair = (predictions.scores[predictions.names.index(key)] for key in (ours, theirs))
+    return paired_bootstrap(jax.random.key(seed), *pair)
 
 
-def _with_robustness(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every entry, with its mean corruption accuracy where there is one."""
+def _by_seed(
+    networks: Mapping[str, Mapping[str, Any]], figure: str, ours: str, theirs: str
+) -> Difference | None:
+    first, second = (networks[key].get(figure) for key in (ours, theirs))
+    return _paired(first["values"], second["values"]) if first and second else None
+
+
+def _paired(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
+    found = paired_t(ours, theirs)
+    few = len(ours) < FEWEST
+    return Difference(found.estimate, np.nan, np.nan, np.nan) if few else found
+
+
+def _interval(figure: Any, images: int) -> Interval:
+    """An accuracy of a run, or over seeds. JSON has no NaN: it is written as null."""
+    if not isinstance(figure, Mapping):
+        return proportion_interval(round(figure * images), images)
+    parts = (figure[part] for part in ("mean", "low", "high"))
+    return Interval(*(np.nan if part is None else float(part) for part in parts))
+
+
+def _mean(figure: Any) -> float | None:
+    value: float | None = figure["mean"] if isinstance(figure, Mapping) else figure
+    return value
+
+
+def _networks(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every entry of a run, with what is missing in it: what it cost, and its robustness."""
     robust = results.get("robustness", {}).get("networks", {})
-    return {
-        key: {**entry, **{name: robust[key][name] for name in _FIGURES if name in robust[key]}}
-        if key in robust
-        else dict(entry)
-        for key, entry in entries(results).items()
-    }
+    networks = {key: dict(entry) for key, entry in entries(results).items()}
+    networks["merged"].setdefault("evaluations", results.get("evaluations"))
+    for key, entry in networks.items():
+        if key in robust:
+            entry["mean_corruption_accuracy"] = robust[key]["mean_corruption_accuracy"]
+        if entry.get("evaluations"):
+            entry.setdefault("images_scored", results["data"]["validation"])
+    return networks
 
 
 def _with_best(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    of_all = _with_robustness(results)
-    merged = of_all["merged"]
-    merged.setdefault("evaluations", results.get("evaluations"))
-    for entry in of_all.values():
-        if entry.get("evaluations") is not None:
-            entry.setdefault("images_scored", results["data"]["validation"])
-    return {BEST: of_all[f"parent_{best_parent(results)}"], **of_all}
+    networks = _networks(results)
+    on_test = np.argmax([parent["test_accuracy"] for parent in results["parents"]])
+    best = {
+        BEST: networks[f"parent_{best_parent(results)}"],
+        ON_TEST: networks[f"parent_{on_test}"],
+    }
+    return {**best, **networks}
 
 
 def _check_alike(runs: Sequence[Mapping[str, Any]]) -> None:
@@ -359,31 +475,32 @@ def _summary(
     ours: Sequence[Mapping[str, Any]], best: Sequence[Mapping[str, Any]], key: str
 ) -> dict[str, Any]:
     """One network over seeds; `best` are the best parents of the same seeds."""
-    summary: dict[str, Any] = {}
+
+    def values(entries: Sequence[Mapping[str, Any]], figure: str) -> list[Any] | None:
+        found = [entry.get(figure) for entry in entries]
+        return None if None in found else found
+
+    summary: dict[str, Any] = {n: ours[0][n] for n in ("searches", "labels") if n in ours[0]}
     for figure in _FIGURES:
-        if all(entry.get(figure) is not None for entry in ours):
-            values = [float(entry[figure]) for entry in ours]
-            mean, low, high = mean_interval(values)
-            summary[figure] = {"mean": mean, "low": low, "high": high, "values": values}
+        if found := values(ours, figure):
+            mean, low, high = mean_interval(found)
+            if len(found) < FEWEST:
+                low = high = np.nan
+            summary[figure] = {"mean": mean, "low": low, "high": high, "values": found}
     for figure in ("per_class_accuracy", "agreement"):
-        if all(entry.get(figure) is not None for entry in ours):
-            summary[figure] = _mean([entry[figure] for entry in ours])
-    if all(entry.get("evaluations") is not None for entry in ours):
-        scored = [entry["evaluations"] for entry in ours]
+        if found := values(ours, figure):
+            summary[figure] = _means(found)
+    if scored := values(ours, "evaluations"):
         images = [entry["images_scored"] for entry in ours]
-        summary["evaluations"] = _equal_or_mean(scored)
+        summary["evaluations"] = round(float(np.mean(scored)))
         summary["images_scored"] = images[0]  # the product is to be right where they differ
         if len(set(images)) > 1:
-            cost = np.mean([n * each for n, each in zip(scored, images, strict=True)])
-            summary["images_scored"] = float(cost) / summary["evaluations"]
-    if key != BEST and not key.startswith("parent_"):
-        for name, figure in (
-            ("difference", "test_accuracy"),
-            ("corrupted_difference", "mean_corruption_accuracy"),
-        ):
-            if all(entry.get(figure) is not None for entry in (*ours, *best)):
-                first, second = ([entry[figure] for entry in group] for group in (ours, best))
-                summary[name] = paired_t(first, second)._asdict()
+            summary["images_scored"] = float(np.dot(scored, images)) / len(ours)
+            summary["images_scored"] /= summary["evaluations"]
+    for name, figure in _DIFFERENCES.items():
+        first, second = values(ours, figure), values(best, figure)
+        if first and second and _group(key, summary) != "parents":
+            summary[name] = _paired(first, second)._asdict()
     return summary
 
 
@@ -394,7 +511,7 @@ def _mean_robustness(
 
     def accuracy(of: Callable[[Mapping[str, Any]], str]) -> dict[str, list[float]]:
         tables = [run["robustness"]["networks"][of(run)]["accuracy"] for run in runs]
-        return {name: _mean([table[name] for table in tables]) for name in tables[0]}
+        return {name: _means([table[name] for table in tables]) for name in tables[0]}
 
     networks = {key: {"accuracy": accuracy(lambda run, key=key: key)} for key in first["networks"]}  # type: ignore[misc]
     networks[BEST] = {"accuracy": accuracy(lambda run: f"parent_{best_parent(run)}")}
@@ -404,10 +521,6 @@ def _mean_robustness(
     }
 
 
-def _mean(rows: Sequence[Sequence[float | None]]) -> list[float]:
+def _means(rows: Sequence[Sequence[float | None]]) -> list[float]:
     means: list[float] = np.mean(np.asarray(rows, np.float64), axis=0).tolist()
     return means
-
-
-def _equal_or_mean(values: Iterable[int]) -> int:
-    return round(float(np.mean(list(values))))

@@ -1,11 +1,10 @@
 """How networks fare on corrupted images, and how well they know what they do not know.
 
-A corruption is a pure function `(key, images, severity) -> images`, on images in [0, 1] and for
-severities 1 to 5. It runs on the host (NumPy, SciPy, Pillow), so that a corrupted image has the
-same bits whatever the device. The constants are those of CIFAR-10-C; lengths are in pixels, so on
-images smaller than 32 pixels a side blur and pixelation are harder, on larger ones milder. The
-published set, which has 15 corruptions and is rounded to 8 bits, can be taken instead; figures on
-the one are not figures on the other.
+A corruption acts on images in [0, 1], at severities 1 to 5. It runs on the host (NumPy, SciPy,
+Pillow), so that a corrupted image has the same bits whatever the device. The constants are those of
+CIFAR-10-C; lengths are in pixels, so on images smaller than 32 pixels a side blur and pixelation
+are harder, on larger ones milder. The published set, which has 15 corruptions and is rounded to
+8 bits, can be taken instead; figures on the one are not figures on the other.
 
 Source: Hendrycks and Dietterich, Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations, ICLR 2019.
@@ -14,7 +13,8 @@ Perturbations, ICLR 2019.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
@@ -28,7 +28,6 @@ from megajax.errors import DataError
 from megajax.keys import named_key
 from megajax.sections import Section, at_least, between
 from megajax.types import Key
-from megajax.zoo.data import DataConfig, load_part
 
 __all__ = [
     "CORRUPTIONS",
@@ -38,25 +37,14 @@ __all__ = [
     "RobustnessConfig",
     "Source",
     "agreement",
-    "brightness",
     "calibration_error",
-    "contrast",
     "corrupt",
-    "gaussian_blur",
-    "gaussian_noise",
-    "impulse_noise",
-    "jpeg_compression",
+    "corruption",
     "measure_robustness",
     "on_the_fly",
-    "pixelate",
-    "published",
-    "shot_noise",
 ]
 
 Images: TypeAlias = npt.NDArray[np.float32]
-
-Corruption: TypeAlias = Callable[[Key, npt.ArrayLike, int], Images]
-"""`corruption(key, images [N, H, W, C] in [0, 1], severity 1..5) -> images`, alike, float32."""
 
 Source: TypeAlias = Callable[[str, int], tuple[Images, npt.NDArray[Any]]]
 """`source(name, severity) -> (images [N, H, W, C] in [0, 1], labels [N])`."""
@@ -83,154 +71,106 @@ class Robustness(NamedTuple):
 # Corruptions -------------------------------------------------------------------------------------
 
 
-def gaussian_noise(key: Key, images: npt.ArrayLike, severity: int) -> Images:
-    """Adds normal noise to every number, as a sensor does in low light.
+class Corruption(NamedTuple):
+    """What can happen to an image.
 
-    Args:
-        key: PRNG key.
-        images: `[N, H, W, C]` in [0, 1].
-        severity: 1 to 5, here and below.
+    Attributes:
+        apply: `apply(rng, images [N, H, W, C], constant) -> images`, which are then cut to [0, 1].
+        constants: one for each severity.
+    """
 
-    Returns:
-        The corrupted images, float32, in [0, 1].
+    apply: Callable[[np.random.Generator, Images, float], npt.NDArray[Any]]
+    constants: tuple[float, ...]
+
+
+CORRUPTIONS: dict[str, Corruption] = {}
+"""The corruptions by name."""
+
+
+def corruption(*constants: float) -> Callable[[Any], Any]:
+    """Lists a function as a corruption of its name. See `Corruption` for what it takes.
 
     Example:
-        >>> noisy = gaussian_noise(jax.random.key(0), np.full((1, 64, 64, 1), 0.5), 5)
-        >>> round(float(noisy.std()), 2)
+        >>> @corruption(0.1, 0.2, 0.3, 0.4, 0.5)
+        ... def darkness(rng, x, less):
+        ...     return x - less
+        >>> CORRUPTIONS.pop("darkness").constants[0]
         0.1
     """
-    x, scale = _unit(images), _constant((0.04, 0.06, 0.08, 0.09, 0.10), severity)
-    return _clipped(x + scale * _generator(key).standard_normal(x.shape, np.float32))
+
+    def listed(apply: Any) -> Any:
+        CORRUPTIONS[apply.__name__] = Corruption(apply, constants)
+        return apply
+
+    return listed
 
 
-def shot_noise(key: Key, images: npt.ArrayLike, severity: int) -> Images:
-    """Poisson noise of counting few photons.
-
-    Example:
-        >>> float(shot_noise(jax.random.key(0), np.zeros((1, 2, 2, 1)), 5).max())
-        0.0
-    """
-    x, photons = _unit(images), _constant((500, 250, 100, 75, 50), severity)
-    return _clipped(_generator(key).poisson(x * photons) / photons)
+@corruption(0.04, 0.06, 0.08, 0.09, 0.10)
+def gaussian_noise(rng: np.random.Generator, x: Images, scale: float) -> Any:
+    """Adds normal noise to every number, as a sensor does in low light."""
+    return x + scale * rng.standard_normal(x.shape, np.float32)
 
 
-def impulse_noise(key: Key, images: npt.ArrayLike, severity: int) -> Images:
-    """Salt and pepper: some numbers become 0 or 1.
-
-    Example:
-        >>> noisy = impulse_noise(jax.random.key(0), np.full((1, 99, 99, 1), 0.5), 5)
-        >>> round(float((noisy != 0.5).mean()), 2)
-        0.07
-    """
-    x, share = _unit(images), _constant((0.01, 0.02, 0.03, 0.05, 0.07), severity)
-    draw = _generator(key).random(x.shape, np.float32)
-    return np.where(draw < share / 2, np.float32(0), np.where(draw < share, np.float32(1), x))
+@corruption(500, 250, 100, 75, 50)
+def shot_noise(rng: np.random.Generator, x: Images, photons: float) -> Any:
+    """Poisson noise of counting few photons."""
+    return rng.poisson(x * photons) / photons
 
 
-def gaussian_blur(key: Key, images: npt.ArrayLike, severity: int) -> Images:
-    """Blurs by a normal kernel of up to one pixel; the border is repeated outwards.
-
-    Example:
-        >>> dot = np.zeros((1, 7, 7, 1)); dot[0, 3, 3] = 1
-        >>> round(float(gaussian_blur(jax.random.key(0), dot, 5)[0, 3, 3, 0]), 3)
-        0.159
-    """
-    del key
-    sigma = _constant((0.4, 0.6, 0.7, 0.8, 1.0), severity)
-    return _clipped(gaussian_filter(_unit(images), (0, sigma, sigma, 0), mode="nearest"))
+@corruption(0.01, 0.02, 0.03, 0.05, 0.07)
+def impulse_noise(rng: np.random.Generator, x: Images, share: float) -> Any:
+    """Salt and pepper: some numbers become 0 or 1."""
+    draw = rng.random(x.shape, np.float32)
+    return np.where(draw < share / 2, 0, np.where(draw < share, 1, x))
 
 
-def brightness(key: Key, images: npt.ArrayLike, severity: int) -> Images:
-    """Raises the value in the HSV cone: hue and saturation stay, the largest channel grows.
+@corruption(0.4, 0.6, 0.7, 0.8, 1.0)
+def gaussian_blur(rng: np.random.Generator, x: Images, sigma: float) -> Any:
+    """Blurs by a normal kernel of up to one pixel; the border is repeated outwards."""
+    return gaussian_filter(x, (0, sigma, sigma, 0), mode="nearest")
 
-    Example:
-        >>> brightness(jax.random.key(0), np.array([0.4, 0.2]).reshape(1, 1, 1, 2), 2).round(3)
-        array([[[[0.5 , 0.25]]]], dtype=float32)
-    """
-    del key
-    x, more = _unit(images), _constant((0.05, 0.1, 0.15, 0.2, 0.3), severity)
+
+@corruption(0.05, 0.1, 0.15, 0.2, 0.3)
+def brightness(rng: np.random.Generator, x: Images, more: float) -> Any:
+    """Raises the value in the HSV cone: hue and saturation stay, the largest channel grows."""
     value = x.max(axis=-1, keepdims=True)
     brighter = np.minimum(value + more, 1)
     # Black has no hue: it becomes grey.
-    return _clipped(np.where(value > 0, x * (brighter / np.maximum(value, 1e-12)), brighter))
+    return np.where(value > 0, x * (brighter / np.maximum(value, 1e-12)), brighter)
 
 
-def contrast(key: Key, images: npt.ArrayLike, severity: int) -> Images:
-    """Draws every number towards the mean of its image and channel.
-
-    Example:
-        >>> contrast(jax.random.key(0), np.array([0.0, 1.0]).reshape(1, 2, 1, 1), 5).ravel()
-        array([0.425, 0.575], dtype=float32)
-    """
-    del key
-    x, kept = _unit(images), _constant((0.75, 0.5, 0.4, 0.3, 0.15), severity)
+@corruption(0.75, 0.5, 0.4, 0.3, 0.15)
+def contrast(rng: np.random.Generator, x: Images, kept: float) -> Any:
+    """Draws every number towards the mean of its image and channel."""
     mean = x.mean(axis=(1, 2), keepdims=True)
-    return _clipped(mean + kept * (x - mean))
+    return mean + kept * (x - mean)
 
 
-def pixelate(key: Key, images: npt.ArrayLike, severity: int) -> Images:
-    """Shrinks the image and enlarges it again, both by boxes.
-
-    Example:
-        >>> stripes = np.arange(64).reshape(1, 1, 64, 1) % 2
-        >>> np.unique(pixelate(jax.random.key(0), stripes, 5)).tolist()
-        [0.0, 0.5, 1.0]
-    """
-    del key
-    x, share = _unit(images), _constant((0.95, 0.9, 0.85, 0.75, 0.65), severity)
+@corruption(0.95, 0.9, 0.85, 0.75, 0.65)
+def pixelate(rng: np.random.Generator, x: Images, share: float) -> Any:
+    """Shrinks the image and enlarges it again, both by boxes."""
     rows, columns = (_shrunk_and_enlarged(size, share) for size in x.shape[1:3])
-    return _clipped(np.einsum("ih,nhwc,jw->nijc", rows, x, columns, optimize=True))
+    return np.einsum("ih,nhwc,jw->nijc", rows, x, columns, optimize=True)
 
 
-def jpeg_compression(key: Key, images: npt.ArrayLike, severity: int) -> Images:
-    """Through JPEG and back; three channels as colour, others each as a grey image.
-
-    Example:
-        >>> grey = np.full((1, 8, 8, 1), 0.5)
-        >>> bool(abs(jpeg_compression(jax.random.key(0), grey, 5) - grey).max() < 0.01)
-        True
-    """
-    del key
-    x, quality = _unit(images), _constant((80, 65, 58, 50, 40), severity)
-    eight_bit = np.round(x * 255).astype(np.uint8)
-    if x.shape[-1] == 3:
-        pictures = eight_bit
-    else:
-        pictures = np.moveaxis(eight_bit, -1, 1).reshape(-1, *x.shape[1:3])
-    decoded = np.stack([_through_jpeg(picture, int(quality)) for picture in pictures])
-    if x.shape[-1] != 3:
-        decoded = np.moveaxis(decoded.reshape(len(x), -1, *x.shape[1:3]), 1, -1)
-    return _clipped(decoded / 255)
+@corruption(80, 65, 58, 50, 40)
+def jpeg_compression(rng: np.random.Generator, x: Images, quality: float) -> Any:
+    """Through JPEG and back; three channels as colour, others each as a grey image."""
+    pictures = np.round(x * 255).astype(np.uint8)
+    grey = x.shape[-1] != 3
+    if grey:
+        pictures = np.moveaxis(pictures, -1, 1).reshape(-1, *x.shape[1:3])
+    decoded = np.stack([_through_jpeg(picture, int(quality)) for picture in pictures]) / 255
+    return np.moveaxis(decoded.reshape(len(x), -1, *x.shape[1:3]), 1, -1) if grey else decoded
 
 
-CORRUPTIONS: dict[str, Corruption] = {
-    "gaussian_noise": gaussian_noise,
-    "shot_noise": shot_noise,
-    "impulse_noise": impulse_noise,
-    "gaussian_blur": gaussian_blur,
-    "brightness": brightness,
-    "contrast": contrast,
-    "pixelate": pixelate,
-    "jpeg_compression": jpeg_compression,
-}
-
-PUBLISHED_CORRUPTIONS: tuple[str, ...] = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "frosted_glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic",
-    "pixelate",
-    "jpeg_compression",
+# fmt: off
+PUBLISHED_CORRUPTIONS = (
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "frosted_glass_blur",
+    "motion_blur", "zoom_blur", "snow", "frost", "fog", "brightness", "contrast", "elastic",
+    "pixelate", "jpeg_compression",
 )
+# fmt: on
 """Those of CIFAR-10-C."""
 
 
@@ -265,7 +205,7 @@ def corrupt(key: Key, images: npt.ArrayLike, name: str, severity: int) -> Images
 
     Args:
         key: PRNG key; each corruption and severity draws from a key of its own made from it.
-        images: `[N, H, W, C]` in [0, 1].
+        images: `[N, H, W, C]` in [0, 1]; rounding may have carried them a little outside.
         name: a key of `CORRUPTIONS`.
         severity: 1 to 5.
 
@@ -281,37 +221,22 @@ def corrupt(key: Key, images: npt.ArrayLike, name: str, severity: int) -> Images
     """
     if name not in CORRUPTIONS:
         raise DataError(f"{name!r} is no corruption: there are {', '.join(CORRUPTIONS)}")
-    own = jax.random.fold_in(named_key(key, name), severity)
-    return CORRUPTIONS[name](own, images, severity)
-
-
-def _generator(key: Key) -> np.random.Generator:
-    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-
-
-def _unit(images: npt.ArrayLike) -> Images:
-    """Images, checked; rounding may have carried them a little outside [0, 1]."""
-    array: Images = np.asarray(images, np.float32)
-    if array.ndim != 4 or not array.size:
-        raise DataError(f"images have shape {list(array.shape)}: [N, H, W, C] is needed")
-    low, high = array.min(), array.max()
+    apply, constants = CORRUPTIONS[name]
+    if not 1 <= severity <= len(constants):
+        raise DataError(f"severity is {severity}: they run from 1 to {len(constants)}")
+    x = np.asarray(images, np.float32)
+    if x.ndim != 4 or not x.size:
+        raise DataError(f"images have shape {list(x.shape)}: [N, H, W, C] is needed")
+    low, high = x.min(), x.max()
     if not (low >= -1e-3 and high <= 1 + 1e-3):
         raise DataError(
             f"images run from {low:.3g} to {high:.3g}: corruptions need [0, 1]; were they "
             "standardised by another mean and std?"
         )
-    return _clipped(array)
-
-
-def _clipped(images: npt.NDArray[Any]) -> Images:
-    clipped: Images = np.clip(images, 0, 1).astype(np.float32)
-    return clipped
-
-
-def _constant(constants: Sequence[float], severity: int) -> float:
-    if not 1 <= severity <= len(constants):
-        raise DataError(f"severity is {severity}: they run from 1 to {len(constants)}")
-    return constants[severity - 1]
+    own = jax.random.key_data(jax.random.fold_in(named_key(key, name), severity))
+    rng = np.random.default_rng(np.asarray(own).ravel())
+    corrupted: Images = apply(rng, np.clip(x, 0, 1), constants[severity - 1])
+    return np.clip(corrupted, 0, 1).astype(np.float32)
 
 
 def _shrunk_and_enlarged(size: int, share: float) -> npt.NDArray[np.float32]:
@@ -419,32 +344,30 @@ def measure_robustness(
         PUBLISHED_CORRUPTIONS if config.published else tuple(CORRUPTIONS)
     )
     accuracy: dict[str, dict[str, list[float]]] = {}
-    right_of: dict[str, npt.NDArray[np.int64]] = {}
-    first_labels = None
-    for name in names:
-        for severity in config.severities:
-            images, labels = source(name, severity)
-            first_labels = labels if first_labels is None else first_labels
-            if not np.array_equal(labels, first_labels):
-                raise DataError(f"{name} {severity} holds other labels than {names[0]}, in order")
-            inputs = np.asarray((images - np.asarray(mean)) / np.asarray(std), np.float32)
-            for network, logits in logits_of(inputs).items():
-                right = (logits.argmax(axis=-1) == labels) & np.isfinite(logits).all(axis=-1)
-                by_name = accuracy.setdefault(network, {})
-                by_name.setdefault(name, []).append(float(right.mean()))
-                right_of[network] = right_of.get(network, 0) + right.astype(np.int64)
-    count = len(names) * len(config.severities)
+    right: dict[str, list[npt.NDArray[np.bool_]]] = {}
+    first = None
+    for name, severity in itertools.product(names, config.severities):
+        images, labels = source(name, severity)
+        first = labels if first is None else first
+        if not np.array_equal(labels, first):
+            raise DataError(f"{name} {severity} holds other labels than {names[0]}, in order")
+        inputs = np.asarray((images - np.asarray(mean)) / np.asarray(std), np.float32)
+        for network, logits in logits_of(inputs).items():
+            correct = (logits.argmax(axis=-1) == labels) & np.isfinite(logits).all(axis=-1)
+            right.setdefault(network, []).append(correct)
+            of_network = accuracy.setdefault(network, {})
+            of_network.setdefault(name, []).append(float(correct.mean()))
     return Robustness(
         networks={
             network: {
-                "mean_corruption_accuracy": float(right_of[network].mean() / count),
+                "mean_corruption_accuracy": float(np.mean(right[network])),
                 "accuracy": by_name,
             }
             for network, by_name in accuracy.items()
         },
         severities=config.severities,
-        examples=len(first_labels) if first_labels is not None else 0,
-        scores=np.stack([right / count for right in right_of.values()]).astype(np.float32),
+        examples=0 if first is None else len(first),
+        scores=np.stack([np.mean(rows, axis=0) for rows in right.values()]).astype(np.float32),
     )
 
 
@@ -469,33 +392,3 @@ def on_the_fly(
     """
     pictures, classes = np.asarray(images, np.float32)[:examples], np.asarray(labels)[:examples]
     return lambda name, severity: (corrupt(key, pictures, name, severity), classes)
-
-
-def published(data: DataConfig | None = None, examples: int | None = None) -> Source:
-    """CIFAR-10-C as published, from prepared TFDS sets `cifar10_corrupted/NAME_SEVERITY`.
-
-    Each pair of corruption and severity is a set of its own, prepared once by
-    `python -m megajax.data prepare cifar10_corrupted/fog_3`.
-
-    Args:
-        data: its `data_dir` and `image_size` count; None takes the defaults.
-        examples: takes so many of the first images; None takes all 10,000.
-
-    Returns:
-        The source; it raises DataError for a set that is not prepared, and says how to do that.
-
-    Example:
-        >>> import tempfile
-        >>> published(DataConfig(data_dir=tempfile.mkdtemp()))("fog", 3)
-        Traceback (most recent call last):
-        ...
-        megajax.errors.DataError: cifar10_corrupted/fog_3 is not prepared; run once: ...
-    """
-    config = data or DataConfig()
-
-    def source(name: str, severity: int) -> tuple[Images, npt.NDArray[Any]]:
-        of_pair = config.replace(name=f"cifar10_corrupted/{name}_{severity}")
-        split = load_part(of_pair, "test")
-        return split.images[:examples], split.labels[:examples]
-
-    return source

@@ -200,12 +200,14 @@ def paired_t(first: npt.ArrayLike, second: npt.ArrayLike, confidence: float = 0.
     Source: Student, Biometrika 6 (1908), from where the example is.
     """
     first, second = _pairs(first, second)
-    mean, low, high = mean_interval(first - second, confidence)
-    error = _standard_error(first - second)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        statistic = abs(mean) / error
-    p_value = 2 * stats.t.sf(statistic, len(first) - 1) if mean or np.isnan(error) else 1.0
-    return Difference(mean, low, high, float(p_value))
+    values, mean = first - second, float((first - second).mean())
+    if len(values) < 2:
+        return Difference(mean, np.nan, np.nan, np.nan)
+    if np.ptp(values) <= 1e-12 * np.abs(values).max():  # all the same but for rounding
+        return Difference(mean, mean, mean, float(mean == 0))
+    found = stats.ttest_rel(first, second)
+    low, high = map(float, found.confidence_interval(confidence))
+    return Difference(mean, low, high, float(found.pvalue))
 
 
 def mean_interval(values: npt.ArrayLike, confidence: float = 0.95) -> Interval:
@@ -228,11 +230,7 @@ def mean_interval(values: npt.ArrayLike, confidence: float = 0.95) -> Interval:
     array = np.asarray(values, np.float64)
     if not array.size:
         raise DataError("there is nothing to take the mean of")
-    mean, error = float(array.mean()), _standard_error(array)
-    if np.isnan(error):
-        return Interval(mean, np.nan, np.nan)
-    margin = float(stats.t.ppf((1 + confidence) / 2, array.size - 1)) * float(error)
-    return Interval(mean, mean - margin, mean + margin)
+    return Interval(*paired_t(array, np.zeros_like(array), confidence)[:3])
 
 
 def holm(p_values: npt.ArrayLike) -> npt.NDArray[np.float64]:
@@ -266,13 +264,3 @@ def _pairs(first: Any, second: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]
             "pairs are needed, at least one"
         )
     return first, second
-
-
-def _standard_error(values: npt.NDArray[Any]) -> np.float64:
-    """Of the mean; NaN for a single value, and zero where all are equal but for rounding."""
-    if len(values) < 2:
-        return np.float64(np.nan)
-    spread = np.std(values, ddof=1)
-    if spread <= 1e-12 * np.abs(values).max():
-        spread = np.float64(0)
-    return np.float64(spread / np.sqrt(len(values)))

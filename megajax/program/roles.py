@@ -150,12 +150,14 @@ class Roles(NamedTuple):
         linear: the layers with kernel and bias whose outputs can be rescaled exactly: not the last
             one, none in a loop, none whose kernel is used twice.
         unpaired: leaves whose root divides activations, as a variance's does, with no mean to it.
+        biased: all layers outside of loops with a kernel and a bias, `linear` among them.
     """
 
     leaves: tuple[Role, ...]
     statistics: tuple[Statistic, ...]
     linear: tuple[Linear, ...]
     unpaired: tuple[int, ...]
+    biased: tuple[Linear, ...] = ()
 
 
 def find_roles(
@@ -501,12 +503,13 @@ class _Reader:
             kind = kinds.get(leaf, kind)
             return Role(self.layers[leaf], kind, first, flattened, tuple(contractions), elsewhere)
 
-        hidden = [one for one in self.linear if one.equation < self.last]
+        biased = [one for one in self.linear if len(self.contractions[one.kernel]) == 1]
         return Roles(
             tuple(map(role, range(count))),
             tuple(self.statistics),
-            tuple(one for one in hidden if len(self.contractions[one.kernel]) == 1),
+            tuple(one for one in biased if one.equation < self.last),
             tuple(leaf for leaf in self.roots if leaf not in kinds),
+            tuple(biased),
         )
 
 

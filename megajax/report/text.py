@@ -2,93 +2,140 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from megajax.evaluation.results import Comparison, Row
+from megajax.evaluation.results import Comparison, Rival, Row, is_aggregate
 from megajax.evaluation.statistics import Difference, Interval
 
 __all__ = [
+    "NOT_HELD_OUT",
+    "SMOKE",
     "agreement_table",
     "budgets",
+    "caveats",
+    "headline",
     "notes",
     "p_value",
     "percent",
     "points",
     "robust_sentence",
     "robust_table",
-    "sentence",
+    "run_table",
     "table",
     "with_interval",
 ]
 
+NOT_HELD_OUT = "Selected on the test set: the figures are not held out."
+SMOKE = "Smoke run: everything was cut down to see that it works. Its figures mean nothing."
+
 Column: TypeAlias = tuple[str, Callable[[Row], str]]
-_NETWORK = "network"
+_MANY_CORRUPTIONS = 8  # a page has no room for more columns
 
 
-def sentence(found: Comparison) -> str:
-    """The result in one sentence: merged against the best parent, which validation chose."""
-    best, merged = _row(found, found.best), _row(found, "merged")
-    which = "chosen on validation"
-    if found.best.startswith("parent_"):
-        which = f"number {found.best.removeprefix('parent_')}, {which}"
-    text = (
-        f"{_what(found)}: merged {percent(merged.test.estimate)} against "
-        f"{percent(best.test.estimate)} for the best parent ({which}), "
-        f"{_verdict(merged.test.estimate - best.test.estimate, merged.difference)}"
-    )
-    if merged.difference is not None and np.isfinite(merged.difference.p_value):
-        test = "exact McNemar test" if found.seeds == 1 else "t-test paired by seed"
-        text += f", {p_value(merged.difference.p_value)} ({test})"
-    ensemble = found.row("ensemble")
-    if ensemble is not None:
-        text += f"; ensemble {percent(ensemble.test.estimate)}"
-    return f"{text}."
+def headline(found: Comparison) -> list[str]:
+    """The result in sentences: the merged network against the best parent and its other rivals."""
+    parents = sum(row.key.startswith("parent_") for row in found.rows)
+    merged = _row(found, "merged").test.estimate
+    sentences = []
+    for rival in found.rivals:
+        number = ""
+        if rival.key.startswith("parent_"):
+            number = f"number {rival.key.removeprefix('parent_')}, "
+        score, gain = percent(rival.test), _verdict(found, rival)
+        match rival.role:
+            case "best":
+                first = f"{_what(found)}: merged {percent(merged)} against {score} for the best"
+                sentences.append(f"{first} parent ({number}chosen on validation), {gain}")
+            case "best on test":
+                sentences.append(f"Against the best parent on test ({number}{score}): {gain}")
+            case "without search":
+                name = _row(found, rival.key).name
+                which = f"({name}, chosen on validation, {score})"
+                sentences.append(f"Against the best method without a search {which}: {gain}")
+            case "ensemble":
+                cost = (
+                    f"the ensemble, which costs {parents} networks" if parents else "the ensemble"
+                )
+                sentences.append(f"Against {cost} ({score}): {gain}")
+    return [f"{sentence}." for sentence in sentences]
+
+
+def caveats(found: Comparison, results: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before any figure; mostly nothing."""
+    lines = [SMOKE] if results.get("smoke") else []
+    lines += [] if found.held_out else [NOT_HELD_OUT]
+
+    def seeds_with(name: str) -> str | None:
+        values = results.get(name)
+        count = sum(value is not None for value in values) if isinstance(values, list) else None
+        if count is None:
+            return None if values is None else ""
+        return f"For {count} of {len(values)} seeds: " if count else None
+
+    returned, rising = seeds_with("returned_parent"), seeds_with("still_rising")
+    if returned is not None:
+        which = f"parent {results['returned_parent']}" if not returned else "a parent"
+        lines.append(
+            f"{returned}The search returned {which}: it found no mixture that scored better."
+        )
+    if rising is not None:
+        lines.append(
+            f"{rising}Fitness was still rising when the search ended: a longer one may find more."
+        )
+    return lines
 
 
 def robust_sentence(found: Comparison, robustness: Mapping[str, Any]) -> str | None:
-    """The same for corrupted images; None where merged or parents were not tested on them."""
+    """The result on corrupted images; None where merged or parents were not tested on them."""
     best, merged = _row(found, found.best), _row(found, "merged")
     if best.corrupted is None or merged.corrupted is None:
         return None
     count = len(next(iter(robustness["networks"].values()))["accuracy"])
     severities = len(robustness["severities"])
+    gain = merged.corrupted_difference or Difference(
+        merged.corrupted - best.corrupted, np.nan, np.nan, np.nan
+    )
     return (
-        f"Mean accuracy over {_many(count, 'corruption')} at "
-        f"{_many(severities, 'severity', 'severities')}: merged {percent(merged.corrupted)} "
-        f"against {percent(best.corrupted)} for the best parent, "
-        f"{_verdict(merged.corrupted - best.corrupted, merged.corrupted_difference)}."
+        f"Mean accuracy over {count} corruption{'s' if count > 1 else ''} at {severities} "
+        f"severit{'ies' if severities > 1 else 'y'}: merged {percent(merged.corrupted)} against "
+        f"{percent(best.corrupted)} for the best parent, {_in_points(gain)}."
     )
 
 
 def table(found: Comparison, *, full: bool = False) -> list[tuple[str, ...]]:
-    """The table of all methods: rows of strings, the header first; what nobody has is no column.
+    """The table of all methods: the header first, and a row of one cell before each group.
 
     Args:
         found: everybody against the best parent.
         full: with intervals, likelihood, calibration error and budgets, for which a terminal has
-            no room.
+            no room. What nobody has is no column.
     """
+
+    def gain(row: Row) -> str:
+        return points(row.difference) + _by_seed(found, row.key, found.best)
+
     columns: list[Column] = [
-        (_NETWORK, lambda row: _name(row, found)),
-        ("validation", lambda row: percent(row.validation.estimate)),
         ("test", lambda row: percent(row.test.estimate)),
-        ("to best parent [points]", lambda row: points(row.difference)),
+        ("to best parent [points]", gain),
         ("p (Holm)", lambda row: p_value(row.adjusted, "")),
+        ("validation", lambda row: percent(row.validation.estimate)),
     ]
     if full:
-        columns[1:3] = [
+        columns[0] = (
+            "test [95 %]",
+            lambda row: with_interval(row.test) + _by_seed(found, row.key),
+        )
+        columns[3:] = [
             ("validation [95 %]", lambda row: with_interval(row.validation)),
-            ("test [95 %]", lambda row: with_interval(row.test)),
-        ]
-        columns += [
             ("NLL [nats]", lambda row: "" if row.test_nll is None else f"{row.test_nll:.3f}"),
             ("calibration error", lambda row: percent(row.calibration_error)),
+            ("saw labels", lambda row: {None: "", True: "yes", False: "no"}[row.labels]),
             ("networks x images scored", _budget),
         ]
-    return _table(found.rows, columns)
+    return _table(found, columns)
 
 
 def robust_table(found: Comparison, robustness: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -100,7 +147,6 @@ def robust_table(found: Comparison, robustness: Mapping[str, Any]) -> list[tuple
     """
     networks = robustness["networks"]
     columns: list[Column] = [
-        (_NETWORK, lambda row: _name(row, found)),
         ("test", lambda row: percent(row.test.estimate)),
         ("mean over corruptions", lambda row: percent(row.corrupted)),
         ("to best parent [points]", lambda row: points(row.corrupted_difference)),
@@ -113,8 +159,10 @@ def robust_table(found: Comparison, robustness: Mapping[str, Any]) -> list[tuple
 
         return name.replace("_", " "), cell
 
-    columns += [mean(name) for name in next(iter(networks.values()))["accuracy"]]
-    return _table(found.rows, columns)
+    names = list(next(iter(networks.values()))["accuracy"])
+    return _table(
+        found, columns + [mean(name) for name in names if len(names) <= _MANY_CORRUPTIONS]
+    )
 
 
 def agreement_table(
@@ -126,18 +174,43 @@ def agreement_table(
         found: everybody against the best parent.
         figures: name of a network -> its entry.
     """
-    shares = {row.key: figures[row.key].get("agreement") or () for row in found.rows}
 
     def agreement(parent: int) -> Column:
         def cell(row: Row) -> str:
-            return percent(shares[row.key][parent]) if parent < len(shares[row.key]) else ""
+            shares = figures[row.key].get("agreement") or ()
+            return percent(shares[parent]) if parent < len(shares) else ""
 
         return f"with parent {parent}", cell
 
-    columns = [agreement(k) for k in range(max(map(len, shares.values())))]
-    if not columns:
-        return []
-    return _table(found.rows, [(_NETWORK, lambda row: _name(row, found)), *columns])
+    count = max(len(entry.get("agreement") or ()) for entry in figures.values())
+    return _table(found, [agreement(k) for k in range(count)]) if count else []
+
+
+def run_table(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was run: a row for each choice or fact; the header first."""
+    data = results["data"]
+    train = f"{data['train']:,} training, " if "train" in data else ""
+    sizes = f"{train}{data['validation']:,} validation and {data['test']:,} test images, disjoint"
+    seen = (
+        "" if results.get("not_held_out") else "; the test images were looked at once, at the end"
+    )
+    many = is_aggregate(results)
+    merged = results["networks"]["merged"] if many else results
+    cost = [f"{results['generations']:,} generations"] if "generations" in results else []
+    if merged.get("evaluations") is not None:
+        cost.append(f"{merged['evaluations']:,} networks scored")
+    seconds = results.get("seconds") or {}
+    took = [f"{stage} {taken:.0f}" for stage, taken in seconds.items() if taken >= 0.5]
+    rows = [
+        ("data", f"{data['name']}: {sizes}{seen}"),
+        *((name, str(value)) for name, value in results.get("settings", {}).items()),
+        ("cost of the search", ", ".join(cost)),
+        ("seeds" if many else "seed", ", ".join(map(str, results.get("seeds", [])))),
+        ("seconds", ", ".join(took)),
+    ]
+    if not many:
+        rows[-2] = ("seed", str(results.get("seed", "")))
+    return [("what", "how"), *(row for row in rows if row[1])]
 
 
 def budgets(found: Comparison) -> str | None:
@@ -162,32 +235,40 @@ def budgets(found: Comparison) -> str | None:
     return "; ".join(parts) + "."
 
 
-def notes(found: Comparison) -> list[str]:
-    """How the figures were made, a sentence or two for each kind."""
+def notes(found: Comparison) -> Iterator[str]:
+    """How the figures were made, and where they seem to contradict each other."""
     best, merged = _row(found, found.best), _row(found, "merged")
-    lines = []
     if found.held_out:
-        lines.append(
+        yield (
             "Choosing on validation images flatters what was chosen: from validation to test the "
             f"merged network goes {_change(merged)}, the best parent {_change(best)}."
         )
-    if found.seeds > 1:
-        lines.append(
+    if found.by_seed:
+        yield (
+            f"Means over {found.seeds} seeds, with the figure of each seed in brackets: they are "
+            "too few for an interval or a test."
+        )
+    elif found.seeds > 1:
+        yield (
             f"Means over {found.seeds} seeds with 95 % intervals of Student's t; differences are "
             "paired by seed. The best parent is chosen on validation for each seed anew."
         )
     elif any(row.difference is not None for row in found.rows):
-        lines.append(
+        yield (
             "Intervals hold with 95 %: Wilson's for an accuracy; Bonett and Price's for a "
             "difference on the same images, which McNemar's exact test is about. They know of the "
             "choice of test images alone, not of the seed."
         )
-    if any(row.adjusted is not None for row in found.rows):
-        lines.append(
-            "The p-values of the table are adjusted by Holm's method for being many; the one in "
-            "the sentence on top, which asks one question, is not."
-        )
-    return lines
+    tested = [row for row in found.rows if row.difference and row.adjusted is not None]
+    if not tested:
+        return
+    odd = [row.name for row in tested if _excludes_zero(row) != ((row.adjusted or 0) <= 0.05)]
+    yield (
+        f"The p-values of the table are adjusted by Holm's method for its {len(tested)} "
+        "comparisons. Its intervals are not, nor is anything in the sentences on top, which ask "
+        "one question each."
+        + (f" That is why interval and p-value disagree for {', '.join(odd)}." if odd else "")
+    )
 
 
 def percent(share: float | None) -> str:
@@ -241,21 +322,45 @@ def _limits(low: float, high: float) -> str:
     return f" [{round(100 * low, 1) + 0.0:.1f}, {round(100 * high, 1) + 0.0:.1f}]"
 
 
-def _verdict(estimate: float, difference: Difference | None) -> str:
-    known = difference is not None and np.isfinite(difference.low)
-    limits = _limits(difference.low, difference.high) if difference and known else ""
-    return f"{100 * estimate:+.1f} points{limits}"
+def _in_points(difference: Difference) -> str:
+    """As `points`, with the unit before the interval."""
+    estimate, _, limits = points(difference).partition(" ")
+    return f"{estimate} points{' ' if limits else ''}{limits}"
+
+
+def _by_seed(found: Comparison, key: str, other: str | None = None) -> str:
+    """The test accuracies of few seeds, or by how much they exceed another network's."""
+    if not found.by_seed or key == other or found.by_seed.get(key) is None:
+        return ""
+    if other is None:
+        return f" ({', '.join(f'{100 * value:.1f}' for value in found.by_seed[key])})"
+    gains = np.subtract(found.by_seed[key], found.by_seed[other])
+    return f" ({', '.join(f'{100 * value:+.1f}' for value in gains)})"
+
+
+def _verdict(found: Comparison, rival: Rival) -> str:
+    gain = _row(found, "merged").test.estimate - rival.test
+    difference = rival.difference or Difference(gain, np.nan, np.nan, np.nan)
+    text = _in_points(difference) + _by_seed(found, "merged", rival.key)
+    if np.isfinite(difference.p_value):
+        text += f", {p_value(difference.p_value)}"
+        test = "exact McNemar test" if found.seeds == 1 else "t-test paired by seed"
+        text += f" ({test})" if rival.role == "best" else ""
+    return text
 
 
 def _what(found: Comparison) -> str:
     images = f"{found.images:,}"
     if not found.held_out:
         what = f"Accuracy on {images} test images that the search itself was scored on"
-    elif found.seeds == 1:
+        return what if found.seeds == 1 else f"{what}, {found.seeds} seeds"
+    if found.seeds == 1:
         return f"Test accuracy on {images} held-out images"
-    else:
-        return f"Test accuracy over {found.seeds} seeds, {images} held-out images each"
-    return what if found.seeds == 1 else f"{what}, {found.seeds} seeds"
+    return f"Test accuracy over {found.seeds} seeds, {images} held-out images each"
+
+
+def _excludes_zero(row: Row) -> bool:
+    return row.difference is not None and not row.difference.low <= 0 <= row.difference.high
 
 
 def _cost(row: Row) -> int:
@@ -274,21 +379,17 @@ def _change(row: Row) -> str:
     return f"{'up' if change >= 0 else 'down'} by {abs(change):.1f} points"
 
 
-def _many(count: int, one: str, more: str | None = None) -> str:
-    return f"{count} {one if count == 1 else more or one + 's'}"
-
-
-def _name(row: Row, found: Comparison) -> str:
-    best = row.key == found.best and row.key.startswith("parent_")
-    return f"{row.name} (best)" if best else row.name
-
-
 def _row(found: Comparison, key: str) -> Row:
     return next(row for row in found.rows if row.key == key)
 
 
-def _table(found: Sequence[Row], columns: Sequence[Column]) -> list[tuple[str, ...]]:
-    filled = [[cell(row) for row in found] for _, cell in columns]
-    kept = [i for i, cells in enumerate(filled) if any(cells)]
-    header = tuple(columns[i][0] for i in kept)
-    return [header, *zip(*(filled[i] for i in kept), strict=True)]
+def _table(found: Comparison, columns: Sequence[Column]) -> list[tuple[str, ...]]:
+    kept = [(title, cell) for title, cell in columns if any(map(cell, found.rows))]
+    rows: list[tuple[str, ...]] = [("network", *(title for title, _ in kept))]
+    for group, members in found.groups():
+        rows.append((group.capitalize(),))
+        for row in members:
+            chosen = row.key == found.best and row.key.startswith("parent_")
+            name = f"{row.name} (chosen on validation)" if chosen else row.name
+            rows.append((name, *(cell(row) for _, cell in kept)))
+    return rows

@@ -8,11 +8,12 @@ import numpy as np
 from megajax.baselines import BASELINES
 from megajax.baselines.registry import applicable
 from megajax.errors import ConfigError
-from megajax.evaluation.robustness import PUBLISHED_CORRUPTIONS, published
+from megajax.evaluation.robustness import PUBLISHED_CORRUPTIONS
 from megajax.merging.merge import problem_for, search_of
 from megajax.merging.problem import FitnessConfig
 from megajax.program.roles import find_statistics
 from megajax.run.config import Config
+from megajax.run.measurement import published
 from megajax.run.stages.task import Task
 from megajax.run.tensorboard import require_tensorboard
 from megajax.search import evosax

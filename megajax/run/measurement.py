@@ -15,17 +15,18 @@ import numpy.typing as npt
 from megajax.evaluation.measures import measure
 from megajax.evaluation.predictions import Predictions, from_logits
 from megajax.evaluation.robustness import (
+    Images,
     RobustnessConfig,
+    Source,
     agreement,
     calibration_error,
     measure_robustness,
     on_the_fly,
-    published,
 )
 from megajax.types import Key
-from megajax.zoo.data import DataConfig, Dataset
+from megajax.zoo.data import DataConfig, Dataset, load_part
 
-__all__ = ["Measured", "measure_networks"]
+__all__ = ["Measured", "measure_networks", "published"]
 
 
 class Measured(NamedTuple):
@@ -114,3 +115,33 @@ def _per_class(
     there = np.bincount(labels, minlength=num_classes)
     right = np.bincount(labels[classes == labels], minlength=num_classes)
     return [float(r / n) if n else None for r, n in zip(right, there, strict=True)]
+
+
+def published(data: DataConfig | None = None, examples: int | None = None) -> Source:
+    """CIFAR-10-C as published, from prepared TFDS sets `cifar10_corrupted/NAME_SEVERITY`.
+
+    Each pair of corruption and severity is a set of its own, prepared once by
+    `python -m megajax.data prepare cifar10_corrupted/fog_3`.
+
+    Args:
+        data: its `data_dir` and `image_size` count; None takes the defaults.
+        examples: takes so many of the first images; None takes all 10,000.
+
+    Returns:
+        The source; it raises DataError for a set that is not prepared, and says how to do that.
+
+    Example:
+        >>> import tempfile
+        >>> published(DataConfig(data_dir=tempfile.mkdtemp()))("fog", 3)
+        Traceback (most recent call last):
+        ...
+        megajax.errors.DataError: cifar10_corrupted/fog_3 is not prepared; run once: ...
+    """
+    config = data or DataConfig()
+
+    def source(name: str, severity: int) -> tuple[Images, npt.NDArray[Any]]:
+        of_pair = config.replace(name=f"cifar10_corrupted/{name}_{severity}")
+        split = load_part(of_pair, "test")
+        return split.images[:examples], split.labels[:examples]
+
+    return source

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megajax.baselines import find_kernels, gram_matrices, regmean, uniform_average
+from megajax.baselines import BaselinesConfig, regmean, run_baselines, uniform_average
+from megajax.baselines.layerwise import find_kernels
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.formats.adapters import from_linen
 from megajax.trees import leaf_paths
@@ -219,19 +220,25 @@ def test_every_kernel_of_the_zoo_is_found(name, options):
     assert found == {path for path in paths if path.endswith("kernel")}
 
 
-def test_gram_matrices_of_a_real_network_are_of_what_enters_its_layers():
+def test_layers_inside_a_real_network_are_least_squares_on_what_enters_them():
     model = models.build("cnn", 3, {"width": 2, "norm": "none"})
-    x = normal(5, 8, 8, 1)
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    x = normal(9, 8, 8, 1)
+    parents = [jax.jit(model.init)(jax.random.key(seed), x) for seed in range(2)]
     apply_fn = from_linen(model, {}, train=False).apply_fn
-    grams = gram_matrices(apply_fn, variables, x, batch_size=3)
-    paths = leaf_paths(variables)
     capture = partial(model.apply, capture_intermediates=True, mutable=["intermediates"])
-    _, state = jax.jit(capture)(variables, x)
-    (conv1,) = state["intermediates"]["conv1"]["__call__"]
-    (index,) = [i for i, path in enumerate(paths) if path == "params/conv2/kernel"]
-    rows = windows(nn.relu(conv1), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
-    np.testing.assert_allclose(grams[index][0], rows.T @ rows, rtol=1e-4, atol=1e-5)
+
+    def entering(variables):
+        _, state = jax.jit(capture)(variables, x)
+        (conv1,) = state["intermediates"]["conv1"]["__call__"]
+        return windows(nn.relu(conv1), (3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1))
+
+    def flat(variables):
+        kernel = np.asarray(variables["params"]["conv2"]["kernel"])
+        return kernel.transpose(2, 0, 1, 3).reshape(18, -1)
+
+    merged = regmean(apply_fn, parents, x, alpha=1.0, batch_size=4)
+    expected = least_squares(list(map(entering, parents)), list(map(flat, parents)))
+    np.testing.assert_allclose(flat(merged), expected, rtol=2e-3, atol=1e-3)
 
 
 def test_what_cannot_be_is_one_line():
@@ -241,7 +248,7 @@ def test_what_cannot_be_is_one_line():
         regmean(lambda w, x: x * w, [normal(4)] * 2, OWN[0])
     with pytest.raises(ParentsError, match="2 lists of inputs are given for 3 parents"):
         regmean(mlp, MLPS, OWN[:2])
-    with pytest.raises(DataError, match="calibration inputs are empty"):
+    with pytest.raises(DataError, match="calibration inputs are 0"):
         regmean(mlp, MLPS, OWN[0][:0])
     with pytest.raises(DataError, match="calibration inputs: 4 of 280 values are not finite"):
         regmean(mlp, MLPS, np.where(np.arange(70)[:, None] == 3, np.nan, OWN[0]))
@@ -260,6 +267,29 @@ def test_the_merged_layers_are_nearer_to_the_parents_outputs_than_the_mean():
 
     solve = partial(regmean, mlp, MLPS, OWN)
     assert distance(solve(alpha=1.0)) < distance(solve(alpha=0.5)) < distance(uniform_average(MLPS))
+
+
+def test_inputs_of_any_form_among_the_baselines():
+    def apply_fn(w, x):
+        return mlp(w, x["a"] + x["b"])
+
+    own = [{"a": 0.5 * x, "b": 0.5 * x} for x in OWN]
+    validation = {name: leaf[:20] for name, leaf in own[0].items()}
+    run = partial(
+        run_baselines,
+        jax.random.key(0),
+        apply_fn,
+        MLPS,
+        (validation, np.arange(20) % 3),
+        config=BaselinesConfig(names="regmean", examples=40),
+    )
+    for options, inputs in (
+        ({"calibration": own[0]}, OWN[0][:40]),
+        ({"parent_inputs": own}, [x[:40] for x in OWN]),
+    ):
+        found = run(**options)["regmean"].variables
+        expected = regmean(mlp, MLPS, inputs)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def test_inputs_and_outputs_of_any_form():

@@ -9,6 +9,7 @@ from scipy.special import log_softmax, softmax
 
 from megajax.errors import DataError
 from megajax.evaluation.measures import ensemble, measure, predict, predictor, straight_path
+from megajax.program.batchnorm import recalibrate
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(50, 4)).astype(np.float32)
@@ -87,11 +88,7 @@ def test_all_networks_of_a_comparison_by_name():
     np.testing.assert_allclose(found["both"], ensemble(np.stack([found["a"], found["b"]])))
 
 
-def zeros(variables):
-    return jax.tree.map(jnp.zeros_like, variables)
-
-
-def test_points_are_the_mixed_networks_and_only_they_are_prepared():
+def test_points_are_the_mixed_networks():
     shares = (0.0, 0.25, 1.0)
     plain = straight_path(apply_fn, *ENDS, X, LABELS, shares=shares)
     mixed = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, *ENDS)
@@ -99,7 +96,21 @@ def test_points_are_the_mixed_networks_and_only_they_are_prepared():
         expected = measure(predict(apply_fn, network, X), LABELS)
         np.testing.assert_allclose(point, expected, rtol=1e-5)
 
-    prepared = straight_path(apply_fn, *ENDS, X, LABELS, shares=shares, prepare=zeros)
-    assert prepared[0] == plain[0]
-    assert prepared[2] == plain[2]
-    np.testing.assert_allclose(prepared[1].nll, np.log(3), rtol=1e-6)
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.BatchNorm(use_running_average=True)(nn.Dense(5)(x))))
+
+
+def test_only_what_lies_between_the_ends_is_recalibrated():
+    model = Normed()
+    ends = [model.init(jax.random.key(k), X) for k in range(2)]
+    arguments = model.apply, *ends, X, LABELS
+    plain = straight_path(*arguments, shares=(0.0, 0.5, 1.0))
+    found = straight_path(*arguments, shares=(0.0, 0.5, 1.0), calibration=X[:20])
+    assert (found[0], found[2]) == (plain[0], plain[2])
+    middle = recalibrate(model.apply, jax.tree.map(lambda a, b: (a + b) / 2, *ends), X[:20])
+    expected = measure(predict(model.apply, middle, X), LABELS)
+    np.testing.assert_allclose(found[1], expected, rtol=1e-5)
+    assert found[1].nll != pytest.approx(plain[1].nll, rel=1e-3)

@@ -16,9 +16,9 @@ from megajax.evaluation.robustness import (
     corrupt,
     measure_robustness,
     on_the_fly,
-    published,
 )
 from megajax.run.config import Config, from_dict
+from megajax.run.measurement import published
 from megajax.zoo import data
 from megajax.zoo.data import DataConfig
 

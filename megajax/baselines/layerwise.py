@@ -1,0 +1,288 @@
+"""Merging layer by layer: each kernel solves a least-squares problem of what enters its layer.
+
+The layers are found in the program: a kernel is a leaf that the program uses for nothing but
+contractions with activations (matrix products of any number of axes, convolutions of any stride,
+padding, dilation and grouping, by their windows). Knows networks and examples; what is a good layer
+is up to a rule, of which `RegMean` has one and `PLeaS` another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from megajax.baselines.averages import uniform_average
+from megajax.baselines.leaves import is_floating
+from megajax.errors import ConfigError
+from megajax.merging.tasks import check_inputs
+from megajax.program.jaxprs import Delayed, delay, run, shape_of, static, trace
+from megajax.program.roles import Contraction, Role, find_roles
+from megajax.types import ApplyFn, PyTree
+
+__all__ = ["Kernel", "Rule", "find_kernels", "merge_layers"]
+
+Rule: TypeAlias = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
+"""`rule(rows, deviations, alpha) -> left, right`: the equations `left @ change = right` of a layer.
+
+`rows` is what enters the layer in K networks, `[K, n, groups, inputs]`; `deviations` is by how much
+their kernels differ from the mean, `[K, groups, inputs, outputs]`; `change` is what is added to the
+mean. Both sides are sums over the rows.
+"""
+
+
+class Kernel(NamedTuple):
+    """A leaf that is the kernel of a linear layer.
+
+    As a matrix it is `[groups, inputs, outputs of a group]`; the inputs of a convolution are the
+    window's: channels, then positions.
+
+    Attributes:
+        leaf: its index, in flattening order.
+        order: its axes, those of inputs before those of outputs.
+        inputs: numbers that one output of the layer is made of.
+        groups: of a grouped convolution; 1 for any other layer.
+        uses: the contractions with it.
+        bias: index of the bias's leaf that is solved with it, as one more input that is always 1;
+            -1 for none.
+    """
+
+    leaf: int
+    order: tuple[int, ...]
+    inputs: int
+    groups: int
+    uses: tuple[Contraction, ...]
+    bias: int = -1
+
+    def matrix(self, leaves: Sequence[Any]) -> np.ndarray:
+        """The kernel and its bias, of a network's leaves."""
+        leaf = np.asarray(leaves[self.leaf], np.float64)
+        flat = leaf.transpose(self._axes(leaf.ndim)).reshape(self.inputs, self.groups, -1)
+        matrix = np.moveaxis(flat, 1, 0)
+        if self.bias < 0:
+            return matrix
+        bias = np.asarray(leaves[self.bias], np.float64).reshape(self.groups, 1, -1)
+        return np.concatenate([matrix, bias], axis=1)
+
+    def store(self, matrix: np.ndarray, leaves: list[Any]) -> None:
+        """Puts such a matrix in the place of kernel and bias."""
+        old = leaves[self.leaf]
+        order = self._axes(old.ndim)
+        moved = np.moveaxis(matrix[:, : self.inputs], 0, 1)
+        new = moved.reshape([old.shape[axis] for axis in order]).transpose(np.argsort(order))
+        leaves[self.leaf] = jnp.asarray(new, old.dtype)
+        if self.bias >= 0:
+            bias = leaves[self.bias]
+            leaves[self.bias] = jnp.asarray(matrix[:, -1].reshape(bias.shape), bias.dtype)
+
+    def rows(self, use: Contraction, x: jax.Array) -> jax.Array:
+        """What enters the layer, `[rows, groups, inputs]`, from the activations."""
+        x, equation = x.astype(jnp.float32), use.equation
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][1 - use.operand]
+            x = jnp.moveaxis(x, contracted, tuple(range(-len(contracted), 0)))
+        else:
+            numbers, given = equation.params["dimension_numbers"], equation.params
+            window = [shape_of(equation.invars[1])[dim] for dim in numbers.rhs_spec[2:]]
+            x = jax.lax.conv_general_dilated_patches(
+                x,
+                window,
+                given["window_strides"],
+                given["padding"],
+                given["lhs_dilation"],
+                given["rhs_dilation"],
+                numbers,
+                precision=_EXACT,
+            )
+            x = jnp.moveaxis(x, numbers.out_spec[1], -1)
+        x = x.reshape(-1, self.groups, self.inputs)
+        return x if self.bias < 0 else jnp.pad(x, ((0, 0), (0, 0), (0, 1)), constant_values=1)
+
+    def _axes(self, ndim: int) -> tuple[int, ...]:
+        """All axes; those of length one that the program drops come last."""
+        return self.order + tuple(axis for axis in range(ndim) if axis not in self.order)
+
+
+def find_kernels(
+    apply_fn: ApplyFn, variables: PyTree, inputs: Any, *, biases: bool = False
+) -> tuple[Kernel, ...]:
+    """Finds the kernels of a network's linear layers in its program, which is not run.
+
+    Args:
+        apply_fn: `apply_fn(variables, inputs) -> outputs`, in inference mode.
+        variables: of one network, or their shapes and dtypes.
+        inputs: a batch of inputs `[b, ...]`, or its shape and dtype.
+        biases: whether the biases that are added to their outputs belong to them.
+
+    Returns:
+        The kernels, in the order in which the program first uses them. A leaf that several layers
+        share is one kernel with several uses.
+
+    Example:
+        >>> def apply_fn(w, x):
+        ...     return jnp.tanh(x @ w["u"] + w["b"]) @ w["v"]
+        >>> w = {"b": jnp.ones(3), "u": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}
+        >>> [(kernel.leaf, kernel.inputs) for kernel in find_kernels(apply_fn, w, jnp.ones((4, 2)))]
+        [(1, 2), (2, 3)]
+    """
+    shapes = trace(apply_fn, variables, inputs).shapes
+    roles = find_roles(apply_fn, variables, inputs)
+    added = {one.kernel: one.bias for one in roles.biased} if biases else {}
+    made = (
+        _kernel(leaf, role, added.get(leaf, -1))
+        for leaf, (role, spec) in enumerate(zip(roles.leaves, shapes, strict=True))
+        if is_floating(spec)
+    )
+    found = [kernel for kernel in made if kernel is not None]
+    return tuple(sorted(found, key=lambda kernel: kernel.uses[0].number))
+
+
+def _kernel(leaf: int, role: Role, bias: int) -> Kernel | None:
+    """The kernel that a leaf is; None if it is none, or is used in two ways."""
+    forms = {_form(one) for one in role.contractions}
+    form = forms.pop() if len(forms) == 1 and not role.elsewhere else None
+    return None if form is None else Kernel(leaf, *form, role.contractions, bias)
+
+
+def _form(use: Contraction) -> tuple[tuple[int, ...], int, int] | None:
+    """Order, inputs and groups of a kernel, as one contraction has it."""
+    params, shape = use.equation.params, shape_of(use.equation.invars[use.operand])
+    if use.equation.primitive.name == "dot_general":
+        contracted, batch = (dims[use.operand] for dims in params["dimension_numbers"])
+        if batch:
+            return None
+        inputs, groups = tuple(contracted), 1
+        outputs = tuple(dim for dim in range(len(shape)) if dim not in inputs)
+    else:
+        if use.operand == 0 or params["batch_group_count"] != 1:
+            return None
+        output, *window = params["dimension_numbers"].rhs_spec
+        inputs, outputs, groups = tuple(window), (output,), params["feature_group_count"]
+    order = tuple(axis for dim in (*inputs, *outputs) if (axis := use.axes[dim]) is not None)
+    return order, math.prod(shape[dim] for dim in inputs), groups
+
+
+def merge_layers(
+    apply_fn: ApplyFn,
+    rule: Rule,
+    parents: Sequence[PyTree],
+    sets: Sequence[tuple[Sequence[int], PyTree]],
+    *,
+    alpha: float,
+    ridge: float,
+    biases: bool = False,
+    batch_size: int = 64,
+) -> PyTree:
+    """Solves all layers by themselves: no layer knows what others became.
+
+    Args:
+        apply_fn: the network, in inference mode.
+        rule: what is a good layer.
+        parents: K variable pytrees of one structure, hidden units aligned.
+        sets: which parents see which inputs `[n, ...]`.
+        alpha: for the rule.
+        ridge: how much holds each layer at the mean, in parts of the trace of `left`.
+        biases: whether biases are solved with their kernels.
+        batch_size: the largest batch to run. The windows of a convolution exist for one batch.
+
+    Returns:
+        The merged network. Leaves that are no kernel are averaged, those that are not floating stay
+        as in parent 0.
+
+    Raises:
+        ConfigError: the network has no linear layer.
+        DataError: there are no inputs, or they are not finite.
+        ParentsError: the parents differ in structure.
+    """
+    merged, treedef = jax.tree.flatten(uniform_average(parents))
+    networks = [jax.tree.leaves(parent) for parent in parents]
+    cuts = [
+        np.array_split(np.arange(count), -(-count // batch_size))
+        for count in (check_inputs(inputs, "calibration inputs") for _, inputs in sets)
+    ]
+    cut = jax.tree.map(lambda x: np.asarray(x)[cuts[0][0]], sets[0][1])
+    kernels = find_kernels(apply_fn, parents[0], cut, biases=biases)
+    if not kernels:
+        raise ConfigError("the program contracts no leaf with activations")
+    matrices = {
+        kernel.leaf: np.stack([kernel.matrix(leaves) for leaves in networks]) for kernel in kernels
+    }
+    deviations = {
+        leaf: np.asarray(each - each.mean(0), np.float32) for leaf, each in matrices.items()
+    }
+    sums: dict[int, Any] = dict.fromkeys(matrices, (0.0, 0.0))
+    for (members, inputs), batches in zip(sets, cuts, strict=True):
+        seen = [parents[k] for k in members]
+        own = {leaf: each[list(members)] for leaf, each in deviations.items()}
+        for rows in batches:
+            batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
+            found = _equations(static(apply_fn), rule, biases, seen, own, batch, alpha)
+            for leaf, (left, right) in found.items():
+                before = sums[leaf]
+                sums[leaf] = before[0] + np.float64(left), before[1] + np.float64(right)
+    for kernel in kernels:
+        change = _solve(*sums[kernel.leaf], ridge)
+        kernel.store(matrices[kernel.leaf].mean(0) + change, merged)
+    return jax.tree.unflatten(treedef, merged)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _equations(
+    apply_fn: ApplyFn,
+    rule: Rule,
+    biases: bool,
+    networks: Sequence[PyTree],
+    deviations: dict[int, Any],
+    inputs: PyTree,
+    alpha: float,
+) -> dict[int, tuple[jax.Array, jax.Array]]:
+    """Both sides of every layer's equations, on one batch."""
+    kernels = find_kernels(apply_fn, networks[0], inputs, biases=biases)
+    entering = [_entering(apply_fn, kernels, network, inputs) for network in networks]
+    found = {}
+    for kernel in kernels:
+        rows = jnp.concatenate(
+            [
+                jnp.stack([kernel.rows(use, one[use.number]) for one in entering])
+                for use in kernel.uses
+            ],
+            axis=1,
+        )
+        found[kernel.leaf] = rule(rows, deviations[kernel.leaf], alpha)
+    return found
+
+
+def _entering(
+    apply_fn: ApplyFn, kernels: Sequence[Kernel], variables: PyTree, inputs: PyTree
+) -> dict[int, jax.Array]:
+    """The activations of one network in every contraction with a kernel, by its number."""
+    uses = {use.number: 1 - use.operand for kernel in kernels for use in kernel.uses}
+    found: dict[int, jax.Array] = {}
+
+    def look(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:
+        if number in uses:
+            found[number] = operands[uses[number]]()
+        return delay(equation, operands)
+
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(variables)]
+    run(trace(apply_fn, variables, inputs), leaves, inputs, look, uses)
+    return found
+
+
+def _solve(left: np.ndarray, right: np.ndarray, ridge: float) -> np.ndarray:
+    """The change of a layer `[groups, inputs, outputs]`, in float64."""
+    trace = np.trace(left, axis1=1, axis2=2)
+    held = ridge * np.where(trace > 0, trace, 1.0)[:, None, None] * np.eye(left.shape[-1])
+    change: np.ndarray = np.linalg.solve(np.float64(left) + held, np.float64(right))
+    return change
+
+
+_EXACT = jax.lax.Precision.HIGHEST
+product = partial(jnp.einsum, precision=_EXACT)
+"""A product of arrays in full precision, for rules."""
