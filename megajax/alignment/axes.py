@@ -23,11 +23,11 @@ class Axis:
     """A node of the term graph; compare two of them by `find(a) is find(b)`.
 
     Attributes:
-      size: number of entries along the axis.
-      link: the axis that this one was unified with, if any.
-      kind: "atom", "product" or "concat".
-      parts: the factors (outermost first) or the segments; empty for an atom.
-      reason: why an atom is pinned; None while it is free.
+        size: number of entries along the axis.
+        link: the axis that this one was unified with, if any.
+        kind: "atom", "product" or "concat".
+        parts: the factors (outermost first) or the segments; empty for an atom.
+        reason: why an atom is pinned; None while it is free.
     """
 
     __slots__ = ("kind", "link", "parts", "reason", "size")

@@ -52,10 +52,10 @@ class Alignment(NamedTuple):
     """How parents were aligned.
 
     Attributes:
-      permutations: for each parent, what `permute` applied to it.
-      objective: what matching maximises, where it started and after each sweep: the sum over
-        aligned pairs of the inner product of their weights or, for activations, of the correlations
-        of matched units. It never decreases.
+        permutations: for each parent, what `permute` applied to it.
+        objective: what matching maximises, where it started and after each sweep: the sum over
+            aligned pairs of the inner product of their weights or, for activations, of the
+            correlations of matched units. It never decreases.
     """
 
     permutations: tuple[dict[str, Array], ...]
@@ -79,27 +79,28 @@ def match(
     The parents' functions stay the same. Deterministic: the same key gives the same permutations.
 
     Args:
-      key: PRNG key, for the order in which groups are visited.
-      symmetries: the symmetries of the network, from `find_symmetries` or written by hand.
-      parents: K variable pytrees of one structure.
-      method: "weights", "activations" or "both" (activations, then weights from there).
-      reference: the number of the parent that the others are aligned to, or "mean": each is aligned
-        to the sum of the others, in turn, until none moves (for the activations of "both", to
-        parent 0 first).
-      apply_fn: the network; only for activations.
-      inputs: calibration inputs; only for activations.
-      ignore: paths of leaves that move but do not count; None means BatchNorm's statistics, whose
-        scale would drown the weights: on a pair of trained ResNet-8 the re-estimated midpoint
-        reached 63 % without them, 45 % with them.
-      max_sweeps: visits of all groups before giving up on convergence.
+        key: PRNG key, for the order in which groups are visited.
+        symmetries: the symmetries of the network, from `find_symmetries` or written by hand.
+        parents: K variable pytrees of one structure.
+        method: "weights", "activations" or "both" (activations, then weights from there).
+        reference: the number of the parent that the others are aligned to, or "mean": each is
+            aligned to the sum of the others, in turn, until none moves (for the activations of
+            "both", to parent 0 first).
+        apply_fn: the network; only for activations.
+        inputs: calibration inputs; only for activations.
+        ignore: paths of leaves that move but do not count; None means BatchNorm's statistics, whose
+            scale would drown the weights: on a pair of trained ResNet-8 the re-estimated midpoint
+            reached 63 % without them, 45 % with them.
+        max_sweeps: visits of all groups before giving up on convergence.
 
     Returns:
-      The K aligned parents (the same leaves, dtypes included, in another order), and what was done.
+        The K aligned parents (the same leaves, dtypes included, in another order), and what was
+        done.
 
     Raises:
-      SymmetryError: the symmetries do not fit the parents.
-      ParentsError: a parent has other leaves, or there is no such reference.
-      ConfigError: there is no such method, or it lacks `apply_fn` and `inputs`.
+        SymmetryError: the symmetries do not fit the parents.
+        ParentsError: a parent has other leaves, or there is no such reference.
+        ConfigError: there is no such method, or it lacks `apply_fn` and `inputs`.
 
     References: Ainsworth et al. 2022, Git Re-Basin, algorithms 1 (weight matching) and 2
     (MergeMany), and section 3.1 (activation matching).
@@ -201,17 +202,17 @@ def weight_matching(
     weights that tie it to groups already matched. That pass alone undoes a permutation exactly.
 
     Args:
-      key: PRNG key, for the order in which groups are visited.
-      symmetries: the symmetries.
-      parents: K variable pytrees.
-      reference: the number of the parent that the others are matched to, or "mean".
-      start: permutations of each parent to start from.
-      ignore: paths of leaves that do not count, as in `match`.
-      max_sweeps: visits of all groups before giving up on convergence.
+        key: PRNG key, for the order in which groups are visited.
+        symmetries: the symmetries.
+        parents: K variable pytrees.
+        reference: the number of the parent that the others are matched to, or "mean".
+        start: permutations of each parent to start from.
+        ignore: paths of leaves that do not count, as in `match`.
+        max_sweeps: visits of all groups before giving up on convergence.
 
     Returns:
-      The permutations of each parent, and the sum of the inner products of matched parents, at the
-      start that led furthest and after each sweep from there.
+        The permutations of each parent, and the sum of the inner products of matched parents, at
+        the start that led furthest and after each sweep from there.
 
     >>> from megajax.alignment.symmetries import Site
     >>> hidden = Symmetries((Group("hidden", 2, (Site("w", 1),)),))
@@ -230,10 +231,10 @@ class _Problem(NamedTuple):
     """Parents to be aligned by their weights.
 
     Attributes:
-      symmetries: the symmetries, without the leaves that do not count.
-      at: for each leaf that counts, the groups that sit in it, once for every site.
-      leaves: the leaves that count of each parent, in float64.
-      reference: the parent that the others are aligned to, or "mean".
+        symmetries: the symmetries, without the leaves that do not count.
+        at: for each leaf that counts, the groups that sit in it, once for every site.
+        leaves: the leaves that count of each parent, in float64.
+        reference: the parent that the others are aligned to, or "mean".
     """
 
     symmetries: Symmetries
@@ -428,15 +429,15 @@ def activation_matching(
     nothing reads outside control flow keep their order.
 
     Args:
-      symmetries: the symmetries.
-      parents: K variable pytrees.
-      apply_fn: the network.
-      inputs: calibration inputs.
-      reference: the number of the parent that the others are matched to.
+        symmetries: the symmetries.
+        parents: K variable pytrees.
+        apply_fn: the network.
+        inputs: calibration inputs.
+        reference: the number of the parent that the others are matched to.
 
     Returns:
-      The permutations of each parent, and the sum of the correlations of paired units before and
-      after.
+        The permutations of each parent, and the sum of the correlations of paired units before and
+        after.
 
     >>> from megajax.alignment.symmetries import find_symmetries
     >>> def mlp(variables, x):

@@ -40,12 +40,12 @@ def validate(symmetries: Symmetries, variables: Any) -> None:
     """Checks that symmetries written by hand fit the variables.
 
     Args:
-      symmetries: the symmetries.
-      variables: pytree of arrays or `jax.ShapeDtypeStruct`s.
+        symmetries: the symmetries.
+        variables: pytree of arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-      SymmetryError: a name is used twice, a leaf or an axis does not exist, or a group does not fit
-        into the axis it is said to sit in.
+        SymmetryError: a name is used twice, a leaf or an axis does not exist, or a group does not
+            fit into the axis it is said to sit in.
 
     >>> wrong = Symmetries((Group("hidden", 4, (Site("w", 1),)),))
     >>> validate(wrong, {"w": np.ones((3, 5))})
@@ -103,11 +103,11 @@ def random_permutations(key: jax.Array, symmetries: Symmetries) -> dict[str, Arr
     """Draws a permutation of every group, uniformly.
 
     Args:
-      key: PRNG key.
-      symmetries: the symmetries.
+        key: PRNG key.
+        symmetries: the symmetries.
 
     Returns:
-      Group name -> int array [size], or [copies, size].
+        Group name -> int array [size], or [copies, size].
 
     >>> one = Symmetries((Group("a", 3, (Site("w", 0),)),))
     >>> drawn = random_permutations(jax.random.key(0), one)
@@ -145,15 +145,15 @@ def permute(symmetries: Symmetries, permutations: Permutations, variables: T) ->
     Pure and traceable. NumPy arrays stay NumPy arrays if leaves and permutations both are.
 
     Args:
-      symmetries: the symmetries of the network.
-      permutations: group name -> int array [size] (or [copies, size]); groups left out stay.
-      variables: pytree of arrays.
+        symmetries: the symmetries of the network.
+        permutations: group name -> int array [size] (or [copies, size]); groups left out stay.
+        variables: pytree of arrays.
 
     Returns:
-      The variables, of the same structure, shapes and dtypes.
+        The variables, of the same structure, shapes and dtypes.
 
     Raises:
-      SymmetryError: a group or a leaf that does not exist is named.
+        SymmetryError: a group or a leaf that does not exist is named.
 
     >>> two = Symmetries((Group("a", 2, (Site("w", 1), Site("v", 0))),))
     >>> variables = {"w": np.array([[1.0, 2.0]]), "v": np.array([3.0, 4.0])}
@@ -181,12 +181,12 @@ def units_of(leaf: Any, group: Group, site: Site) -> Any:
     """What an array holds for each unit of a group.
 
     Args:
-      leaf: an array with the group at `site`.
-      group: the group.
-      site: where it sits.
+        leaf: an array with the group at `site`.
+        group: the group.
+        site: where it sits.
 
     Returns:
-      Array [copies, size, features], the features in the same order for every unit.
+        Array [copies, size, features], the features in the same order for every unit.
 
     >>> hidden = Group("hidden", 3, (Site("w", 1),))
     >>> units_of(np.arange(6).reshape(2, 3), hidden, hidden.sites[0])
@@ -207,13 +207,13 @@ def unit_layout(group: Group, site: Site, shape: Sequence[int]) -> tuple[Array, 
     """Which unit, and which copy of the group, each entry of a leaf's axes belongs to.
 
     Args:
-      group: the group.
-      site: where it sits in the leaf.
-      shape: the leaf's shape.
+        group: the group.
+        site: where it sits in the leaf.
+        shape: the leaf's shape.
 
     Returns:
-      The copy of each entry along the axis of the copies (the site's axis if there are none), and
-      the unit of each entry along the site's axis: int arrays, -1 where the group is not.
+        The copy of each entry along the axis of the copies (the site's axis if there are none), and
+        the unit of each entry along the site's axis: int arrays, -1 where the group is not.
 
     >>> hidden = Group("hidden", 2, (Site("w", 1, offset=1),))
     >>> [entries.tolist() for entries in unit_layout(hidden, hidden.sites[0], (3, 4))]

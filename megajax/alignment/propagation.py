@@ -32,11 +32,11 @@ class Record:
     """What a walk leaves behind.
 
     Attributes:
-      values: the axes of every value that was met.
-      contracted: for every dot product and convolution outside control flow, its number in a walk
-        (see `megajax.program.jaxprs.walk`) and the axes of its operands.
-      unknown: the names of the primitives that had no rule and touched an axis.
-      first: for each argument that has axes, the number of the equation that first reads it.
+        values: the axes of every value that was met.
+        contracted: for every dot product and convolution outside control flow, its number in a walk
+            (see `megajax.program.jaxprs.walk`) and the axes of its operands.
+        unknown: the names of the primitives that had no rule and touched an axis.
+        first: for each argument that has axes, the number of the equation that first reads it.
     """
 
     values: list[Axes] = dataclasses.field(default_factory=list)
@@ -75,13 +75,13 @@ def propagate(
     """Gives every value of a program its axes, tying together what its primitives tie.
 
     Args:
-      closed: the program.
-      args: the axes of its arguments.
-      record: filled with what was met on the way.
-      inside: it is the body of control flow, whose contractions are not recorded.
+        closed: the program.
+        args: the axes of its arguments.
+        record: filled with what was met on the way.
+        inside: it is the body of control flow, whose contractions are not recorded.
 
     Returns:
-      The axes of its results.
+        The axes of its results.
 
     >>> closed = jax.make_jaxpr(lambda x, w: x @ w)(np.ones((2, 3)), np.ones((3, 4)))
     >>> (out,) = propagate(closed, [fresh((2, 3)), fresh((3, 4))], Record())

@@ -53,10 +53,10 @@ class Copies(NamedTuple):
     """Where the copies of a group lie that has a permutation for each of them.
 
     Attributes:
-      axis: the axis of the leaf along which the copies lie.
-      offset: the first index of copy 0 (counted from the site's offset if on the site's axis).
-      stride: the step from one copy to the next.
-      repeats: (count, stride) of each further factor of that axis.
+        axis: the axis of the leaf along which the copies lie.
+        offset: the first index of copy 0 (counted from the site's offset if on the site's axis).
+        stride: the step from one copy to the next.
+        repeats: (count, stride) of each further factor of that axis.
     """
 
     axis: int
@@ -73,12 +73,12 @@ class Site(NamedTuple):
     `repeats=((H * W, C),)`; the second of two concatenated segments has the first's size as offset.
 
     Attributes:
-      path: the leaf, as its keys joined by "/".
-      axis: the axis of the leaf.
-      offset: the first index of unit 0.
-      stride: the step from one unit to the next.
-      repeats: (count, stride) of each further factor of the axis.
-      copies: where the copies lie, if the group has any.
+        path: the leaf, as its keys joined by "/".
+        axis: the axis of the leaf.
+        offset: the first index of unit 0.
+        stride: the step from one unit to the next.
+        repeats: (count, stride) of each further factor of the axis.
+        copies: where the copies lie, if the group has any.
     """
 
     path: str
@@ -109,12 +109,12 @@ class Group(NamedTuple):
     """Hidden units that may be permuted.
 
     Attributes:
-      name: the module that makes them.
-      size: how many there are.
-      sites: every place that must move with them.
-      copies: how many permutations there are: one, or one for each unit of a further axis (the
-        dimensions of each attention head, the channels of each group of a GroupNorm).
-      within: the group whose units those copies are; None if they stay where they are.
+        name: the module that makes them.
+        size: how many there are.
+        sites: every place that must move with them.
+        copies: how many permutations there are: one, or one for each unit of a further axis (the
+            dimensions of each attention head, the channels of each group of a GroupNorm).
+        within: the group whose units those copies are; None if they stay where they are.
     """
 
     name: str
@@ -128,9 +128,9 @@ class Pinned(NamedTuple):
     """An axis (or part of one) that must stay as it is, and why.
 
     Attributes:
-      path: the leaf.
-      axis: its axis.
-      reason: "input", "output", or what it is that tells the entries apart.
+        path: the leaf.
+        axis: its axis.
+        reason: "input", "output", or what it is that tells the entries apart.
     """
 
     path: str
@@ -142,11 +142,11 @@ class Symmetries(NamedTuple):
     """The permutation symmetries of a network.
 
     Attributes:
-      groups: the groups of hidden units; a group within another comes after it.
-      pinned: the axes that stay as they are.
-      unknown: the primitives without a rule; all that they touch is pinned.
-      statistics: paths of BatchNorm's statistics: measurements, which move along and say nothing of
-        which units are alike.
+        groups: the groups of hidden units; a group within another comes after it.
+        pinned: the axes that stay as they are.
+        unknown: the primitives without a rule; all that they touch is pinned.
+        statistics: paths of BatchNorm's statistics: measurements, which move along and say nothing
+            of which units are alike.
     """
 
     groups: tuple[Group, ...]
@@ -177,10 +177,10 @@ class Reading(NamedTuple):
     """The program of a network with the axes of its variables.
 
     Attributes:
-      program: the program.
-      paths: the path of each leaf of the variables, in the order of the program's arguments.
-      axes: the axes of each leaf.
-      record: the axes of every value of the program.
+        program: the program.
+        paths: the path of each leaf of the variables, in the order of the program's arguments.
+        axes: the axes of each leaf.
+        record: the axes of every value of the program.
     """
 
     program: Program
@@ -198,12 +198,12 @@ def find_symmetries(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> Symmet
     is read once.
 
     Args:
-      apply_fn: `apply_fn(variables, inputs) -> outputs`, traceable.
-      variables: any pytree of arrays or `jax.ShapeDtypeStruct`s.
-      inputs: any pytree of arrays or `jax.ShapeDtypeStruct`s.
+        apply_fn: `apply_fn(variables, inputs) -> outputs`, traceable.
+        variables: any pytree of arrays or `jax.ShapeDtypeStruct`s.
+        inputs: any pytree of arrays or `jax.ShapeDtypeStruct`s.
 
     Returns:
-      The symmetries, in the order in which the program reads the groups.
+        The symmetries, in the order in which the program reads the groups.
 
     >>> import numpy as np
     >>> def mlp(variables, x):
@@ -289,12 +289,12 @@ def site_at(axes: Axes, path: str, axis: int, at: int, factor: int, holder: Axis
     """Describes where one factor of one box of an axis lies.
 
     Args:
-      axes: the axes of the array.
-      path: its path.
-      axis: the axis.
-      at: the number of the box (see `megajax.alignment.axes.boxes`).
-      factor: the number of the factor in the box.
-      holder: the axis within whose units these are, if any.
+        axes: the axes of the array.
+        path: its path.
+        axis: the axis.
+        at: the number of the box (see `megajax.alignment.axes.boxes`).
+        factor: the number of the factor in the box.
+        holder: the axis within whose units these are, if any.
 
     >>> site_at(fresh((3, 8)), "w", axis=1, at=0, factor=0, holder=None)
     Site(path='w', axis=1, offset=0, stride=1, repeats=(), copies=None)

@@ -46,21 +46,23 @@ def verify(
     that the device has.
 
     Args:
-      key: PRNG key, for the perturbation and the permutations.
-      symmetries: the symmetries, found or written by hand.
-      apply_fn: `apply_fn(variables, inputs) -> outputs`.
-      variables: pytree of arrays.
-      inputs: pytree of arrays; random ones will do.
-      tolerance: the largest change of an output allowed, relative to how much the perturbation
-        changes the outputs of its leaf. None takes what the lowest precision in the program allows
-        (1e-4 for float32, 0.03 for bfloat16), or ten times what summing in another order changes.
-      draws: how often to perturb and permute: a unit that is dead in one draw hides its errors.
+        key: PRNG key, for the perturbation and the permutations.
+        symmetries: the symmetries, found or written by hand.
+        apply_fn: `apply_fn(variables, inputs) -> outputs`.
+        variables: pytree of arrays.
+        inputs: pytree of arrays; random ones will do.
+        tolerance: the largest change of an output allowed, relative to how much the perturbation
+            changes the outputs of its leaf. None takes what the lowest precision in the program
+            allows (1e-4 for float32, 0.03 for bfloat16), or ten times what summing in another order
+            changes.
+        draws: how often to perturb and permute: a unit that is dead in one draw hides its errors.
 
     Raises:
-      SymmetryError: the symmetries do not fit the variables, or a group is wrong; the message names
-        it and its leaves.
-      DataError: the outputs are not a number as it is, for the inputs are not, or for finite ones.
-      ParentsError: the same, for the variables are not finite.
+        SymmetryError: the symmetries do not fit the variables, or a group is wrong; the message
+            names it and its leaves.
+        DataError: the outputs are not a number as it is, for the inputs are not, or for finite
+            ones.
+        ParentsError: the same, for the variables are not finite.
 
     >>> def mlp(variables, x):
     ...     return jax.nn.relu(x @ variables["w"] + variables["b"]) @ variables["v"]

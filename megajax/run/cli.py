@@ -109,14 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return agreed[-1] > 0
 
     try:
-        with _one_line_warnings(errors), _collected(signals, errors):
+        with _one_line_warnings(errors):
             order = _parse(list(sys.argv if argv is None else argv)[1:])
             if order is None:
                 return 0
             if order.cluster is not None:
                 distributed.connect(*order.cluster)
-            _find_devices()
-            _do(order, stopping)
+            with _collected(signals, errors):  # after JAX, which has a handler for SIGTERM too
+                _find_devices()
+                _do(order, stopping)
     except Interrupted as error:
         if distributed.is_first():
             errors.print(str(error))

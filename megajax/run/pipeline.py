@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from rich.console import Console
@@ -297,8 +297,10 @@ def _show(console: Console, folder: Path, results: Mapping[str, Any]) -> None:
     predictions = load_predictions(folder)
     header, *body = report.rows(results, predictions)
     table = Table()
-    for column in header:
-        table.add_column(escape(column), justify="left" if column == header[0] else "right")
+    for column in zip(header, *body, strict=True):
+        side: Literal["left", "right"] = "left" if column[0] == header[0] else "right"
+        longest = max(len(word) for cell in column for word in cell.split() or [""])
+        table.add_column(escape(column[0]), justify=side, min_width=longest)
     for row in body:
         table.add_row(*row, style="bold" if row[0] == "merged" else None)
     console.print(table)

@@ -1,5 +1,6 @@
 """The command line, end to end on real digits, and each mistake's one clear line."""
 
+import io
 import json
 import subprocess
 import sys
@@ -121,6 +122,11 @@ def test_a_finished_run_is_not_run_again_but_shown(finished, capsys):
         (finished / "results.json").read_text()
     )
     assert "is finished; its result was" in capsys.readouterr().out
+    narrow = Console(width=60, file=io.StringIO())
+    pipeline.run(config, finished, narrow)
+    text = narrow.file.getvalue()
+    assert "uniform" in text
+    assert "…" not in text  # no word is cut
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
