@@ -129,7 +129,7 @@ def make_case(
         "resnet56": ("resnet", {"depth": 8 if dry else 56}),
         "densenet121": ("densenet", {"depth": 121, "stem": "cifar"}),
     }[network]
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and not dry:  # jaxlib 0.11's CPU backend makes NaN of such convolutions
         options = options | {"dtype": dtype}
     population, examples = (4, 24) if dry else (population, examples)
     model = networks.build(family, 10, options)
@@ -243,8 +243,7 @@ def population(dtype: str, dry: bool) -> None:
     """The grid that `auto` follows."""
     case = make_case("resnet56", dtype, dry)
     large, middle, small = (24, 12, 6) if dry else (5000, 1250, 500)
-    all_ = case.population
-    grid = [(4, middle), (1, large), (8, middle), (all_, small), (4, large), (all_, middle)]
+    grid = [(4, middle), (1, large), (8, middle), (case.population, small)]
     timed(case, [("one program", *cell) for cell in grid] + [("host loop", 1, large)])
 
 

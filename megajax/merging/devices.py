@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import canonicalize_dtype
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from megajax.errors import ConfigError
@@ -101,7 +102,10 @@ def choose_layout(
     on_cpu = jax.default_backend() == "cpu"
     if batch_size == "auto" and on_cpu:
         some = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct((_SMALLEST, *leaf.shape[1:]), leaf.dtype), inputs
+            lambda leaf: jax.ShapeDtypeStruct(
+                (_SMALLEST, *leaf.shape[1:]), canonicalize_dtype(leaf.dtype)
+            ),
+            inputs,
         )
         of_example = max(live_bytes(apply_fn, variables, some) / _SMALLEST, 1)
         batch_size = max(_SMALLEST, min(_LARGEST, int(_CPU_BYTES / of_example)))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import canonicalize_dtype
 
 from megajax.errors import ConfigError, DataError, first_line
 from megajax.evaluation.batches import Batches, cut
@@ -194,7 +195,8 @@ def check_task(task: Task, apply_fn: ApplyFn, variables: PyTree, number: int = 0
 def _of_length(count: int, tree: PyTree) -> PyTree:
     """Shapes and dtypes of so many examples."""
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype), tree
+        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), canonicalize_dtype(leaf.dtype)),
+        tree,
     )
 
 
