@@ -493,7 +493,7 @@ def measure_all(options: argparse.Namespace) -> list[str]:
         state = "done" if process.wait() == 0 else last
         if state != "done":
             bad.append(part.name)
-        results[part.name] = {"rows": rows, "state": state}
+        results[part.name] = {"rows": rows, "state": state}  # a "note" may be added by hand
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(results, indent=1) + "\n")
@@ -523,6 +523,8 @@ def page(results: dict[str, Any]) -> str:
             lines += ["Not measured.", ""]
             continue
         lines += _table(table, _floors(results, found["rows"]))
+        if "note" in found:
+            lines += [found["note"], ""]
         if found["state"] != "done":
             lines += [f"(The part did not come to its end: {found['state'][:100]}.)", ""]
     return "\n".join(lines).rstrip() + "\n"
