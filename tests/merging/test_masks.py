@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from megajax.program.layers import find_layers
 from optax.projections import projection_simplex
 from scipy.optimize import LinearConstraint, minimize
 from searches import started
@@ -16,6 +15,7 @@ from searches import started
 from megajax.errors import ConfigError
 from megajax.merging.masks import FROZEN, GRANULARITIES, mask_labels, masks, nearest_on_simplex
 from megajax.merging.shares import channel_shares
+from megajax.program.roles import find_layers
 from megajax.search.loop import Limits, run
 from megajax.search.methods import EvolutionConfig, make_search
 

@@ -1,14 +1,15 @@
 """Layers that all individuals have in common are computed once, and nothing else changes."""
 
+from dataclasses import replace
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from megajax.merging.fitness import batches, evaluator, negative_cross_entropy
 
 import megajax as mj
-from megajax.program.folding import widened
+from megajax.merging.genome import GENOMES, make_genome
 from megajax.program.jaxprs import walk
 from megajax.program.prefix import features_size, own_leaves, split
 from megajax.trees import leaf_paths
@@ -23,8 +24,7 @@ LABELS = RNG.integers(0, 10, 22)
 def parents_of(name, options):
     model = models.build(name, 10, options)
     networks = [model.init(jax.random.key(k), IMAGES[:1]) for k in range(2)]
-    apply_fn = mj.from_linen(model, networks[0], train=False).apply_fn
-    return apply_fn, mj.stack_parents(networks)
+    return mj.from_linen(model, networks[0], train=False).apply_fn, networks
 
 
 def contractions(closed, times=1):
@@ -53,34 +53,31 @@ CASES = [
 @pytest.mark.parametrize(("name", "options", "freeze", "layers", "chunk"), CASES)
 def test_scores_are_the_same_and_frozen_layers_run_once(name, options, freeze, layers, chunk):
     apply_fn, parents = parents_of(name, options)
-    genome = mj.masks(parents, granularity="leaf", freeze=freeze)
-    genes = genome.init(KEY, 6)
-    data = batches(IMAGES, LABELS, 8)
+    problem = mj.problem_for(
+        apply_fn,
+        parents,
+        (IMAGES, LABELS),
+        genome=mj.GenomeConfig(granularity="leaf", freeze=freeze),
+        fitness=mj.FitnessConfig(metric="cross_entropy", batch_size=8, population_chunk=chunk),
+        population_size=6,
+    )
+    problem = replace(problem, per_example=True)
+    assert problem.prefix
+    genes = problem.genome.init(KEY, 6)
     results, counts = [], []
-    for common in (False, True):
-        evaluate = evaluator(
-            genome.express,
-            widened(apply_fn),
-            negative_cross_entropy,
-            parents,
-            data,
-            population_chunk=chunk,
-            per_example=True,
-            common=common,
-        )
-        results.append(jax.jit(lambda evaluate, genes: evaluate(genes))(evaluate, genes))
-        program = jax.make_jaxpr(lambda genes, evaluate=evaluate: evaluate(genes))(genes)
-        counts.append(contractions(program))
-    (plain, plain_right), (once, once_right) = results
+    for prefix in (False, True):
+        one = replace(problem, prefix=prefix)
+        results.append(jax.jit(mj.evaluate)(one, genes))
+        counts.append(contractions(jax.make_jaxpr(mj.evaluate)(one, genes)))
+    (plain, plain_aux), (once, once_aux) = results
     np.testing.assert_allclose(once, plain, rtol=1e-5)
-    np.testing.assert_array_equal(once_right, plain_right)
-    runs, passes = len(data.images), 6 // chunk * len(data.images)
+    np.testing.assert_array_equal(once_aux.right, plain_aux.right)
+    runs, passes = 3, 6 // chunk * 3  # of 22 images, 8 at a time
     assert counts[0] - counts[1] == layers * (passes - runs)
 
 
 def test_nothing_is_split_where_nothing_is_shared_or_nothing_would_be_saved():
-    apply_fn, parents = parents_of("mlp", {"hidden": (16,)})
-    one = jax.tree.map(lambda leaf: leaf[0], parents)
+    apply_fn, (one, _) = parents_of("mlp", {"hidden": (16,)})
     paths = leaf_paths(one)
     last = ["dense1" not in path for path in paths]
     assert split(apply_fn, one, IMAGES, [True] * len(paths)) is None
@@ -89,13 +86,14 @@ def test_nothing_is_split_where_nothing_is_shared_or_nothing_would_be_saved():
 
 
 def test_what_depends_on_genes_is_told_from_the_program():
-    _, parents = parents_of("cnn", {"width": 4})
-    paths = leaf_paths(jax.tree.map(lambda leaf: leaf[0], parents))
-    expected = ["conv1" not in path for path in paths]
-    for genome in (
-        mj.masks(parents, granularity="channel", freeze="conv1"),
-        mj.weights(parents, freeze="conv1"),
-    ):
+    apply_fn, networks = parents_of("cnn", {"width": 4})
+    expected = ["conv1" not in path for path in leaf_paths(networks[0])]
+    for kind in GENOMES:
+        options = {} if kind == "weights" else {"granularity": "leaf"}
+        config = mj.GenomeConfig(kind=kind, freeze="conv1", **options)
+        genome = make_genome(apply_fn, networks[0], IMAGES, 2, config)
+        base = [networks[1]] if kind == "task_vectors" else []
+        parents = genome.stack(networks, *base)
         genes = jax.tree.map(lambda leaf: leaf[0], genome.init(KEY, 4, parents))
         assert own_leaves(genome.express, genes, parents) == expected
 
@@ -104,8 +102,7 @@ def test_what_depends_on_genes_is_told_from_the_program():
 def test_a_merge_with_frozen_layers_finds_what_it_finds_without_sharing(
     monkeypatch, recalibrate, racing
 ):
-    apply_fn, parents = parents_of("cnn", {"width": 4})
-    networks = [jax.tree.map(lambda leaf, k=k: leaf[k], parents) for k in range(2)]
+    apply_fn, networks = parents_of("cnn", {"width": 4})
 
     def merge():
         return mj.merge(
@@ -122,7 +119,7 @@ def test_a_merge_with_frozen_layers_finds_what_it_finds_without_sharing(
         )
 
     shared = merge()
-    monkeypatch.setattr("megajax.merging.merge.features_size", lambda *_: 0)
+    monkeypatch.setattr("megajax.merging.problem._has_frozen", lambda *_: False)
     plain = merge()
     np.testing.assert_allclose(shared.history.best, plain.history.best, rtol=1e-5)
     np.testing.assert_allclose(shared.genes, plain.genes, rtol=1e-5, atol=1e-6)

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from megajax.merging.fitness import batches, evaluator, negative_cross_entropy
 
 import megajax as mj
-from megajax.merging.genome import masks
 from megajax.zoo.networks import MODELS, build
 
 NETWORKS = [
@@ -62,21 +60,24 @@ def test_both_adapters_and_a_population_give_the_networks_own_figures(name, opti
     network = mj.from_nnx(mj.to_nnx(blank, in_nnx))
     chex.assert_trees_all_equal(network.variables, in_nnx)
 
-    stacked = mj.stack_parents(parents)
-    genome = masks(stacked, granularity="global")
-    data = batches(X, LABELS, 3)
-    evaluate = evaluator(
-        genome.express, linen.apply_fn, negative_cross_entropy, stacked, data, population_chunk=1
+    problem = mj.problem_for(
+        linen.apply_fn,
+        parents,
+        (X, LABELS),
+        genome=mj.GenomeConfig(granularity="global"),
+        fitness=mj.FitnessConfig(metric="cross_entropy", batch_size=3, population_chunk=1),
+        population_size=3,
     )
 
     @jit
-    def figures(stacked, in_nnx, genes):
-        mean = jax.tree.map(lambda leaf: leaf.mean(0), stacked)
-        three = jax.tree.map(lambda mean, two: jnp.concatenate([two, mean[None]]), mean, stacked)
+    def figures(problem, parents, in_nnx, genes):
+        mean = jax.tree.map(lambda *leaves: sum(leaves) / 2, *parents)
+        three = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parents, mean)
         alone = jax.lax.map(lambda variables: model.apply(variables, X), three)
-        return alone, network.apply_fn(in_nnx, X), evaluate(genes)[0]
+        return alone, network.apply_fn(in_nnx, X), mj.evaluate(problem, genes)[0]
 
-    alone, through_nnx, fitness = figures(stacked, in_nnx, genome.init(jax.random.key(0), 3))
+    genes = problem.genome.init(jax.random.key(0), 3)
+    alone, through_nnx, fitness = figures(problem, parents, in_nnx, genes)
     np.testing.assert_allclose(through_nnx, alone[0], rtol=1e-4, atol=1e-4)
     logits = np.asarray(alone, np.float64)
     nll = np.log(np.exp(logits).sum(-1)) - logits[:, np.arange(6), LABELS]
