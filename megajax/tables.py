@@ -9,7 +9,20 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Collection, Sequence
 
-__all__ = ["to_markdown", "to_text"]
+__all__ = ["numeric", "split", "to_markdown", "to_text"]
+
+
+def numeric(rows: Sequence[Sequence[str]]) -> list[bool]:
+    """Which columns hold numbers and are set to the right.
+
+    Example:
+        >>> numeric([("", "test", "saw labels"), ("one", "81.5 %", "no")])
+        [False, True, False]
+    """
+    full = [row for row in rows[1:] if len(row) > 1]
+    return [
+        i > 0 and all(row[i][:1] in "+-<0123456789" for row in full) for i in range(len(rows[0]))
+    ]
 
 
 def to_markdown(rows: Sequence[Sequence[str]], strong: Collection[str] = ()) -> str:
@@ -27,10 +40,6 @@ def to_markdown(rows: Sequence[Sequence[str]], strong: Collection[str] = ()) -> 
         | **one** | **+1.5** |
     """
     header, *body = rows
-    full = [row for row in body if len(row) > 1]
-    right = [
-        i > 0 and all(row[i][:1] in "+-<0123456789" for row in full) for i in range(len(header))
-    ]
 
     def line(row: Sequence[str]) -> str:
         mark = "**" if row[0] in strong else "*" if len(row) == 1 < len(header) else ""
@@ -38,8 +47,35 @@ def to_markdown(rows: Sequence[Sequence[str]], strong: Collection[str] = ()) -> 
         cells = [f"{mark}{cell}{mark}" if cell else "" for cell in cells]
         return f"| {' | '.join([*cells, *[''] * (len(header) - len(cells))])} |"
 
-    rule = "| " + " | ".join("---:" if numbers else "---" for numbers in right) + " |"
+    rule = "| " + " | ".join("---:" if numbers else "---" for numbers in numeric(rows)) + " |"
     return "\n".join([line(header), rule, *map(line, body)])
+
+
+def split(rows: Sequence[Sequence[str]], width: int) -> list[list[Sequence[str]]]:
+    """The table as several ones, each with as many columns as find room, none left out.
+
+    Example:
+        >>> split([("", "one run", "another"), ("test", "81.5 %", "82.0 %")], 14)
+        [[('', 'one run'), ('test', '81.5 %')], [('', 'another'), ('test', '82.0 %')]]
+    """
+    parts = []
+    while len(rows[0]) > 1:
+        fitting = 1 + len(_widths(rows, width)[1])
+        parts.append([row[:fitting] for row in rows])
+        rows = [(*row[:1], *row[fitting:]) for row in rows]
+    return parts
+
+
+def _widths(rows: Sequence[Sequence[str]], width: int) -> tuple[int, list[int]]:
+    """The least width of the first column, and those of the others that find room, at least one."""
+    full = [row for row in rows if len(row) > 1]
+    columns = zip(*full, strict=True)
+    next(columns)
+    words = [max(map(len, (*column[0].split(), *column[1:]))) for column in columns]
+    least = max(len(word) for row in full for word in row[0].split() or [""])
+    while len(words) > 1 and least + sum(2 + n for n in words) > width:
+        words.pop()
+    return least, words
 
 
 def to_text(rows: Sequence[Sequence[str]], width: int) -> list[str]:
@@ -61,15 +97,9 @@ def to_text(rows: Sequence[Sequence[str]], width: int) -> list[str]:
         a long   81.5 %
         name
     """
-    header, *body = rows
-    full = [row for row in body if len(row) > 1]
-    columns = zip(header, *full, strict=True)
-    words = [max(map(len, (*column[0].split(), *column[1:]))) for column in columns]
-    least = max(len(word) for row in (header, *full) for word in row[0].split() or [""])
-    while len(words) > 2 and least + sum(2 + n for n in words[1:]) > width:
-        words.pop()
-    room = max(least, width - sum(2 + n for n in words[1:]))
-    widths = [min(room, max(len(row[0]) for row in (header, *full))), *words[1:]]
+    least, others = _widths(rows, width)
+    room = max(least, width - sum(2 + n for n in others))
+    widths = [min(room, max(len(row[0]) for row in rows if len(row) > 1)), *others]
 
     def text(row: Sequence[str]) -> str:
         if len(row) == 1:

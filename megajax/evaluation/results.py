@@ -22,7 +22,8 @@ report; `predictions.npz` beside it holds the arrays, see `megajax.evaluation.pr
     [not_held_out]    true where the search was scored on the test images
     [smoke]           true where everything was cut down to a trial
     [returned_parent] number of the parent that the merged network is, mixture of nothing
-    [still_rising]    true where fitness was still rising when the search ended
+    [still_rising]    true where the last tenth of the generations brought over a hundredth of all
+                      that the best fitness rose by in the search
 
 An entry is one network's figures: `validation_accuracy`, `test_accuracy`, `test_nll` (nats)
 [, `validation_nll`, `fitness`, `calibration_error`, `per_class_accuracy` (one for each class),

@@ -1,44 +1,55 @@
-"""What a run shows people: one sentence, tables, a page in Markdown and in HTML, and plots.
+"""What a run shows people: sentences, tables, a page in Markdown and in HTML, and plots.
 
-All of it is made from plain data: `results.json` (`megajax.evaluation.results` says what it holds), the lines
-of `metrics.jsonl`, `predictions.npz` and the shares of the parents in each layer. What a run did
-not measure is left out. The same functions serve many seeds that `megajax.evaluation.results.aggregate` has
-put together.
+All of it is made from plain data: `results.json` (`megajax.evaluation.results` says what it holds),
+the lines of `metrics.jsonl`, `predictions.npz` and the shares of the parents in each layer. What a
+run did not measure is left out. The same functions serve many seeds that
+`megajax.evaluation.results.aggregate` has put together.
 
-    text    sentence and tables             plots   figures
-    page    blocks -> Markdown, HTML        (here)  which blocks there are, and the files
+    text    sentences and tables                    plots   figures
+    page    blocks -> Markdown, HTML, terminal      (here)  which blocks there are, and the files
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
 from megajax.evaluation.predictions import Predictions
 from megajax.evaluation.results import Comparison, comparison, entries, is_aggregate
 from megajax.io import write_bytes, write_text
+from megajax.merging.merge import MergeResult
+from megajax.merging.problem import scores_of
 from megajax.report import plots, text
 from megajax.report.page import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from megajax.types import ApplyFn, PyTree
 
-__all__ = ["NOT_HELD_OUT", "answer", "rows", "write_report"]
-
-NOT_HELD_OUT = "Selected on the test set: the figures are not held out."
+__all__ = ["answer", "front", "summary", "write_report"]
 
 _CAPTIONS = {
-    "accuracy": "Accuracy on validation (open) and test (filled) images, and the difference to the "
+    "accuracy": "Accuracy on validation (open) and test images (filled), and the difference to the "
     "best parent on the test images; bars are 95 % intervals.",
     "per_class": "Test accuracy by class.",
     "robustness": "Accuracy on corrupted test images by severity.",
-    "fitness": "Fitness of the population over the generations.",
-    "mask": "Share of the parents in every channel of the merged network, layer by layer.",
+    "fitness": "Fitness of the population over the generations, and of the parents as they were.",
+    "mask": "Share of the parents in every channel of the merged network, layer by layer from the "
+    "input (top) to the output.",
     "path": "The straight line between parents 0 and 1 on validation images; the star is the "
     "merged network at its mean share.",
+    "front": "Compromises between the tasks that the search found, none of them better than "
+    "another on all tasks; up and right is better.",
 }
 
+_STRONG = ("merged",)
+_OF_SEARCH = ("fitness", "mask", "front", "path")
+_WIDE = ("accuracy", "per_class", "robustness", "path")
 _FITNESS = {
     "cross_entropy": "negative cross-entropy [nats]",
     "accuracy": "accuracy",
@@ -46,14 +57,14 @@ _FITNESS = {
 
 
 def answer(results: Mapping[str, Any], predictions: Predictions | None = None) -> str:
-    """The result in one sentence: merged against the best parent, which validation chose.
+    """The result in sentences: merged against the best parent, and against its other rivals.
 
     Args:
-        results: the content of `results.json`, or of many seeds (`megajax.evaluation.results.aggregate`).
-        predictions: of a run, for the interval of the difference and its test.
+        results: the content of `results.json`, or of many seeds.
+        predictions: of a run, for the intervals of the differences and their tests.
 
     Returns:
-        The sentence.
+        The sentences; what a reader must know before (`megajax.report.text.caveats`) is not there.
 
     Example:
         >>> parent = {"validation_accuracy": 0.9, "test_accuracy": 0.80}
@@ -63,28 +74,73 @@ def answer(results: Mapping[str, Any], predictions: Predictions | None = None) -
         'Test accuracy on 100 held-out images: merged 82.0 % against 80.0 % for the best parent
         (number 0, chosen on validation), +2.0 points.'
     """
-    return text.sentence(comparison(results, predictions))
+    return " ".join(text.headline(comparison(results, predictions)))
 
 
-def rows(
-    results: Mapping[str, Any], predictions: Predictions | None = None
-) -> list[tuple[str, ...]]:
-    """The table of all methods, as wide as a terminal.
+def summary(results: Mapping[str, Any], predictions: Predictions | None = None) -> list[Block]:
+    """What a terminal shows of a run, for `megajax.report.page.show`: table, caveats and answer.
 
     Args:
         results: as for `answer`.
         predictions: as for `answer`.
 
-    Returns:
-        Rows of strings; the first one is the header. What nobody has is no column.
-
     Example:
         >>> figures = {"validation_accuracy": 0.9, "test_accuracy": 0.8}
-        >>> rows({"parents": [figures], "merged": figures,
-        ...       "data": {"validation": 50, "test": 100}})[2]
-        ('merged', '90.0 %', '80.0 %')
+        >>> table, answer = summary({"parents": [figures], "merged": figures,
+        ...                          "data": {"validation": 50, "test": 100}})
+        >>> table.rows[-1]
+        ('merged', '80.0 %', '90.0 %')
     """
-    return text.table(comparison(results, predictions))
+    found = comparison(results, predictions)
+    return [
+        Table(text.table(found), _STRONG),
+        *(Paragraph(line, strong=True) for line in text.caveats(found, results)),
+        *map(Paragraph, text.headline(found)),
+    ]
+
+
+def front(
+    found: MergeResult, networks: Mapping[str, PyTree] | None = None
+) -> dict[str, Any] | None:
+    """The entry `front` of `results.json`: the compromises that a search found, and the others.
+
+    The parents are there as they were given and, where the tasks have class labels, their ensemble:
+    the mean of their probabilities.
+
+    Args:
+        found: of a merge with `evolution.method="nsga2"`.
+        networks: name -> variables of other networks to compare with, such as baselines'.
+
+    Returns:
+        Plain data, for `megajax.report.plots.plot_front` too; None if there is no front.
+    """
+    if found.front is None:
+        return None
+    tasks, problem = list(found.scores), found.problem
+    of_parents = zip(*(found.parent_scores[task] for task in tasks), strict=True)
+    scores = {f"parent_{k}": list(row) for k, row in enumerate(of_parents)}
+    for name, variables in (networks or {}).items():
+        scores[name] = scores_of(problem, variables)[1].tasks
+    if {*found.metrics.values()} <= {"accuracy", "cross_entropy"}:
+        together = replace(problem, networks=tuple(map(_Ensemble, problem.networks)))
+        scores["ensemble"] = scores_of(together, tuple(found.parents))[1].tasks
+    scores["merged"] = list(found.scores.values())
+    return {
+        "tasks": [f"{task}: {found.metrics[task].replace('_', ' ')}" for task in tasks],
+        "points": np.asarray(found.front.scores, float).tolist(),
+        "networks": {name: np.asarray(row, float).tolist() for name, row in scores.items()},
+    }
+
+
+@dataclass(frozen=True)
+class _Ensemble:
+    """The networks' mean probabilities, as logits."""
+
+    apply_fn: ApplyFn
+
+    def __call__(self, networks: Sequence[PyTree], inputs: Any) -> jax.Array:
+        outputs = jnp.stack([self.apply_fn(variables, inputs) for variables in networks])
+        return jax.nn.logsumexp(jax.nn.log_softmax(outputs), axis=0)  # up to a constant
 
 
 def write_report(
@@ -141,11 +197,15 @@ def _figures(
         keys = [key for key in shown if key in robustness["networks"]]
         yield "robustness", plots.plot_robustness(robustness, clean, keys=keys)
     if history:
-        yield "fitness", plots.plot_fitness(history, _FITNESS.get(results.get("metric", ""), ""))
+        levels = [parent.get("fitness") for parent in results["parents"]]
+        metric = _FITNESS.get(results.get("metric", ""), "")
+        yield "fitness", plots.plot_fitness(history, metric, levels)
     if shares:
         yield "mask", plots.plot_mask(shares)
     if results.get("path"):
         yield "path", plots.plot_path(results["path"])
+    if results.get("front"):
+        yield "front", plots.plot_front(results["front"])
 
 
 def _entries(results: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
@@ -156,18 +216,20 @@ def _blocks(results: Mapping[str, Any], found: Comparison, pictures: Sequence[st
     """The page: the answer first, then what it rests on."""
 
     def picture(name: str) -> list[Block]:
-        return [Picture(name, _CAPTIONS[name])] if name in pictures else []
+        return [Picture(name, _CAPTIONS[name], name in _WIDE)] if name in pictures else []
 
-    strong = ("merged",)
-    blocks: list[Block] = [Heading(f"Merged networks on {results['data']['name']}")]
-    if not found.held_out:
-        blocks.append(Paragraph(NOT_HELD_OUT, strong=True))
-    blocks.append(Paragraph(text.sentence(found), strong=True))
+    first, *others = text.headline(found)
+    blocks: list[Block] = [
+        Heading(f"Merged networks on {results['data']['name']}"),
+        *(Paragraph(line, strong=True) for line in text.caveats(found, results)),
+        Paragraph(first, strong=True),
+        *map(Paragraph, others),
+    ]
     robustness = results.get("robustness")
     robust = text.robust_sentence(found, robustness) if robustness else None
     if robust is not None:
         blocks.append(Paragraph(robust))
-    blocks += [Heading("All methods"), Table(text.table(found, full=True), strong)]
+    blocks += [Heading("All methods"), Table(text.table(found, full=True), _STRONG)]
     searched = text.budgets(found)
     if searched is not None:
         blocks.append(Paragraph(searched))
@@ -178,18 +240,18 @@ def _blocks(results: Mapping[str, Any], found: Comparison, pictures: Sequence[st
         blocks += [
             Heading("Agreement"),
             Paragraph("Share of the test images for which a network predicts the parent's class."),
-            Table(agreement, strong),
+            Table(agreement, _STRONG),
         ]
     if robustness:
         blocks += [
             Heading("Corrupted images"),
-            Table(text.robust_table(found, robustness), strong),
+            Table(text.robust_table(found, robustness), _STRONG),
             Paragraph(_about_corruptions(robustness)),
             *picture("robustness"),
         ]
-    if {"fitness", "mask", "path"} & set(pictures):
-        blocks += [Heading("The search"), *picture("fitness"), *picture("mask"), *picture("path")]
-    return [*blocks, Heading("What was run"), *(Paragraph(line) for line in _about_run(results))]
+    search = [block for name in _OF_SEARCH for block in picture(name)]
+    blocks += [Heading("The search"), *search] if search else []
+    return [*blocks, Heading("What was run"), Table(text.run_table(results))]
 
 
 def _about_corruptions(robustness: Mapping[str, Any]) -> str:
@@ -200,36 +262,7 @@ def _about_corruptions(robustness: Mapping[str, Any]) -> str:
             f"{robustness['examples']:,} test images, corrupted with the constants of CIFAR-10-C "
             "(Hendrycks and Dietterich, 2019); lengths in pixels, made for 32 pixels a side"
         )
-    severities = ", ".join(map(str, robustness["severities"]))
-    return f"{source}. Means over severities {severities}."
-
-
-def _about_run(results: Mapping[str, Any]) -> Iterator[str]:
-    data = results["data"]
-    sizes = f"{data['name']}: "
-    if "train" in data:
-        sizes += f"{data['train']:,} training, "
-    sizes += f"{data['validation']:,} validation and {data['test']:,} test images, disjoint."
-    if results.get("not_held_out"):
-        yield sizes
-    else:
-        yield (
-            f"{sizes} The search saw validation images only; the test images were looked at once, "
-            "after it."
-        )
-    run = [f"Seeds {', '.join(map(str, results['seeds']))}"] if is_aggregate(results) else []
-    run += [f"Seed {results['seed']}"] if "seed" in results else []
-    if "generations" in results:
-        run.append(f"{results['generations']:,} generations")
-    merged = results["networks"]["merged"] if is_aggregate(results) else results
-    if merged.get("evaluations") is not None:
-        run.append(f"{merged['evaluations']:,} networks scored in the search")
-    if run:
-        yield "; ".join(run) + "."
-    seconds = results.get("seconds")
-    if seconds:
-        yield (
-            "Seconds: "
-            + ", ".join(f"{stage} {taken:.0f}" for stage, taken in seconds.items())
-            + "."
-        )
+    first, *others = map(str, robustness["severities"])
+    if not others:
+        return f"{source}. All at severity {first}."
+    return f"{source}. Means over severities {', '.join([first, *others])}."

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich.table
 from rich.console import Console
-from rich.markup import escape
 
 from megajax.errors import ConfigError, DataError, MegajaxError, WorkdirError
 from megajax.evaluation.predictions import (
@@ -31,9 +29,8 @@ from megajax.evaluation.predictions import (
 from megajax.evaluation.results import aggregate, comparison
 from megajax.evaluation.statistics import Difference, Interval, holm, mcnemar, paired_t
 from megajax.io import flatten, read_json, write_json, write_text
-from megajax.report import NOT_HELD_OUT
-from megajax.report.page import Block, Heading, Paragraph, Table, to_markdown
-from megajax.report.text import p_value, percent, points, with_interval
+from megajax.report.page import Block, Heading, Paragraph, Table, show, to_markdown
+from megajax.report.text import caveats, p_value, percent, points, with_interval
 
 __all__ = ["Run", "against_first", "load_run", "main", "page", "settings", "summary"]
 
@@ -122,7 +119,7 @@ def summary(run: Run) -> dict[str, Any]:
         "run": run.name,
         "seeds": [one["seed"] for one in run.results],
         "data": results["data"]["name"],
-        "held_out": found.held_out,
+        "caveats": caveats(found, results),
         "best_parent": best.test._asdict(),
         "merged": merged.test._asdict(),
         "gain": merged.test.estimate - best.test.estimate,
@@ -165,9 +162,9 @@ def page(runs: Sequence[Run]) -> list[Block]:
         if found is None
     ]
     blocks += [
-        Paragraph(f"{one['run']}: {NOT_HELD_OUT}", strong=True)
+        Paragraph(f"{one['run']}: {line}", strong=True)
         for one in summaries
-        if not one["held_out"]
+        for line in one["caveats"]
     ]
     different = settings(runs)
     if different:
@@ -208,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MegajaxError as error:
         Console(stderr=True, soft_wrap=True, highlight=False, markup=False).print(f"error: {error}")
         return 2
-    _print(blocks, Console())
+    show(blocks, Console(), whole=True)
     return 0
 
 
@@ -287,23 +284,3 @@ def _plain(runs: Sequence[Run]) -> dict[str, Any]:
         ],
         "settings": settings(runs),
     }
-
-
-def _print(blocks: Sequence[Block], console: Console) -> None:
-    for block in blocks:
-        match block:
-            case Heading(text):
-                console.print(f"\n{escape(text)}", style="bold", highlight=False)
-            case Paragraph(text, strong_text):
-                style = "bold" if strong_text else None
-                console.print(escape(text), style=style, soft_wrap=True, highlight=False)
-            case Table(rows, strong):
-                table = rich.table.Table()
-                for i, column in enumerate(rows[0]):
-                    table.add_column(
-                        escape(column), justify="right" if i else "left", overflow="fold"
-                    )
-                for row in rows[1:]:
-                    style = "bold" if row[0] in strong else None
-                    table.add_row(*map(escape, row), style=style)
-                console.print(table)

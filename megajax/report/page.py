@@ -1,4 +1,4 @@
-"""A page as a list of blocks, and its two renderings: Markdown, and HTML that needs nothing else.
+"""A page as a list of blocks, and what becomes of it: Markdown, HTML, or lines in a terminal.
 
 Knows nothing of networks or results. In HTML the style and the pictures (as SVG) are part of the
 file, so that it can be sent to somebody and opened without a network.
@@ -7,11 +7,17 @@ file, so that it can be sent to somebody and opened without a network.
 from __future__ import annotations
 
 import base64
+import functools
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
-__all__ = ["Block", "Heading", "Paragraph", "Picture", "Table", "to_html", "to_markdown"]
+from rich.console import Console
+
+from megajax import tables
+
+__all__ = ["Block", "Heading", "Paragraph", "Picture", "Table", "show", "to_html", "to_markdown"]
 
 
 class Heading(NamedTuple):
@@ -40,7 +46,7 @@ class Table(NamedTuple):
     """A table whose first column names the rows.
 
     Attributes:
-        rows: strings; the first row is the header.
+        rows: strings; the first row is the header, and a row of one cell the title of those below.
         strong: names of rows that stand out.
     """
 
@@ -54,10 +60,12 @@ class Picture(NamedTuple):
     Attributes:
         name: of its file, without folder and ending.
         caption: what it shows.
+        wide: it takes the whole width; others stand side by side where there is room.
     """
 
     name: str
     caption: str
+    wide: bool = False
 
 
 Block: TypeAlias = Heading | Paragraph | Table | Picture
@@ -81,10 +89,8 @@ def to_markdown(blocks: Sequence[Block], folder: str = "plots") -> str:
             case Paragraph(text, strong):
                 parts.append(f"**{text}**" if strong else text)
             case Table(rows, strong):
-                header, *body = (_bold(row, strong) for row in rows)
-                lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
-                parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-            case Picture(name, caption):
+                parts.append(tables.to_markdown(rows, strong))
+            case Picture(name, caption, _):
                 parts.append(f"![{caption}]({folder}/{name}.png)\n\n*{caption}*")
     return "\n\n".join(parts) + "\n"
 
@@ -104,7 +110,11 @@ def to_html(blocks: Sequence[Block], pictures: Mapping[str, bytes]) -> str:
         True
     """
     title = next((block.text for block in blocks if isinstance(block, Heading)), "")
-    body = "\n".join(_element(i, block, pictures) for i, block in enumerate(blocks))
+    parts = []
+    for in_row, group in itertools.groupby(enumerate(blocks), lambda one: _is_small(one[1])):
+        elements = "\n".join(_element(i, block, pictures) for i, block in group)
+        parts.append(f'<div class="pictures">\n{elements}\n</div>' if in_row else elements)
+    body = "\n".join(parts)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -113,22 +123,71 @@ def to_html(blocks: Sequence[Block], pictures: Mapping[str, bytes]) -> str:
     )
 
 
+def show(blocks: Sequence[Block], console: Console, *, whole: bool = False) -> None:
+    """Prints the page, without its pictures; no word is broken that fits on a line.
+
+    Args:
+        blocks: the page.
+        console: where to.
+        whole: what finds no room in the lines of a table follows below; else it is left out.
+
+    Example:
+        >>> show([Heading("Title"), Table([("", "x"), ("one", "1")])], Console(width=20))
+        Title
+             x
+        one  1
+    """
+    say = functools.partial(console.print, highlight=False, markup=False)
+    for block in blocks:
+        match block:
+            case Heading(text):
+                say(text, style="bold")
+            case Paragraph(text, strong):
+                say(text, style="bold" if strong else None)
+            case Table(rows, names):
+                for part in tables.split(rows, console.width) if whole else [rows]:
+                    for row, line in zip(part, tables.to_text(part, console.width), strict=True):
+                        title = "italic" if len(row) == 1 else None
+                        style = "bold" if row[0] in names else title
+                        say(line, style=style, soft_wrap=True)
+
+
+_FEW_COLUMNS = 4  # a table of no more is not stretched
+
 _STYLE = """\
-body { max-width: 68rem; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #1a1a1a;
-       font: 16px/1.5 system-ui, sans-serif; }
+* { box-sizing: border-box; }
+body { max-width: 76rem; margin: 0 auto; padding: 1rem; background: #fff; color: #1a1a1a;
+       font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.strong { font-size: 1.15rem; font-weight: 600; padding: .7rem 1rem; background: #f2f5f8;
+p.strong { font-size: 1.1rem; font-weight: 600; padding: .7rem 1rem; background: #f2f5f8;
            border-left: 4px solid #d55e00; }
-div.table { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: right;
-         white-space: nowrap; }
-thead th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
-th:first-child { text-align: left; font-weight: inherit; }
-tr.strong { font-weight: 700; background: #fdf3ec; }
-figure { margin: 1.5rem 0; } figure img { max-width: 100%; height: auto; }
+div.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums;
+        margin: 1rem 0; }
+table.wide { width: 100%; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; font-weight: 400;
+         vertical-align: top; }
+.right { text-align: right; } td.right { white-space: nowrap; }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; }
+th:first-child { position: sticky; left: 0; background: #fff; min-width: 10rem; }
+tr.group th { color: #555; font-size: .8rem; font-weight: 600; padding-top: .8rem; }
+tr.strong > * { font-weight: 700; background: #fdf3ec; }
+div.pictures { display: grid; gap: 2rem; align-items: start; margin: 1.5rem 0;
+               grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+figure { margin: 0; min-width: 0; } figure.wide { margin: 1.5rem 0; }
+figure img { display: block; width: 100%; max-width: 46rem; min-width: 28rem; height: auto; }
+figure.wide img { max-width: 74rem; min-width: 44rem; }
 figcaption { font-size: .85rem; color: #444; }
+@media (max-width: 600px) {
+  body { padding: .6rem; } h1 { font-size: 1.2rem; } p.strong { font-size: 1rem; }
+  th, td { padding: .25rem .4rem; } table { font-size: .8rem; }
+  th:first-child { min-width: 6.5rem; max-width: 8.5rem; }
+}
 """
+
+
+def _is_small(block: Block) -> bool:
+    return isinstance(block, Picture) and not block.wide
 
 
 def _element(position: int, block: Block, pictures: Mapping[str, bytes]) -> str:
@@ -139,31 +198,40 @@ def _element(position: int, block: Block, pictures: Mapping[str, bytes]) -> str:
         case Paragraph(text, strong):
             return f"<p{_mark(strong)}>{html.escape(text)}</p>"
         case Table(rows, strong):
-            header, *body = rows
-            head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-            lines = "\n".join(_row(row, row[0] in strong) for row in body)
+            right = tables.numeric(rows)
+            head = _cells("th", rows[0], right, ' scope="col"')
+            lines = "\n".join(_row(row, right, row[0] in strong) for row in rows[1:])
+            wide = ' class="wide"' if len(right) > _FEW_COLUMNS else ""
             return (
-                f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n'
+                f'<div class="scroll"><table{wide}>\n<thead><tr>{head}</tr></thead>\n'
                 f"<tbody>\n{lines}\n</tbody>\n</table></div>"
             )
-        case Picture(name, caption):
+        case Picture(name, caption, wide):
             data = base64.b64encode(pictures[name]).decode()
-            text = html.escape(caption)
+            text, kind = html.escape(caption), ' class="wide"' if wide else ""
+            image = f'<img src="data:image/svg+xml;base64,{data}" alt="{text}">'
             return (
-                f'<figure><img src="data:image/svg+xml;base64,{data}" alt="{text}">'
+                f'<figure{kind}><div class="scroll">{image}</div>'
                 f"<figcaption>{text}</figcaption></figure>"
             )
 
 
-def _row(row: Sequence[str], strong: bool) -> str:
-    name, *cells = map(html.escape, row)
-    columns = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr{_mark(strong)}><th scope="row">{name}</th>{columns}</tr>'
+def _row(row: Sequence[str], right: Sequence[bool], strong: bool) -> str:
+    name = html.escape(row[0])
+    if len(row) == 1 < len(right):
+        empty = f'<td colspan="{len(right) - 1}"></td>'
+        return f'<tr class="group"><th scope="rowgroup">{name}</th>{empty}</tr>'
+    cells = _cells("td", row[1:], right[1:])
+    return f'<tr{_mark(strong)}><th scope="row">{name}</th>{cells}</tr>'
+
+
+def _cells(tag: str, cells: Sequence[str], right: Sequence[bool], attributes: str = "") -> str:
+    sides = (' class="right"' if numbers else "" for numbers in right)
+    return "".join(
+        f"<{tag}{attributes}{side}>{html.escape(cell)}</{tag}>"
+        for cell, side in zip(cells, sides, strict=True)
+    )
 
 
 def _mark(strong: bool) -> str:
     return ' class="strong"' if strong else ""
-
-
-def _bold(row: Sequence[str], strong: Sequence[str]) -> list[str]:
-    return [f"**{cell}**" if cell and row[0] in strong else cell for cell in row]

@@ -1,14 +1,15 @@
 """The pictures of a report: functions from plain data to a matplotlib figure.
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers, and markers and line styles
-say the same once more. A network has the same colour in every picture: parents in turn, the merged
-network vermilion, the ensemble black.
+Colours are Okabe and Ito's and, for what is no parent, Paul Tol's, which stay apart for
+colour-blind readers; markers and line styles say the same once more. A network has the same colour
+in every picture: parents in turn, merged vermilion, the ensemble black, others by their group.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec
 
@@ -21,12 +22,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from megajax.evaluation.results import BEST, Comparison
+from megajax.evaluation.results import BEST, ON_TEST, Comparison, Row, name_of
 
 __all__ = [
     "FORMATS",
     "plot_accuracy",
     "plot_fitness",
+    "plot_front",
     "plot_mask",
     "plot_path",
     "plot_per_class",
@@ -38,9 +40,17 @@ FORMATS = ("png", "pdf")
 """What is stored: one for the screen, one for a paper. Pages hold SVG."""
 
 _PARENTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#999999", "#666666")
-_MERGED, _ENSEMBLE, _REST = "#D55E00", "#000000", "#888888"
+_MERGED = "#D55E00"
+_GROUPS = {
+    "without search": "#332288",
+    "by search": "#882255",
+    "fine-tuned": "#117733",
+    "ensemble": "#000000",
+}
+_REST = "#332288"
 _LINES = ("#888888", "#0072B2", "#009E73", "#CC79A7")
 _MANY_CLASSES = 30
+_MANY_LETTERS = 100
 _MANY_LAYERS = 80
 _STYLE: Any = {
     "font.size": 9,
@@ -64,17 +74,18 @@ class _Look(NamedTuple):
     linestyle: str
 
 
-def _look(key: str) -> _Look:
+def _look(key: str, group: str = "") -> _Look:
     """How a network is drawn, wherever it is drawn."""
     if key.startswith("parent_"):
         k = int(key.removeprefix("parent_"))
         return _Look(_PARENTS[k % len(_PARENTS)], "os^vDPXh"[k % 8], "--")
     fixed = {
-        BEST: _Look("#444444", "o", "--"),
+        BEST: _Look("#0072B2", "o", "--"),
+        ON_TEST: _Look("#E69F00", "s", "--"),
         "merged": _Look(_MERGED, "*", "-"),
-        "ensemble": _Look(_ENSEMBLE, "d", ":"),
+        "ensemble": _Look("#000000", "d", ":"),
     }
-    return fixed.get(key, _Look(_REST, ".", "-."))
+    return fixed.get(key, _Look(_GROUPS.get(group, _REST), ".", "-."))
 
 
 def _styled(function: Callable[P, Figure]) -> Callable[P, Figure]:
@@ -112,44 +123,53 @@ def rendered(figure: Figure, kind: str) -> bytes:
 
 
 @_styled
-def plot_fitness(history: Sequence[Mapping[str, Any]], metric: str = "") -> Figure:
+def plot_fitness(
+    history: Sequence[Mapping[str, Any]], metric: str = "", parents: Sequence[float | None] = ()
+) -> Figure:
     """Fitness over generations: best ever, median, and the range from worst to best.
 
     Args:
         history: the lines of `metrics.jsonl`.
         metric: what fitness is, with its unit.
+        parents: fitness of each parent as it was given; None where it is not known.
 
     Returns:
-        The figure.
+        The figure. Of the parents, the best one is always in it; those far below it are named.
     """
     of = {
         name: np.array([np.nan if row[name] is None else row[name] for row in history])
         for name in ("generation", "best_ever", "median", "best", "worst")
     }
-    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
-    x, population = of["generation"], _PARENTS[0]
-    band = axes.fill_between(x, of["worst"], of["best"], color=population, alpha=0.2, lw=0)
+    x, population = of["generation"], "#777777"
+    band = axes.fill_between(x, of["worst"], of["best"], color=population, alpha=0.18, lw=0)
     (median,) = axes.plot(x, of["median"], color=population)
     (best,) = axes.plot(x, of["best_ever"], color=_MERGED, lw=2)
-    start = of["best_ever"][0]
-    first = axes.axhline(start, color="0.4", linestyle=":")
+    names = {
+        "best so far": best,
+        "median of the population": median,
+        "from worst to best": band,
+    }
+    levels = {k: level for k, level in enumerate(parents) if level is not None}
     # The random individuals of the first generations would squeeze the rest of the picture.
-    low = np.nanmin(of["median"][len(x) // 5 :], initial=start)
+    low = np.nanmin(of["median"][len(x) // 5 :], initial=of["best_ever"][0])
+    low = min(low, max(levels.values(), default=low))
     high = np.nanmax(of["best_ever"])
-    margin = 0.1 * (high - low) or 0.1
+    below = low - (high - low)
+    low = min((level for level in levels.values() if level >= below), default=low)
+    low = min(low, np.nanmin(of["median"][len(x) // 5 :], initial=of["best_ever"][0]))
+    for k, level in levels.items():
+        look = _look(f"parent_{k}")
+        line = axes.axhline(level, color=look.color, linestyle=look.linestyle, lw=1.2)
+        names[f"parent {k}" + ("" if level >= low else f" (below, {level:.3g})")] = line
+    margin = 0.08 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
     axes.margins(x=0.01)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("generation")
     axes.set_ylabel(f"fitness: {metric}" if metric else "fitness on validation data")
-    names = {
-        "best so far": best,
-        "median of the population": median,
-        "from worst to best": band,
-        "best of the first population": first,
-    }
-    figure.legend(list(names.values()), list(names), loc="outside upper center", ncols=2)
+    figure.legend(list(names.values()), list(names), loc="outside upper center", ncols=3)
     return figure
 
 
@@ -161,18 +181,22 @@ def plot_accuracy(found: Comparison) -> Figure:
         found: from `megajax.evaluation.results.comparison`.
 
     Returns:
-        The figure; bars are 95 % intervals.
+        The figure, grouped as the tables are; bars are 95 % intervals.
     """
-    tested = [row for row in found.rows if row.difference is not None]
-    figure = Figure(
-        figsize=(8 if tested else 6, 1.3 + 0.28 * len(found.rows)), layout="constrained"
-    )
+    tested = any(row.difference is not None for row in found.rows)
+    lines: list[str | Row] = []
+    for group, members in found.groups():
+        lines += [group.capitalize(), *members]
+    figure = Figure(figsize=(10, 1.2 + 0.24 * len(lines)), layout="constrained")
     panels = figure.subplots(1, 2 if tested else 1, sharey=True, squeeze=False)[0]
-    axes = panels[0]
-    for y, row in enumerate(found.rows):
-        look = _look(row.key)
-        _whisker(axes, 100 * np.array(row.validation), y - 0.17, look.color, filled=False)
-        _whisker(axes, 100 * np.array(row.test), y + 0.17, look.color, filled=True)
+    for y, row in enumerate(lines):
+        if isinstance(row, str):
+            continue
+        colour = _look(row.key, row.group).color
+        _whisker(panels[0], 100 * np.array(row.validation), y - 0.17, colour, filled=False)
+        _whisker(panels[0], 100 * np.array(row.test), y + 0.17, colour, filled=True)
+        if row.difference is not None:
+            _whisker(panels[1], 100 * np.array(row.difference[:3]), y, colour, filled=True)
     # Keys of a neutral colour, drawn nowhere.
     handles: dict[str, Any] = {
         part: Line2D([], [], color="0.4", marker="o", mfc=face, ms=5, lw=1)
@@ -180,21 +204,64 @@ def plot_accuracy(found: Comparison) -> Figure:
     }
     best = found.row(found.best)
     if best is not None:
-        reference = axes.axvline(100 * best.test.estimate, color="0.4", linestyle=":", zorder=1.5)
+        reference = panels[0].axvline(100 * best.test.estimate, color="0.4", ls=":", zorder=1.5)
         handles["best parent, test"] = reference
-    axes.set_yticks(range(len(found.rows)), [row.name for row in found.rows])
-    axes.set_ylim(len(found.rows) - 0.5, -0.5)
-    axes.set_xlabel("accuracy [%]")
+    names = [line if isinstance(line, str) else line.name for line in lines]
+    panels[0].set_yticks(range(len(lines)), names)
+    for line, label in zip(lines, panels[0].get_yticklabels(), strict=True):
+        label.set(fontweight="bold" if isinstance(line, str) else "normal")
+    panels[0].set_ylim(len(lines) - 0.5, -0.5)
+    panels[0].set_xlabel("accuracy [%]")
     if tested:
         panels[1].axvline(0, color="0.4", linestyle=":", zorder=1.5)
-        for y, row in enumerate(found.rows):
-            if row.difference is not None:
-                limits = 100 * np.array(row.difference[:3])
-                _whisker(panels[1], limits, y, _look(row.key).color, filled=True)
-        panels[1].set_xlabel("test accuracy minus the best parent's [points]")
+        panels[1].set_xlabel("test accuracy, to the best parent's [points]")
+    for axes in panels:
+        axes.grid(axis="y", visible=False)
+        axes.tick_params(axis="y", length=0)
+        for y, line in enumerate(lines):
+            if isinstance(line, str) and y:
+                axes.axhline(y - 0.5, color="0.85", lw=0.8, zorder=0.5)
     figure.legend(
         list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles)
     )
+    return figure
+
+
+@_styled
+def plot_front(front: Mapping[str, Any]) -> Figure:
+    """The compromises between tasks, for each pair of tasks, and where everybody else stands.
+
+    Args:
+        front: the entry `front` of `results.json`; see `megajax.report.front`.
+
+    Returns:
+        The figure; of more than four tasks the first four.
+    """
+    tasks = list(front["tasks"])[:4]
+    pairs = list(itertools.combinations(range(len(tasks)), 2))
+    columns = min(len(pairs), 3)
+    rows = -(-len(pairs) // columns)
+    size = (max(3.2 * columns, 6), 0.7 + 3.3 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    points = np.asarray(front["points"], float).reshape(-1, len(front["tasks"]))
+    for axes, (first, second) in zip(panels, pairs, strict=True):
+        shown = points[np.argsort(points[:, first])]
+        style = {"color": _MERGED, "alpha": 0.6, "lw": 1, "label": "front"}
+        axes.plot(shown[:, first], shown[:, second], "o-", ms=4, mfc="white", **style)
+        for key, scores in front["networks"].items():
+            look = _look(key)
+            big = {"merged": 12, "ensemble": 7}.get(key, 6)
+            at = (scores[first], scores[second])
+            axes.plot(*at, look.marker, color=look.color, ms=big, label=name_of(key), ls="")
+            if look.marker == ".":  # they share a look
+                axes.annotate(name_of(key), at, (4, 3), textcoords="offset points", fontsize=7)
+        axes.set_xlabel(tasks[first])
+        axes.set_ylabel(tasks[second])
+        axes.margins(0.1)
+    lines = [line for line in figure.axes[0].get_lines() if line.get_marker() != "."]
+    known = {str(line.get_label()): line for line in lines}
+    figure.legend(list(known.values()), list(known), loc="outside upper center", ncols=5)
     return figure
 
 
@@ -263,7 +330,7 @@ def plot_path(path: Mapping[str, Any]) -> Figure:
     Returns:
         The figure.
     """
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, name, label, unit in (
         (panels[0], "accuracy", "accuracy on validation data [%]", 100),
@@ -307,7 +374,7 @@ def plot_per_class(
     count = len(next(iter(values.values())))
     many = count > _MANY_CLASSES
     order = np.argsort(values.get("merged", np.arange(count))) if many else np.arange(count)
-    figure = Figure(figsize=(min(4 + 0.3 * count, 9), 3.2), layout="constrained")
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
     axes = figure.subplots()
     offsets = np.linspace(-0.25, 0.25, len(values)) if not many else np.zeros(len(values))
     for (key, row), offset in zip(values.items(), offsets, strict=True):
@@ -326,7 +393,7 @@ def plot_per_class(
         axes.set_xlabel(f"{count} classes, sorted by the merged network's accuracy")
     else:
         names = list(classes) if classes else [str(c) for c in range(count)]
-        slanted = any(len(name) > 4 for name in names)
+        slanted = sum(map(len, names)) > _MANY_LETTERS
         axes.set_xticks(range(count), names, rotation=40 if slanted else 0)
         axes.set_xlabel("class")
         axes.grid(axis="x", visible=False)
@@ -358,7 +425,7 @@ def plot_robustness(
     panels_of = ["mean", *names] if len(names) > 1 else names
     columns = min(3, len(panels_of))
     lines = -(-len(panels_of) // columns)
-    figure = Figure(figsize=(1.2 + 2.3 * columns, 0.6 + 1.9 * lines), layout="constrained")
+    figure = Figure(figsize=(10, 0.6 + 1.9 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     severities = [0, *robustness["severities"]]
     for axes, name in zip(panels.flat, panels_of, strict=False):

@@ -69,10 +69,11 @@ def caveats(found: Comparison, results: Mapping[str, Any]) -> list[str]:
     lines += [] if found.held_out else [NOT_HELD_OUT]
 
     def seeds_with(name: str) -> str | None:
+        """None if it is so nowhere, else for which seeds it is."""
         values = results.get(name)
-        count = sum(value is not None for value in values) if isinstance(values, list) else None
-        if count is None:
+        if not isinstance(values, list):
             return None if values is None else ""
+        count = sum(value is not None for value in values)
         return f"For {count} of {len(values)} seeds: " if count else None
 
     returned, rising = seeds_with("returned_parent"), seeds_with("still_rising")
@@ -214,20 +215,24 @@ def run_table(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def budgets(found: Comparison) -> str | None:
-    """Who was chosen with the merged network's budget and who not; None if nobody else has one.
+    """Which searches had the merged network's budget and which not; None if there is no other.
 
-    Budgets are the same that differ by less than one network on all images: what a search pays for
-    by the image, another one pays for by the network.
+    Budgets are the same that differ by one network on all images at most: what a search pays for by
+    the image, another one pays for by the network.
     """
     merged = _row(found, "merged")
-    others = [row for row in found.rows if row.evaluations and row.key != "merged"]
+    others = [
+        row
+        for row in found.rows
+        if row.evaluations and row.group == "by search" and row.key != "merged"
+    ]
     if not merged.evaluations or not others:
         return None
     same: list[str] = []
     different: list[str] = []
     one = max(row.images_scored or 0 for row in (*others, merged))  # the images of one network
     for row in others:
-        equal = abs(_cost(row) - _cost(merged)) < one
+        equal = abs(_cost(row) - _cost(merged)) <= one
         (same if equal else different).append(row.name if equal else f"{row.name} {_budget(row)}")
     parts = [f"The merged network's search scored {_budget(merged)} networks x images"]
     parts += [f"the same budget had {', '.join(same)}"] if same else []

@@ -40,6 +40,7 @@ from megajax import report
 from megajax.errors import ConfigError, DeviceError, Interrupted, MegajaxError, first_line
 from megajax.evaluation.results import aggregate
 from megajax.io import write_json
+from megajax.report.page import show
 from megajax.run import pipeline
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
@@ -194,7 +195,7 @@ def _do(order: _Order, stopping: Callable[[], bool]) -> None:
         combined = aggregate(results)
         report.write_report(order.summary.parent, combined)
         write_json(order.summary, combined)
-        console.print(report.answer(combined), soft_wrap=True, highlight=False)
+        show(report.summary(combined), console)
         console.print(f"all seeds: {order.summary}", soft_wrap=True)
 
 

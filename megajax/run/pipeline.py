@@ -16,18 +16,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import megajax
 from megajax import report
 from megajax.errors import ConfigError, DeviceError, Interrupted, WorkdirError
 from megajax.evaluation.predictions import load_predictions
 from megajax.io import digest, flatten, read_json
+from megajax.report.page import show
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
 from megajax.run.checkpoint import Checkpoints
@@ -294,14 +293,4 @@ def _environment() -> dict[str, Any]:
 
 
 def _show(console: Console, folder: Path, results: Mapping[str, Any]) -> None:
-    predictions = load_predictions(folder)
-    header, *body = report.rows(results, predictions)
-    table = Table()
-    for column in zip(header, *body, strict=True):
-        side: Literal["left", "right"] = "left" if column[0] == header[0] else "right"
-        longest = max(len(word) for cell in column for word in cell.split() or [""])
-        table.add_column(escape(column[0]), justify=side, min_width=longest)
-    for row in body:
-        table.add_row(*row, style="bold" if row[0] == "merged" else None)
-    console.print(table)
-    console.print(report.answer(results, predictions), soft_wrap=True, highlight=False)
+    show(report.summary(results, load_predictions(folder)), console)

@@ -51,6 +51,7 @@ __all__ = [
     "ParentsConfig",
     "Split",
     "check_dataset",
+    "class_names",
     "load",
     "load_part",
     "prepare",
@@ -206,6 +207,18 @@ def load_part(config: DataConfig, part: str) -> Split:
         raise DataError(f"{config.name} has no {part} split, only {', '.join(source.parts)}")
     images, labels = source.parts[part]
     return Split(_to_unit(images), labels)
+
+
+def class_names(config: DataConfig) -> list[str]:
+    """The names of the classes, as a prepared TFDS set has them in a file; none for other sets.
+
+    Example:
+        >>> class_names(DataConfig(name="digits"))
+        []
+    """
+    folder = _data_dir(config) / config.name.partition(":")[0]
+    files = sorted(folder.rglob("label.labels.txt"))
+    return files[-1].read_text().splitlines() if files else []
 
 
 def check_dataset(dataset: Dataset) -> None:

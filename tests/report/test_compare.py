@@ -45,14 +45,18 @@ def root(tmp_path_factory):
     return root
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 def call(capsys, *arguments):
     code = compare.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 
 
-def test_runs_with_the_same_test_images_are_tested_image_by_image(root, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_runs_with_the_same_test_images_are_tested_image_by_image(root, capsys):
     code, out, err = call(capsys, root / "plain", root / "wide")
     assert (code, err) == (0, "")
     plain, wide = (compare.load_run(root / name) for name in ("plain", "wide"))
@@ -102,6 +106,18 @@ def test_a_selection_on_the_test_set_is_said(root, capsys, tmp_path):
     store(tmp_path / "leaked", leaked)
     _, out, _ = call(capsys, root / "plain", tmp_path / "leaked")
     assert f"{tmp_path / 'leaked'}: Selected on the test set" in out
+
+
+def test_no_run_is_left_out_on_a_narrow_terminal(root, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    names = ("plain", "wide", "seeds", "better")
+    _, out, _ = call(capsys, *(root / name for name in names))
+    accuracies = [
+        compare.summary(compare.load_run(root / name))["merged"]["estimate"] for name in names
+    ]
+    assert out.count("\nmerged ") > 1
+    for accuracy in accuracies:
+        assert f" {100 * accuracy:.1f} %" in out
 
 
 def test_nothing_is_written_unless_asked(root, capsys, tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from megajax.baselines import BASELINES, run_baselines
@@ -15,7 +15,7 @@ from megajax.run.config import Config, to_dict
 from megajax.run.stages.task import Outcomes, Task, kept, networks_in, progress, stream
 from megajax.run.store import Outcome
 
-__all__ = ["compare"]
+__all__ = ["compare", "facts"]
 
 
 class _Entry(NamedTuple):
@@ -59,6 +59,29 @@ def compare(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
         },
         seconds=sum(one.seconds or 0.0 for one in found.values()),
     )
+
+
+def facts(config: Config, evaluations: Mapping[str, int]) -> dict[str, dict[str, bool]]:
+    """What `results.json` says of each baseline's method: whether it searches, and saw labels.
+
+    Args:
+        config: every choice.
+        evaluations: networks that each of them scored, which takes the metric's labels.
+
+    Example:
+        >>> facts(Config(), {})["fisher"]
+        {'searches': False, 'labels': True}
+    """
+    labelled = config.fitness.metric != "distill"
+    found = {}
+    for entry in _entries(config):
+        method = BASELINES[entry.method]
+        scored = labelled and bool(evaluations.get(entry.name))
+        found[entry.name] = {
+            "searches": method.searches,
+            "labels": scored or "labels" in method.needs,
+        }
+    return found
 
 
 def _entries(config: Config) -> Iterator[_Entry]:

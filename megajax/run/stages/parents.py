@@ -38,10 +38,14 @@ def obtain_parents(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> 
 
 def _loaded(task: Task) -> list[PyTree]:
     config = task.config.parents
+    said: set[str] = set()
 
     def say(names: NameMap) -> None:
-        text = names.describe(short=True)
-        task.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        """What became of a file's arrays, unless it is what became of another's."""
+        text = names.describe(short=True).removeprefix(names.file)
+        alike = ": as in a file above" if text in said else text
+        task.console.print(f"{names.file}{alike}", soft_wrap=True, highlight=False, markup=False)
+        said.add(text)
 
     return load_parents(
         config.paths,

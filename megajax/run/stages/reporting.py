@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from megajax import report
@@ -11,13 +15,19 @@ from megajax.evaluation.predictions import load_predictions
 from megajax.evaluation.results import entries
 from megajax.formats import FORMATS, export, map_names
 from megajax.io import read_lines, write_json
+from megajax.program.roles import find_layers
 from megajax.run import processes as distributed
 from megajax.run import store as workdir
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.config import to_dict
-from megajax.run.stages.task import Outcomes, Task
+from megajax.run.stages.comparing import facts
+from megajax.run.stages.task import Outcomes, Task, networks_in
 from megajax.run.store import Outcome
 from megajax.run.tensorboard import write_tensorboard
+from megajax.run.words import settings
+from megajax.trees import leaf_paths
+from megajax.types import PyTree
+from megajax.zoo.data import class_names
 
 __all__ = ["write_report"]
 
@@ -30,12 +40,12 @@ def write_report(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Ou
     if not distributed.is_first():
         return Outcome()
     config, found = task.config, outcomes["search"].values
-    results = _results(task, outcomes)
     history = read_lines(task.folder / workdir.METRICS)
     if "nodes" in found:  # the picture is of the last search, which made the root
         root = found["nodes"][-1]
         history = [line for line in history if line["round"] == root["round"]]
-    shares = {name: np.asarray(rows) for name, rows in found["shares"].items()}
+    results = _results(task, outcomes, history)
+    shares = _by_layer(task, outcomes["search"].networks["merged"], found["shares"])
     report.write_report(task.folder, results, history, shares, load_predictions(task.folder))
     files = ["report.md", "report.html"]
     files += [f"plots/{plot.name}" for plot in sorted((task.folder / "plots").glob("*"))]
@@ -46,8 +56,11 @@ def write_report(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Ou
     return Outcome(files=(*files, workdir.RESULTS))
 
 
-def _results(task: Task, outcomes: Outcomes) -> dict[str, Any]:
+def _results(
+    task: Task, outcomes: Outcomes, history: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     config, dataset, found = task.config, task.dataset, outcomes["search"].values
+    merged = outcomes["search"].networks["merged"]
     results: dict[str, Any] = {
         "seed": config.seed,
         **outcomes["measure"].values,
@@ -60,18 +73,76 @@ def _results(task: Task, outcomes: Outcomes) -> dict[str, Any]:
             "validation": len(dataset.validation.labels),
             "test": len(dataset.test.labels),
         },
+        "settings": settings(
+            config,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(merged)),
+            genes=found["genes"],
+        ),
         "seconds": {name: outcome.seconds for name, outcome in outcomes.items()},
     }
-    if isinstance(config.fitness.metric, str):
-        results["metric"] = config.fitness.metric
+    stored = workdir.read_config(task.folder)
+    device, jax_version = stored["device"], stored["versions"]["jax"]
+    results["settings"]["computed on"] = f"{device['number']} x {device['kind']}, JAX {jax_version}"
+    evaluations = outcomes["baselines"].values["evaluations"]
+    for name, of_method in facts(config, evaluations).items():
+        results["baselines"].get(name, {}).update(of_method)
+    results["merged"]["labels"] = config.fitness.metric != "distill"
+    names = class_names(config.data)
+    if len(names) == dataset.num_classes:
+        results["data"]["classes"] = names
+    if config.smoke:
+        results["smoke"] = True
+    returned = _returned_parent(outcomes, merged)
+    if returned is not None:
+        results["returned_parent"] = returned
+    if _still_rising([line["best_ever"] for line in history]):
+        results["still_rising"] = True
+    metric = config.fitness.metric or "cross_entropy"  # what labels stand for
+    if isinstance(metric, str):
+        results["metric"] = metric
     if config.fitness.select_on_test:
         results["not_held_out"] = True
     if "nodes" in found:
         results["nodes"] = found["nodes"]
-    origin = workdir.read_config(task.folder).get("forked_from")
-    if origin is not None:
-        results["forked_from"] = origin
+    if stored.get("forked_from") is not None:
+        results["forked_from"] = stored["forked_from"]
     return results
+
+
+def _returned_parent(outcomes: Outcomes, merged: PyTree) -> int | None:
+    """The parent whose parameters the merged network has, as it was given or aligned, if any."""
+
+    def same(parent: PyTree) -> bool:
+        pairs = zip(*(jax.tree.leaves(one["params"]) for one in (merged, parent)), strict=True)
+        return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+
+    for stage, folder in (("parents", "parents"), ("align", "aligned")):
+        for k, parent in enumerate(networks_in(outcomes[stage], folder)):
+            if same(parent):
+                return k
+    return None
+
+
+def _still_rising(best: Sequence[float | None]) -> bool:
+    """Whether the last tenth of the generations brought over a hundredth of the whole rise."""
+    before = best[-1 - math.ceil((len(best) - 1) / 10)] if best else None
+    if before is None or best[0] is None or best[-1] is None:
+        return False
+    return best[-1] - before > 0.01 * (best[-1] - best[0])
+
+
+def _by_layer(
+    task: Task, network: PyTree, shares: Mapping[str, Sequence[Any]]
+) -> dict[str, np.ndarray]:
+    """The shares of the module with most weights in each layer, in the order of the program."""
+    layers = jax.tree.leaves(find_layers(task.apply_fn, network, task.dataset.train.images[:2]))
+    leaves = zip(layers, jax.tree.leaves(network), leaf_paths(network), strict=True)
+    modules: dict[int, str] = {}
+    for layer, _, path in sorted(leaves, key=lambda leaf: (leaf[0], -leaf[1].size)):
+        module = "/".join(path.split("/")[1:-1])
+        if module in shares:
+            modules.setdefault(layer, module)
+    return {re.sub("[_/]+", " ", name): np.asarray(shares[name]) for name in modules.values()}
 
 
 def _export(task: Task, outcomes: Outcomes, results: dict[str, Any]) -> list[str]:

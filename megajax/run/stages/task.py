@@ -247,7 +247,7 @@ def train(
 
 @contextlib.contextmanager
 def progress(console: Console, what: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar with the time left or, where there is no terminal, a line a minute.
+    """A bar with the time left or, where there is no terminal, a line a minute and one at the end.
 
     Yields:
         `update(done, note)`, where the note takes the place of what is done.
@@ -262,7 +262,7 @@ def progress(console: Console, what: str, total: int) -> Iterator[Callable[..., 
 
     def say(done: int, note: str = what) -> None:
         nonlocal said
-        if time.monotonic() - said >= _QUIET:
+        if time.monotonic() - said >= _QUIET or done == total:
             said = time.monotonic()
             console.print(f"{note}: {done} of {total}", soft_wrap=True, highlight=False)
 
