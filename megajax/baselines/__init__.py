@@ -11,7 +11,9 @@ from megajax.baselines.averages import uniform_average as uniform_average  # iso
 from megajax.baselines.selection import greedy_soup as greedy_soup  # isort: skip
 from megajax.baselines.fisher import fisher_average as fisher_average  # isort: skip
 from megajax.baselines.fisher import fisher_information as fisher_information  # isort: skip
+from megajax.baselines.regmean import pleas as pleas  # isort: skip
 from megajax.baselines.regmean import regmean as regmean  # isort: skip
+from megajax.baselines.regmean import regmean_plus as regmean_plus  # isort: skip
 from megajax.baselines.task_arithmetic import dare as dare  # isort: skip
 from megajax.baselines.task_arithmetic import task_arithmetic as task_arithmetic  # isort: skip
 from megajax.baselines.task_arithmetic import ties as ties  # isort: skip

@@ -3,7 +3,7 @@
 The layers are found in the program: a kernel is a leaf that the program uses for nothing but
 contractions with activations (matrix products of any number of axes, convolutions of any stride,
 padding, dilation and grouping, by their windows). Knows networks and examples; what is a good layer
-is up to a rule, of which `RegMean` has one and `PLeaS` another.
+is up to a rule, of which RegMean has one and PLeaS another.
 """
 
 from __future__ import annotations
@@ -174,12 +174,13 @@ def merge_layers(
     parents: Sequence[PyTree],
     sets: Sequence[tuple[Sequence[int], PyTree]],
     *,
-    alpha: float,
-    ridge: float,
+    alpha: float = 1.0,
+    ridge: float = 1e-6,
     biases: bool = False,
+    in_turn: bool = False,
     batch_size: int = 64,
 ) -> PyTree:
-    """Solves all layers by themselves: no layer knows what others became.
+    """Solves the layers of a network, in the order of the program.
 
     Args:
         apply_fn: the network, in inference mode.
@@ -189,6 +190,9 @@ def merge_layers(
         alpha: for the rule.
         ridge: how much holds each layer at the mean, in parts of the trace of `left`.
         biases: whether biases are solved with their kernels.
+        in_turn: what enters a layer is what the layers before it give that are merged already, in
+            every parent's stead: a pass over all inputs for each layer. Otherwise it is what enters
+            it in the parents, and no layer knows what others became.
         batch_size: the largest batch to run. The windows of a convolution exist for one batch.
 
     Returns:
@@ -206,72 +210,57 @@ def merge_layers(
         np.array_split(np.arange(count), -(-count // batch_size))
         for count in (check_inputs(inputs, "calibration inputs") for _, inputs in sets)
     ]
-    cut = jax.tree.map(lambda x: np.asarray(x)[cuts[0][0]], sets[0][1])
-    kernels = find_kernels(apply_fn, parents[0], cut, biases=biases)
+    batches = [
+        (list(members), jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs))
+        for (members, inputs), cut in zip(sets, cuts, strict=True)
+        for rows in cut
+    ]
+    kernels = find_kernels(apply_fn, parents[0], batches[0][1], biases=biases)
     if not kernels:
         raise ConfigError("the program contracts no leaf with activations")
-    matrices = {
-        kernel.leaf: np.stack([kernel.matrix(leaves) for leaves in networks]) for kernel in kernels
-    }
-    deviations = {
-        leaf: np.asarray(each - each.mean(0), np.float32) for leaf, each in matrices.items()
-    }
-    sums: dict[int, Any] = dict.fromkeys(matrices, (0.0, 0.0))
-    for (members, inputs), batches in zip(sets, cuts, strict=True):
-        seen = [parents[k] for k in members]
-        own = {leaf: each[list(members)] for leaf, each in deviations.items()}
-        for rows in batches:
-            batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
-            found = _equations(static(apply_fn), rule, biases, seen, own, batch, alpha)
-            for leaf, (left, right) in found.items():
-                before = sums[leaf]
-                sums[leaf] = before[0] + np.float64(left), before[1] + np.float64(right)
-    for kernel in kernels:
-        change = _solve(*sums[kernel.leaf], ridge)
-        kernel.store(matrices[kernel.leaf].mean(0) + change, merged)
+    uses = {use.number: 1 - use.operand for kernel in kernels for use in kernel.uses}
+    for group in [[kernel] for kernel in kernels] if in_turn else [kernels]:
+        now = jax.tree.unflatten(treedef, merged)
+        matrices = [np.stack([kernel.matrix(leaves) for leaves in networks]) for kernel in group]
+        sums: list[Any] = [(0.0, 0.0)] * len(group)
+        for members, batch in batches:
+            seen = [now] if in_turn else [parents[k] for k in members]
+            entering = [_entering(static(apply_fn), tuple(uses.items()), n, batch) for n in seen]
+            for i, (kernel, each) in enumerate(zip(group, matrices, strict=True)):
+                own = [[one[use.number] for one in entering] for use in kernel.uses]
+                deviations = np.float32(each[members] - each.mean(0))
+                sides = _equations(rule, kernel, own, deviations, alpha)
+                sums[i] = tuple(s + np.float64(x) for s, x in zip(sums[i], sides, strict=True))
+        for kernel, each, (left, right) in zip(group, matrices, sums, strict=True):
+            kernel.store(each.mean(0) + _solve(left, right, ridge), merged)
     return jax.tree.unflatten(treedef, merged)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+@partial(jax.jit, static_argnums=(0, 1))
 def _equations(
-    apply_fn: ApplyFn,
-    rule: Rule,
-    biases: bool,
-    networks: Sequence[PyTree],
-    deviations: dict[int, Any],
-    inputs: PyTree,
-    alpha: float,
-) -> dict[int, tuple[jax.Array, jax.Array]]:
-    """Both sides of every layer's equations, on one batch."""
-    kernels = find_kernels(apply_fn, networks[0], inputs, biases=biases)
-    entering = [_entering(apply_fn, kernels, network, inputs) for network in networks]
-    found = {}
-    for kernel in kernels:
-        rows = jnp.concatenate(
-            [
-                jnp.stack([kernel.rows(use, one[use.number]) for one in entering])
-                for use in kernel.uses
-            ],
-            axis=1,
-        )
-        found[kernel.leaf] = rule(rows, deviations[kernel.leaf], alpha)
-    return found
+    rule: Rule, kernel: Kernel, entering: list[list[jax.Array]], deviations: Any, alpha: float
+) -> tuple[jax.Array, jax.Array]:
+    """Both sides of a layer's equations on one batch, from what enters it: use by network."""
+    pairs = zip(kernel.uses, entering, strict=True)
+    rows = [jnp.stack([kernel.rows(use, x) for x in networks]) for use, networks in pairs]
+    return rule(jnp.concatenate(rows, axis=1), deviations, alpha)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _entering(
-    apply_fn: ApplyFn, kernels: Sequence[Kernel], variables: PyTree, inputs: PyTree
+    apply_fn: ApplyFn, uses: tuple[tuple[int, int], ...], variables: PyTree, inputs: PyTree
 ) -> dict[int, jax.Array]:
-    """The activations of one network in every contraction with a kernel, by its number."""
-    uses = {use.number: 1 - use.operand for kernel in kernels for use in kernel.uses}
+    """An operand of some equations in one network: the activations there, by their numbers."""
+    operand_of = dict(uses)
     found: dict[int, jax.Array] = {}
 
     def look(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:
-        if number in uses:
-            found[number] = operands[uses[number]]()
+        if number in operand_of:
+            found[number] = operands[operand_of[number]]()
         return delay(equation, operands)
 
     leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves(variables)]
-    run(trace(apply_fn, variables, inputs), leaves, inputs, look, uses)
+    run(trace(apply_fn, variables, inputs), leaves, inputs, look, operand_of)
     return found
 
 

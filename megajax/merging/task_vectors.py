@@ -136,7 +136,8 @@ class TaskVectors:
     def decode(self, free: jax.Array) -> jax.Array:
         """Coefficients and densities of logits. Densities get no gradient: they are thresholds."""
         low, high = self._bounds
-        return low + (high - low) * jax.nn.sigmoid(free)
+        genes: jax.Array = low + (high - low) * jax.nn.sigmoid(free)
+        return genes
 
     @property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:

@@ -297,6 +297,7 @@ def from_config(config: Any, tools: Tools) -> GeneticAlgorithm:
         race = tools.race
         config.require(race is None, "gradient_steps", "children race or learn, not both")
         descent = descent_of(config, tools, config.gradient_steps)
+        assert tools.improve is not None  # whoever gives an objective gives this
         improve, cost = bind(tools.improve, descent=descent), config.gradient_steps * descent.cost
     return GeneticAlgorithm(
         tools.evaluate,

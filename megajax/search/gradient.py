@@ -42,7 +42,7 @@ class GradientSearch:
 
     def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Record]:
         """Goes down for a generation and scores the point on all examples."""
-        free, adam = self.descent(key, *state.memory, problem)
+        free, adam = self.descent(key, state.memory[0], state.memory[1], problem)
         genes = jax.tree.map(lambda leaf: leaf[None], self.descent.space.decode(free))
         point = evaluated(self.evaluate, problem, genes)
         counts = Counts(*map(jnp.int32, (1, 1, self.descent.steps)))

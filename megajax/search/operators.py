@@ -146,7 +146,7 @@ def _distinct(key: Key, population_size: int, num: int, size: int) -> jax.Array:
 
 
 def uniform_integers(key: Key, shape: tuple[int, ...], limit: Any) -> jax.Array:
-    """Integers drawn alike from 0 to `limit` - 1, int32; a third of `jax.random.randint` to compile.
+    """Integers from 0 to `limit` - 1, int32, drawn alike; `jax.random.randint` compiles longer.
 
     Args:
         key: PRNG key.

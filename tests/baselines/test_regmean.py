@@ -1,4 +1,4 @@
-"""RegMean against least squares in NumPy float64, layers found in programs of all kinds."""
+"""RegMean, RegMean++ and PLeaS against least squares in NumPy float64, in programs of all kinds."""
 
 import itertools
 from functools import partial
@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megajax.baselines import BaselinesConfig, regmean, run_baselines, uniform_average
+from megajax.baselines import (
+    BaselinesConfig,
+    pleas,
+    regmean,
+    regmean_plus,
+    run_baselines,
+    uniform_average,
+)
 from megajax.baselines.layerwise import find_kernels
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.formats.adapters import from_linen
@@ -58,6 +65,49 @@ def test_scaled_solution_is_the_papers_formula(alpha):
         left += scaled
         right += scaled @ w["u"]
     np.testing.assert_allclose(merged["u"], np.linalg.inv(left) @ right, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.4, 1.0])
+def test_plus_takes_what_the_merged_layers_give(alpha):
+    merged = regmean_plus(mlp, MLPS, OWN, alpha=alpha, batch_size=32)
+    np.testing.assert_allclose(merged["u"], regmean(mlp, MLPS, OWN, alpha=alpha)["u"], rtol=1e-5)
+    bias = np.mean([w["b"] for w in MLPS], axis=0)
+    left, right = np.zeros((6, 6)), np.zeros((6, 3))
+    for x, w in zip(OWN, MLPS, strict=True):
+        hidden = np.tanh(np.float64(x) @ np.float64(merged["u"]) + bias)
+        gram = hidden.T @ hidden
+        scaled = alpha * gram + (1 - alpha) * np.diag(np.diag(gram))
+        left += scaled
+        right += scaled @ w["v"]
+    np.testing.assert_allclose(merged["v"], np.linalg.solve(left, right), rtol=1e-3, atol=1e-3)
+
+
+def test_pleas_takes_mean_inputs_to_mean_outputs_biases_and_all():
+    def apply_fn(w, x):
+        return mlp(w, x) + w["c"]
+
+    parents = [{**w, "c": normal(3)} for w in MLPS]
+    merged = pleas(apply_fn, parents, OWN, batch_size=32)
+    x = np.concatenate(OWN).astype(np.float64)  # every parent sees all
+    mean = uniform_average(parents)
+    for name in ("u", "b"):  # what enters the first layer is the same for all
+        np.testing.assert_allclose(merged[name], mean[name], rtol=1e-4, atol=1e-5)
+    hidden = [np.tanh(x @ w["u"] + w["b"]) for w in parents]
+    outputs = np.mean([h @ w["v"] + w["c"] for h, w in zip(hidden, parents, strict=True)], axis=0)
+    rows = np.concatenate([np.mean(hidden, axis=0), np.ones((len(x), 1))], axis=1)
+    expected = np.linalg.lstsq(rows, outputs, rcond=None)[0]
+    np.testing.assert_allclose(merged["v"], expected[:-1], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(merged["c"], expected[-1], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", [regmean, regmean_plus, pleas])
+def test_copies_of_a_network_with_convolutions_and_norms_are_merged_to_it(method):
+    model = models.build("resnet", 5, {"depth": 8, "width": 2})
+    x = normal(40, 8, 8, 3)
+    network = jax.jit(model.init)(jax.random.key(0), x)
+    apply_fn = from_linen(model, {}, train=False).apply_fn
+    merged = method(apply_fn, [network, network], x, batch_size=32)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), merged, network)
 
 
 def test_inputs_that_nobody_sees_get_the_mean():
@@ -269,26 +319,29 @@ def test_the_merged_layers_are_nearer_to_the_parents_outputs_than_the_mean():
     assert distance(solve(alpha=1.0)) < distance(solve(alpha=0.5)) < distance(uniform_average(MLPS))
 
 
-def test_inputs_of_any_form_among_the_baselines():
+@pytest.mark.parametrize("method", [regmean, regmean_plus, pleas])
+def test_inputs_of_any_form_among_the_baselines(method):
+    name = method.__name__
+
     def apply_fn(w, x):
         return mlp(w, x["a"] + x["b"])
 
     own = [{"a": 0.5 * x, "b": 0.5 * x} for x in OWN]
-    validation = {name: leaf[:20] for name, leaf in own[0].items()}
+    validation = {part: leaf[:20] for part, leaf in own[0].items()}
     run = partial(
         run_baselines,
         jax.random.key(0),
         apply_fn,
         MLPS,
         (validation, np.arange(20) % 3),
-        config=BaselinesConfig(names="regmean", examples=40),
+        config=BaselinesConfig(names=name, examples=40),
     )
     for options, inputs in (
         ({"calibration": own[0]}, OWN[0][:40]),
         ({"parent_inputs": own}, [x[:40] for x in OWN]),
     ):
-        found = run(**options)["regmean"].variables
-        expected = regmean(mlp, MLPS, inputs)
+        found = run(**options)[name].variables
+        expected = method(mlp, MLPS, inputs)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
 
 
