@@ -65,7 +65,7 @@ WRONG = {
     float: ["much", "", True, None, [0.5]],
     str: [3, 0.5, False, None, ["a"]],
     bool: [0, 1, "yes", None, [True]],
-    tuple: [3, 0.5, True, None, [1], [["a"], 2]],
+    tuple: [3, 0.5, True, None, [["a"], 2]],
 }
 
 

@@ -208,7 +208,7 @@ def returning(shape):
         (
             "mean_squared_error",
             r"metric mean_squared_error of task_0 does not take outputs float32\[2, 3\] and "
-            r"targets int64\[2\]: targets of shape \[2, 3\] are needed$",
+            r"targets int32\[2\]: targets of shape \[2, 3\] are needed$",
         ),
         ("soup", "metric is 'soup': choose one of cross_entropy, accuracy"),
     ],

@@ -11,7 +11,7 @@ from flax import nnx
 import megajax as mj
 from megajax.program.batchnorm import recalibrate, repair
 from megajax.program.roles import find_roles, find_statistics
-from megajax.trees import leaf_paths
+from megajax.trees import check_parents, leaf_paths
 from megajax.zoo import networks as models
 
 X = jax.random.normal(jax.random.key(1), (32, 16, 16, 3))
@@ -325,7 +325,7 @@ def test_half_precision_is_measured_in_full_and_stays_finite(dtype, scale):
     x = (scale * X).astype(dtype)
     new = recalibrate(half, w, x)
     assert all(leaf.dtype == dtype for leaf in new.values())
-    mj.check_parents([new, new])
+    check_parents([new, new])
     z = np.asarray(x, np.float64)
     largest = float(jnp.finfo(dtype).max)
     np.testing.assert_allclose(new["mean"].astype(float), z.mean((0, 1, 2)), rtol=0.02, atol=1e-2)

@@ -26,6 +26,14 @@ def get_config(size="small"):
 """
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """As a terminal has it: a shell lets what runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def experiment(tmp_path):
     (tmp_path / "folder").mkdir()
