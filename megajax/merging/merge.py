@@ -146,6 +146,7 @@ def merge(
     evolution: EvolutionConfig | None = None,
     labels: PyTree | None = None,
     keep: Mapping[str, int] | None = None,
+    first: Genes | None = None,
     state: State | Mapping[str, Any] | None = None,
     callback: Callable[[State, Info], bool | None] | None = None,
 ) -> MergeResult:
@@ -175,6 +176,9 @@ def merge(
         labels: your own genes instead of `genome.granularity`; see `megajax.masks`.
         keep: regular expression for leaf paths -> number of the parent that those leaves come from,
             unmixed; the other parents may have other shapes there (another number of classes).
+        first: genes that the first population holds, leaves `[F, ...]`: what another search found,
+            say. They take the places of the last individuals; the first K + 1, the parents among
+            them, stay.
         state: where an earlier call with the same other arguments got to (a `State`, or its leaves
             in nested dictionaries, as from a file); the search goes on from it exactly as it would
             have. None starts anew.
@@ -230,6 +234,11 @@ def merge(
     search = search_of(problem, evolution, fitness)
     problem = _asked(problem, search)
     genes = _first_genes(problem.genome, evolution.population_size, genes_key, problem.parents)
+    if first is not None:
+        evolution.require(
+            not evolution.parents_only, "parents_only", "it leaves no place for genes in `first`"
+        )
+        genes = _with_first(problem.genome, genes, _checked_first(first, genes, len(given)))
     check_operators(search, genes)
 
     history, stopped = [], False
@@ -240,10 +249,10 @@ def merge(
     check_fits(lambda: compiled_step(search, limits.per_call, run_key, start, problem))
     if state is None:
         state = first_state(search, init_key, genes, problem)
-        first = first_info(state)
-        history.append(first)
-        stopped = bool(callback is not None and callback(state, first))
-        check_alive(first)
+        info = first_info(state)
+        history.append(info)
+        stopped = bool(callback is not None and callback(state, info))
+        check_alive(info)
     if not stopped:
         state, infos = run(
             run_key,
@@ -537,6 +546,33 @@ def with_reference(
 @partial(jax.jit, static_argnums=(0, 1))
 def _first_genes(genome: Genome, size: int, key: Key, parents: PyTree) -> PyTree:
     return genome.init(key, size, parents)
+
+
+@partial(jax.jit, static_argnums=0)
+def _with_first(genome: Genome, genes: Genes, first: Genes) -> Genes:
+    """A population whose last individuals are the given ones."""
+    return jax.tree.map(lambda old, new: old.at[-len(new) :].set(new), genes, genome.repair(first))
+
+
+def _checked_first(first: Genes, genes: Genes, num_parents: int) -> Genes:
+    """Genes that can take places in a population, in its dtypes."""
+    there, here = leaves_by_path(first), leaves_by_path(genes)
+    for path in {**here, **there}:
+        found, wanted = (np.shape(tree[path]) if path in tree else None for tree in (there, here))
+        if found is None or wanted is None or len(found) == 0 or found[1:] != wanted[1:]:
+            needed = f"[F, {', '.join(map(str, wanted[1:]))}]" if wanted else "no such leaf"
+            raise ConfigError(f"first: leaf {path} has shape {found}: {needed} is needed")
+    counts, size = {len(leaf) for leaf in there.values()}, len(next(iter(here.values())))
+    room = size - num_parents - 1
+    if len(counts) > 1 or not 1 <= max(counts) <= room:
+        raise ConfigError(
+            f"first holds {' or '.join(map(str, sorted(counts)))} individuals: a population of "
+            f"{size} has room for 1 to {room} beside the {num_parents} parents and their mean"
+        )
+    leaves = [jnp.asarray(there[path], here[path].dtype) for path in here]
+    if not all(np.isfinite(leaf).all() for leaf in leaves):
+        raise ConfigError("first: there are genes that are not finite")
+    return jax.tree.unflatten(jax.tree.structure(genes), leaves)
 
 
 def _check_state(state: State | Mapping[str, Any], start: State) -> State:

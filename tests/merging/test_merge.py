@@ -417,3 +417,45 @@ def test_a_partial_is_a_network_too(whole):
         evolution=SMALL.replace(generations=1),
     )
     np.testing.assert_allclose(result.parent_fitness, whole.parent_fitness, rtol=1e-6)
+
+
+def test_genes_given_first_are_in_the_first_population():
+    target = np.random.default_rng(3).uniform(size=(1, 35, 1)).astype(np.float32)
+    target = np.concatenate([target, 1 - target], axis=-1)
+    before = merge(evolution=SMALL.replace(generations=0))
+    planted = expressed(before.problem, target[0])
+    data = (INPUTS, np.asarray(apply_fn(planted, INPUTS)))
+    fitness = mj.FitnessConfig(metric="mean_squared_error")
+    found = merge(data=data, fitness=fitness, first=target)
+    assert found.history.best_ever[0] == pytest.approx(0, abs=1e-10)
+    np.testing.assert_allclose(found.genes, target[0], atol=1e-6)
+    plain = merge(data=data, fitness=fitness)
+    assert plain.history.best_ever[0] < -1e-4
+    assert found.fitness >= plain.fitness
+    assert found.history.worst[0] <= plain.parent_fitness.min()  # the parents stay
+    again = merge(data=data, fitness=fitness, first=found.genes[None])
+    assert again.fitness == found.fitness
+
+
+@pytest.mark.parametrize("kind", ["weights", "task_vectors"])
+def test_genes_of_other_kinds_given_first(kind):
+    options = {"genome": mj.GenomeConfig(kind=kind), "base": PARENTS[0]}
+    found = merge(**options)
+    first = jax.tree.map(lambda leaf: leaf[None], found.genes)
+    again = merge(key=jax.random.key(1), first=first, **options)
+    np.testing.assert_allclose(again.history.best_ever[0], found.fitness, rtol=1e-6)
+
+
+def test_first_genes_that_do_not_fit_are_one_line():
+    good = np.full((1, 35, 2), 0.5, np.float32)
+    for first, message in [
+        (good[0], r"first: leaf .* has shape \(35, 2\): \[F, 35, 2\] is needed"),
+        ({"w": good}, r"first: leaf .* is needed"),
+        (good.repeat(8, 0), "first holds 8 individuals: a population of 10 has room for 1 to 7"),
+        (good[:0], "first holds 0 individuals"),
+        (good * np.nan, "not finite"),
+    ]:
+        with pytest.raises(mj.ConfigError, match=message):
+            merge(first=first)
+    with pytest.raises(mj.ConfigError, match=r"evolution\.parents_only"):
+        merge(first=good, evolution=SMALL.replace(method="niches", parents_only=True))
