@@ -16,7 +16,7 @@ from typing import Any
 
 from megajax.evaluation.results import Comparison, comparison
 from megajax.evaluation.statistics import paired_t
-from megajax.report.text import p_value, percent, points, sentence
+from megajax.report.text import headline, p_value, percent, points
 from megajax.tables import to_markdown
 
 HERE = Path(__file__).parent
@@ -120,7 +120,7 @@ def everybody(results: Mapping[str, Any]) -> str:
             ]
             header = ["network", "validation", "test", "to best parent [points]", "p (Holm)"]
             header += ["corrupted", "networks x images scored"]
-            parts += [f"## {NAMES[data]}, {SETTINGS[setting]}", sentence(found)]
+            parts += [f"## {NAMES[data]}, {SETTINGS[setting]}", " ".join(headline(found))]
             parts.append(to_markdown([header, *rows]))
     return "\n\n".join(parts) + "\n"
 

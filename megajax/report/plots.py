@@ -253,7 +253,9 @@ def plot_front(front: Mapping[str, Any]) -> Figure:
             look = _look(key)
             big = {"merged": 12, "ensemble": 7}.get(key, 6)
             at = (scores[first], scores[second])
-            axes.plot(*at, look.marker, color=look.color, ms=big, label=name_of(key), ls="")
+            order = 3 if key == "merged" else 4  # it may be one of the others
+            style = {"color": look.color, "ms": big, "zorder": order}
+            axes.plot(*at, look.marker, label=name_of(key), ls="", **style)
             if look.marker == ".":  # they share a look
                 axes.annotate(name_of(key), at, (4, 3), textcoords="offset points", fontsize=7)
         axes.set_xlabel(tasks[first])
