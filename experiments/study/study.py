@@ -1,13 +1,14 @@
 """Runs the study cell by cell, and puts its figures into `results.json` beside this file.
 
-    python experiments/study/study.py digits [--seeds 0:5] [--workdir runs/study] [--only shared]
-    python experiments/study/study.py cifar10 --set data.data_dir=DIR     # on a GPU
+    python experiments/study/study.py digits [--seeds 0 1 2] [--workdir runs/study] [--only shared]
+    python experiments/study/study.py cifar10 --set data.data_dir=DIR [--parents FOLDER]
 
 What is finished is not run again, and what was interrupted goes on: several processes with other
 `--seeds` or `--only` can share the work, and a last one without them collects it. The parents of a
-setting are trained once; every other search starts from them. `results.json` holds, for each data
+setting are trained once, or are the files FOLDER/SETTING/seedN/*.npz; every other search starts
+from them. `results.json` holds, for each data
 set and setting of the parents, what `megajax.evaluation.results.aggregate` makes of the seeds, with the
-network that each search found as `evolved_SEARCH` (`merged` is that of `channel-aligned`), so that
+network that each search found as `evolved_SEARCH` (`merged` is that of the first one), so that
 Holm's correction covers all that is compared. `tables.py` makes the README's tables of it.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from config import MAIN, PARENTS, SEARCHES
+from config import PARENTS, SEARCHES
 
 from megajax.evaluation.results import aggregate
 from megajax.io import read_json, write_json
@@ -44,10 +45,10 @@ def run_cell(
         sys.exit(code)
 
 
-def one_seed(folder: Path, seed: str) -> dict[str, Any]:
-    """The results of the main search, with what the others found among the baselines."""
-    results: dict[str, Any] = read_json(folder / MAIN / seed / RESULTS.name)
-    for search in (search for search in SEARCHES if search != MAIN):
+def one_seed(folder: Path, seed: str, searches: Sequence[str]) -> dict[str, Any]:
+    """The results of the first search, with what the others found among the baselines."""
+    results: dict[str, Any] = read_json(folder / searches[0] / seed / RESULTS.name)
+    for search in searches[1:]:
         other = read_json(folder / search / seed / RESULTS.name)
         name = search.replace("-", "_")
         cost = {"evaluations": other["evaluations"]}
@@ -61,20 +62,25 @@ def main() -> None:
     """Runs what is not there yet; collects it if all of it is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", choices=("digits", "cifar10"))
-    parser.add_argument("--seeds", default="0:5")
+    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
     parser.add_argument("--workdir", type=Path, default=Path("runs/study"))
+    parser.add_argument("--parents", type=Path, default=Path("nowhere"), metavar="FOLDER")
     parser.add_argument("--only", nargs="+", choices=PARENTS, default=PARENTS)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
+    searches = SEARCHES[options.data]
     collected = {}
     for parents in options.only:
         folder = options.workdir / options.data / parents
-        for search in (MAIN, *(search for search in SEARCHES if search != MAIN)):
-            origin = None if search == MAIN else folder / MAIN
-            cell = f"{options.data}/{parents}/{search}"
-            run_cell(cell, folder / search, origin, options.seeds, options.set)
-        seeds = [path.name for path in sorted((folder / MAIN).glob("seed*"))]
-        collected[parents] = aggregate([one_seed(folder, seed) for seed in seeds])
+        for seed in options.seeds:
+            files = sorted((options.parents / parents / f"seed{seed}").glob("*.npz"))
+            given = [f"parents.paths={','.join(map(str, files))}"] if files else []
+            for search in searches:
+                origin = None if search == searches[0] else folder / searches[0]
+                cell = f"{options.data}/{parents}/{search}"
+                run_cell(cell, folder / search, origin, str(seed), [*options.set, *given])
+        seeds = [path.name for path in sorted((folder / searches[0]).glob("seed*"))]
+        collected[parents] = aggregate([one_seed(folder, seed, searches) for seed in seeds])
     if tuple(options.only) == PARENTS:
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         write_json(RESULTS, results | {options.data: collected})
