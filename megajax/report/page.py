@@ -165,17 +165,17 @@ div.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums;
         margin: 1rem 0; }
 table.wide { width: 100%; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; text-align: left; font-weight: 400;
+th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; font-weight: 400;
          vertical-align: top; }
 .right { text-align: right; } td.right { white-space: nowrap; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; }
-th:first-child { position: sticky; left: 0; background: #fff; min-width: 10rem; }
+th:first-child { position: sticky; left: 0; background: #fff; min-width: 9rem; }
 tr.group th { color: #555; font-size: .8rem; font-weight: 600; padding-top: .8rem; }
 tr.strong > * { font-weight: 700; background: #fdf3ec; }
 div.pictures { display: grid; gap: 2rem; align-items: start; margin: 1.5rem 0;
                grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 figure { margin: 0; min-width: 0; } figure.wide { margin: 1.5rem 0; }
-figure img { display: block; width: 100%; max-width: 46rem; min-width: 28rem; height: auto; }
+figure img { display: block; width: 100%; max-width: 46rem; min-width: 20rem; height: auto; }
 figure.wide img { max-width: 74rem; min-width: 44rem; }
 figcaption { font-size: .85rem; color: #444; }
 @media (max-width: 600px) {

@@ -357,7 +357,8 @@ def test_nothing_runs_over_the_page_and_the_first_column_stays(folder, tmp_path,
           overflow: document.documentElement.scrollWidth - innerWidth,
           over: [...document.querySelectorAll("body > *, figcaption")]
             .filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML),
-          cut: box.scrollWidth - box.clientWidth, shown, first: name.getBoundingClientRect().left,
+          cut: Math.max(...[...document.querySelectorAll("div.scroll")]
+            .map(e => e.scrollWidth - e.clientWidth)), shown, first: name.getBoundingClientRect().left,
           left: box.getBoundingClientRect().left,
         }), "*");
       });
