@@ -125,7 +125,7 @@ def test_a_finished_run_is_not_run_again_but_shown(finished, capsys):
     narrow = Console(width=60, file=io.StringIO())
     pipeline.run(config, finished, narrow)
     text = narrow.file.getvalue()
-    assert "uniform" in text
+    assert "average" in text
     assert "…" not in text  # no word is cut
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
