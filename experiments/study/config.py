@@ -78,6 +78,6 @@ def cifar10() -> mj.Config:
         model=mj.ModelConfig(name="resnet", options={"depth": 8}),
         training={"epochs": 30, "warmup_epochs": 1.0},
         recalibrate={"examples": 512},
-        baselines=mj.BaselinesConfig(names=("uniform_average", "regmean", "pleas", "ensemble")),
+        baselines=mj.BaselinesConfig(names=("uniform_average", "regmean", "pleas")),
         robustness=mj.RobustnessConfig(severities=(3,), examples=500),
     )

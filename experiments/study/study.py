@@ -6,10 +6,10 @@
 What is finished is not run again, and what was interrupted goes on: several processes with other
 `--seeds` or `--only` can share the work, and a last one without them collects it. The parents of a
 setting are trained once, or are the files FOLDER/SETTING/seedN/*.npz; every other search starts
-from them. `results.json` holds, for each data
-set and setting of the parents, what `megajax.evaluation.results.aggregate` makes of the seeds, with the
-network that each search found as `evolved_SEARCH` (`merged` is that of the first one), so that
-Holm's correction covers all that is compared. `tables.py` makes the README's tables of it.
+from them. `results.json` holds, for each data set and setting of the parents, what
+`megajax.evaluation.results.aggregate` makes of the seeds, with the network that each search found
+as `evolved_SEARCH` (`merged` is that of the first one), so that Holm's correction covers all that
+is compared. `tables.py` makes the README's tables of it.
 """
 
 import argparse
