@@ -358,7 +358,8 @@ def test_nothing_runs_over_the_page_and_the_first_column_stays(folder, tmp_path,
           over: [...document.querySelectorAll("body > *, figcaption")]
             .filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML),
           cut: Math.max(...[...document.querySelectorAll("div.scroll")]
-            .map(e => e.scrollWidth - e.clientWidth)), shown, first: name.getBoundingClientRect().left,
+            .map(e => e.scrollWidth - e.clientWidth)),
+          shown, first: name.getBoundingClientRect().left,
           left: box.getBoundingClientRect().left,
         }), "*");
       });
