@@ -75,6 +75,8 @@ if TYPE_CHECKING:
     from megajax.formats import map_names as map_names
     from megajax.formats import save_network as save_network
     from megajax.formats import to_nnx as to_nnx
+    from megajax.merging.diagnosis import Diagnosis as Diagnosis
+    from megajax.merging.diagnosis import diagnose as diagnose
     from megajax.run.checkpoint import CheckpointConfig as CheckpointConfig
     from megajax.run.config import Config as Config
     from megajax.run.config import merge_sections as merge_sections
@@ -93,6 +95,8 @@ _LATER = {
     "CheckpointConfig": "run.checkpoint",
     "Config": "run.config",
     "DataConfig": "zoo.data",
+    "diagnose": "merging.diagnosis",
+    "Diagnosis": "merging.diagnosis",
     "ensemble": "evaluation.measures",
     "export": "formats",
     "FinetuneConfig": "zoo.training",

@@ -1,6 +1,7 @@
 """The command `megajax`: one word for each command of the package, and what it is given.
 
     megajax run --config exp.py       train, merge, measure           python -m megajax.run
+    megajax diagnose --config exp.py  whether its parents fit         python -m megajax.run.diagnose
     megajax compare RUN RUN           finished runs side by side      python -m megajax.compare
     megajax data prepare NAME         download an image set, once     python -m megajax.data
 
@@ -12,7 +13,12 @@ import sys
 
 import megajax
 
-COMMANDS = {"run": "megajax.run.__main__", "compare": "megajax.compare", "data": "megajax.data"}
+COMMANDS = {
+    "run": "megajax.run.__main__",
+    "diagnose": "megajax.run.diagnose",
+    "compare": "megajax.compare",
+    "data": "megajax.data",
+}
 
 
 def main() -> int:

@@ -92,11 +92,15 @@ class _Order(NamedTuple):
     cluster: _Cluster | None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    do: Callable[[Any, Callable[[], bool]], None] | None = None,
+) -> int:
     """The command `python -m megajax.run`.
 
     Args:
         argv: program name and arguments; None takes the command line's.
+        do: what else to do with the runs that are asked for, and a function that says when to stop.
 
     Returns:
         The exit code: 0; 2 for a mistake that could be named; 130 or 143 when interrupted.
@@ -118,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 distributed.connect(*order.cluster)
             with _collected(signals, errors):  # after JAX, which has a handler for SIGTERM too
                 _find_devices()
-                _do(order, stopping)
+                (do or _do)(order, stopping)
     except Interrupted as error:
         if distributed.is_first():
             errors.print(str(error))

@@ -41,10 +41,11 @@ from megajax.run.stages import (
     reporting,
     searching,
 )
-from megajax.run.stages.task import Outcomes, Task, kept, prepare
+from megajax.run.stages.task import Outcomes, Task, kept, networks_in, prepare
 from megajax.run.store import Outcome
+from megajax.types import PyTree
 
-__all__ = ["STAGES", "Stage", "run"]
+__all__ = ["STAGES", "Stage", "parents_of", "run"]
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -137,6 +138,48 @@ def run(
         return results
 
     started = time.monotonic()
+    with _opened(config, folder, console, origin, stopping) as task:
+        outcomes = {"data": Outcome(seconds=time.monotonic() - started)}
+        for name, stage in STAGES.items():
+            outcomes[name] = _done(name, stage, task, outcomes)
+        results = dict(read_json(folder / workdir.RESULTS))
+    _show(console, folder, results)
+    console.print(f"report: {folder / 'report.md'}", soft_wrap=True)
+    return results
+
+
+def parents_of(
+    config: Config,
+    folder: Path,
+    console: Console | None = None,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+) -> tuple[Task, list[PyTree]]:
+    """A run's task and parents; they are kept in its workdir, where `run` finds them.
+
+    Args:
+        config: every choice.
+        folder: the workdir.
+        console: where progress goes; None says nothing.
+        stopping: see `run`.
+
+    Raises:
+        MegajaxError: see `run`.
+    """
+    with _opened(config, folder, console or Console(quiet=True), None, stopping) as task:
+        outcome = _done("parents", STAGES["parents"], task, {"data": Outcome()})
+        return task, networks_in(outcome, "parents")
+
+
+@contextlib.contextmanager
+def _opened(
+    config: Config,
+    folder: Path,
+    console: Console,
+    origin: Path | None,
+    stopping: Callable[[], bool],
+) -> Iterator[Task]:
+    """The data, and the workdir, which is ours until the end."""
     with contextlib.ExitStack() as held:
         with distributed.together():
             task = prepare(config, folder, console, stopping, source=origin)
@@ -145,13 +188,7 @@ def run(
             if distributed.is_first():
                 held.enter_context(workdir.locked(folder))
                 _open(task, origin)
-        outcomes = {"data": Outcome(seconds=time.monotonic() - started)}
-        for name, stage in STAGES.items():
-            outcomes[name] = _done(name, stage, task, outcomes)
-        results = dict(read_json(folder / workdir.RESULTS))
-    _show(console, folder, results)
-    console.print(f"report: {folder / 'report.md'}", soft_wrap=True)
-    return results
+        yield task
 
 
 def _done(name: str, stage: Stage, task: Task, outcomes: Outcomes) -> Outcome:

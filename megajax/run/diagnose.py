@@ -1,0 +1,45 @@
+"""`python -m megajax.run.diagnose --config exp.py`: whether a run's parents fit together.
+
+Takes what `megajax.run` takes. The parents are trained or loaded into the run's workdir, from where
+the run goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from megajax.merging.diagnosis import diagnose
+from megajax.run import cli, pipeline
+from megajax.run import processes as distributed
+from megajax.run.stages.task import stream
+
+__all__ = ["main"]
+
+
+def main() -> int:
+    """The command."""
+    cli.make_cores_devices()
+    return cli.main(do=_diagnose)
+
+
+def _diagnose(order: Any, stopping: Callable[[], bool]) -> None:
+    console = Console(quiet=not distributed.is_first(), soft_wrap=True, highlight=False)
+    for run in order.runs:
+        task, parents = pipeline.parents_of(run.config, run.folder, console, stopping=stopping)
+        split = task.dataset.validation
+        found = diagnose(
+            stream(run.config, "align"),
+            task.apply_fn,
+            parents,
+            (split.images, split.labels),
+            calibration=task.dataset.train.images,
+        )
+        console.print(f"{run.label}\n{found}".strip(), markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
