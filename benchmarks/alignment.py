@@ -22,7 +22,6 @@ from pairs import midpoint
 
 import megajax as mj
 from megajax.evaluation.statistics import mean_interval
-from megajax.merging.merge import align_parents
 from megajax.run.config import Config
 from megajax.zoo.data import DataConfig, ParentsConfig
 from megajax.zoo.networks import ModelConfig
@@ -47,7 +46,9 @@ def pair(seed: int, config: Config, granularities: list[str]) -> dict[str, dict[
     predictions["midpoint recalibrated"] = logits(recalibrated)
     for method in METHODS:
         align = mj.AlignConfig(method=method)
-        aligned, _ = align_parents(key, apply_fn, parents, calibration, calibration, align)
+        aligned, _ = mj.align(
+            key, apply_fn, parents, calibration, calibration=calibration, config=align
+        )
         predictions[f"midpoint aligned by {method}"] = logits(midpoint(aligned))
         recalibrated = mj.recalibrate(apply_fn, midpoint(aligned), calibration)
         predictions[f"midpoint aligned by {method}, recalibrated"] = logits(recalibrated)

@@ -4,8 +4,8 @@
 
 3x3 convolutions with 1 to 32 channels in and 4 to 64 out, each with a kernel of its own for each of
 two networks, one network after the other, on as many images as have half a million pixels. GFLOP/s
-of the useful operations; `chosen` is what `megajax.program.convolutions` does. `grouped` is what `vmap`
-over kernels makes of the two networks. Medians of synchronised runs.
+of the useful operations; `chosen` is what `megajax.program.convolutions` does. `grouped` is what
+`vmap` over kernels makes of the two networks. Medians of synchronised runs.
 """
 
 import argparse

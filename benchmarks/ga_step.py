@@ -2,43 +2,41 @@
 
     python benchmarks/ga_step.py [--population 4096] [--genes 10000] [--json FILE]
 
-A step of the search with a fitness that costs nothing, over masks of two parents and over plain
-vectors of genes, and its parts alone; each in a loop on the device, as a search runs. `figures` are
-those that every generation reports. The floor is what has to be moved at the least, at the rate of
-a large copy: two parents of each child and the child, then population and children read and the
-survivors written.
+A step of the search over masks of two parents with a fitness that costs nothing, and its parts
+alone; each in a loop on the device, as a search runs. The floor is what has to be moved at the
+least, at the rate of a large copy: two parents of each child and the child, then population and
+children read and the survivors written.
 """
 
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from timing import copy_rate, seconds_in_a_loop
 
-from megajax.merging.genome import masks
-from megajax.merging.merge import algorithm_for
+from megajax.merging.masks import masks
 from megajax.search import operators
-from megajax.search.genetic import describe, genetic_algorithm
-from megajax.search.methods import EvolutionConfig
+from megajax.search.loop import first_state
+from megajax.search.methods import EvolutionConfig, make_search
 from megajax.search.operators import Population
 
 KEY = jax.random.key(0)
 
 
-def free(genes: jax.Array) -> tuple[jax.Array, tuple[()]]:
+def free(problem: Any, genes: jax.Array) -> jax.Array:
     """A fitness that costs nothing."""
-    return genes.reshape(len(genes), -1)[:, 0], ()
+    del problem
+    return genes.reshape(len(genes), -1)[:, 0]
 
 
-def parts(algorithm: Any, genes: jax.Array, mutate: Any, repair: Any) -> dict[str, float]:
+def parts(genome: Any, genes: jax.Array) -> dict[str, float]:
     """Milliseconds of a step and of what it consists of."""
-    P, gene_ndim = len(genes), genes.ndim - 2
-    start = jax.jit(algorithm.init)(KEY, genes)
-    told = (start, jax.jit(describe)(start))
+    P, G, _ = genes.shape
+    search = make_search(EvolutionConfig(population_size=P), genome, free)
+    start = first_state(search, KEY, genes, ())
     survivors = start.population
 
     def key(i: jax.Array) -> jax.Array:
@@ -52,20 +50,15 @@ def parts(algorithm: Any, genes: jax.Array, mutate: Any, repair: Any) -> dict[st
         fitness = jax.random.uniform(key(i), (P,))
         return operators.plus(key(i), state, Population(genes, fitness))
 
-    uniform = partial(operators.uniform, gene_ndim=gene_ndim)
+    rate = max(0.01, 1 / G)
     calls: dict[str, tuple[Callable[[jax.Array, Any], Any], Any]] = {
-        "step": (lambda i, carry: algorithm.step(key(i), carry[0]), told),
+        "step": (lambda i, state: search.step(key(i), state, ())[0], start),
         "two parents": (lambda i, carry: two(i, carry[0]), (genes, genes)),
-        "crossover": (lambda i, genes: uniform(key(i), *two(i, genes)), genes),
-        "mutation": (lambda i, genes: mutate(key(i), genes), genes),
+        "crossover": (lambda i, g: operators.uniform(key(i), *two(i, g), gene_ndim=1), genes),
+        "mutation": (lambda i, g: genome.noise(key(i), g, rate=rate, scale=0.3), genes),
         "survival": (next_to, survivors),
-        "figures": (
-            lambda i, carry: (carry[0], describe(carry[0]._replace(generation=i))),
-            told,
-        ),
+        "repair": (lambda i, g: genome.repair(g), genes),
     }
-    if repair is not None:
-        calls["repair"] = (lambda i, genes: repair(genes), genes)
     found = {}
     for name, (function, carry) in calls.items():
         found[name] = 1e3 * seconds_in_a_loop(function, carry)
@@ -83,21 +76,11 @@ def main() -> None:
     P, G = options.population, options.genes
     bandwidth = copy_rate()
     print(f"{jax.devices()[0].device_kind}, P = {P}, G = {G}, copy {bandwidth / 1e9:.1f} GB/s")
-    noise = {"rate": max(0.01, 1 / G), "scale": 0.3}
-    mutate = partial(operators.gaussian, **noise)
-    plain = genetic_algorithm(free, num_offspring=P, mutate=mutate)
-    genome = masks({"w": jax.numpy.zeros((2, G))}, granularity="element")
-    mixing = algorithm_for(genome, free, EvolutionConfig(population_size=P))
-    mixed = jax.jit(genome.repair)(jax.random.uniform(KEY, (P, G, 2)))
-    searches = {
-        "plain vectors": (plain, jax.random.uniform(KEY, (P, G)), mutate, None),
-        "masks": (mixing, mixed, partial(genome.noise, **noise), genome.repair),
-    }
-    found: dict[str, Any] = {"copy": bandwidth}
-    for name, (algorithm, genes, *operations) in searches.items():
-        least = 6 * genes.nbytes / bandwidth * 1e3
-        print(f"{name}: floor {least:.0f} ms")
-        found[name] = {"floor": least, **parts(algorithm, genes, *operations)}
+    genome = masks({"w": jax.numpy.zeros(G)}, 2, granularity="element")
+    genes = jax.jit(genome.repair)(jax.random.uniform(KEY, (P, G, 2)))
+    least = 6 * genes.nbytes / bandwidth * 1e3
+    print(f"floor {least:.0f} ms")
+    found = {"copy": bandwidth, "floor": least, **parts(genome, genes)}
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
 

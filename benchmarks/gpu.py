@@ -9,8 +9,8 @@ XLA flags and its own limit of time, so that a part that dies or hangs costs onl
 telling parts come first; what the limit for all leaves no time for is reported as not measured, and
 a later call with `--parts` adds it to the same file.
 
-`--images` names an npz file with `train` and `test` (uint8, [N, 32, 32, 3]), `train_y` and `test_y`;
-without it images are noise, and the parts that train networks are left out.
+`--images` names an npz file with `train` and `test` (uint8, [N, 32, 32, 3]), `train_y` and
+`test_y`; without it images are noise, and the parts that train networks are left out.
 
 The floor of a case is the longer of two times: its operations at the rate of the matrix product,
 and each convolution's input and output, moved once, at the rate of the copy.

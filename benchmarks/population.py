@@ -2,18 +2,20 @@
 
     python benchmarks/population.py                      # a grid for the backend at hand
     python benchmarks/population.py --networks resnet20 --population 20 --examples 5000
+    python benchmarks/population.py --torch              # and PyTorch's loops; needs PyTorch
     python benchmarks/population.py --keras              # and the reference's loop; needs Keras 3
 
 First the machine's ceilings: a large matrix product and a large copy. Then, for each network,
 number type and population, one evaluation of the population on the examples by each method:
 
     keras      for each network `set_weights` and `evaluate`, as MeGA's reference does (JAX backend)
+    torch      for each network `load_state_dict` and a forward pass in inference mode
+    frozen     for each network PyTorch's frozen graph (BatchNorm folded); freezing is not counted
     host loop  for each network one call of a jitted function that scores it
     vmap       the whole population side by side
     chunk n    n networks side by side, chunk after chunk; chunk 1 is `lax.map`
-    auto       the plan that follows from backend and network
-    trial      the plan that a measured trial chooses
-    all        `auto` on all devices; of a CPU, every core is one
+    auto       the layout that follows from backend and network, on one device
+    all        the same on all devices; of a CPU, every core is one
 
 The floor of a case is the time that its multiplications take at the rate of the matrix product, or
 its bytes at the rate of the copy, whichever is longer. Medians of synchronised runs, compilation
@@ -32,13 +34,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from megajax.merging.fitness import accuracy, batches, evaluator, example_scores
-from megajax.merging.plans import Plan, plan_evaluation
 from timing import copy_rate, seconds
 
 import megajax as mj
-from megajax.merging.problem import FitnessConfig
-from megajax.program.folding import for_backend
 from megajax.zoo import networks as models
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -57,38 +55,28 @@ class Case(NamedTuple):
     Attributes:
         name: of the network and its number type.
         apply_fn: the network.
-        parents: leaves `[2, ...]`.
-        genome: a mask for each leaf.
-        genes: of the population.
+        parents: two of them.
+        population: P.
         images: `[N, 32, 32, 3]`.
         labels: `[N]`.
         flops: of one pass of one example.
-        bytes: of the weights of one network and of one example.
     """
 
     name: str
     apply_fn: Callable[[Any, Any], Any]
-    parents: Any
-    genome: Any
-    genes: Any
+    parents: list[Any]
+    population: int
     images: np.ndarray
     labels: np.ndarray
     flops: float
-    bytes: tuple[float, float]
 
 
 class Timing(NamedTuple):
-    """One method on one case.
-
-    Attributes:
-        seconds: median of the runs.
-        compilation: seconds.
-        plan: networks side by side and images in a pass.
-    """
+    """One method on one case: median of the runs and compilation in seconds, and how it was cut."""
 
     seconds: float
     compilation: float
-    plan: tuple[int, int]
+    layout: tuple[int, int]
 
 
 def ceilings(dtype: Any) -> tuple[float, float]:
@@ -107,70 +95,63 @@ def make_case(network: str, dtype: str, population: int, examples: int) -> Case:
     model = models.build(family, 10, options)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(examples, 32, 32, 3)).astype(np.float32)
-    parents = mj.stack_parents([model.init(jax.random.key(k), images[:1]) for k in range(2)])
+    init = jax.jit(model.init)
+    parents = [init(jax.random.key(k), images[:1]) for k in range(2)]
     apply_fn = mj.from_linen(model, {}, train=False).apply_fn
-    genome = mj.masks(parents, granularity="leaf")
-    one = jax.tree.map(lambda leaf: leaf[0], parents)
-    costs = jax.jit(apply_fn).lower(one, images[:1]).cost_analysis()
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(one))
-    return Case(
-        f"{network} {dtype}",
-        apply_fn,
-        parents,
-        genome,
-        genome.init(jax.random.key(2), population),
-        images,
-        rng.integers(0, 10, examples),
-        costs["flops"],
-        (weights, images[0].nbytes),
-    )
+    flops = jax.jit(apply_fn).lower(parents[0], images[:1]).cost_analysis()["flops"]
+    labels = rng.integers(0, 10, examples)
+    return Case(f"{network} {dtype}", apply_fn, parents, population, images, labels, flops)
 
 
 def floor(case: Case, rate: float, bandwidth: float) -> float:
     """The least seconds that the case can take on this machine."""
-    population, examples = len(case.genes), len(case.images)
-    weights, image = case.bytes
-    moved = population * (3 * weights + examples * image)  # two parents are read, one is written
-    return max(population * examples * case.flops / rate, moved / bandwidth)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(case.parents[0]))
+    # Two parents are read and one network is written; then come the images.
+    moved = case.population * (3 * weights + case.images.nbytes)
+    return max(case.population * len(case.images) * case.flops / rate, moved / bandwidth)
 
 
-def in_one_program(case: Case, plan: Plan) -> Timing:
+def in_one_program(case: Case, config: mj.FitnessConfig) -> Timing:
     """The library's evaluation."""
-    data = batches(case.images, case.labels, plan.batch_size)
-    evaluate = evaluator(
-        case.genome.express,
-        for_backend(case.apply_fn),
-        accuracy,
+    problem = mj.problem_for(
+        case.apply_fn,
         case.parents,
-        data,
-        population_chunk=plan.population_chunk,
-        mesh=plan.mesh,
+        (case.images, case.labels),
+        genome=mj.GenomeConfig(granularity="leaf"),
+        fitness=config,
+        population_size=case.population,
     )
+    genes = problem.genome.init(jax.random.key(2), case.population)
     start = time.perf_counter()
-    compiled = (
-        jax.jit(lambda evaluate, genes: evaluate(genes)).lower(evaluate, case.genes).compile()
-    )
+    compiled = jax.jit(mj.evaluate).lower(problem, genes).compile()
     compilation = time.perf_counter() - start
-    return Timing(seconds(compiled, evaluate, case.genes, repeats=3), compilation, tuple(plan[:2]))
+    layout = problem.layout.population_chunk, problem.layout.batch_size
+    return Timing(seconds(compiled, problem, genes, repeats=3), compilation, layout)
 
 
 def host_loop(case: Case, batch_size: int) -> Timing:
-    """One call of a jitted function for each network."""
-    data = batches(case.images, case.labels, batch_size)
+    """One call of a jitted function for each network: what a user would write."""
+    count = len(case.images) // batch_size
+    images, labels = (
+        jnp.asarray(x[: count * batch_size]).reshape(count, batch_size, *x.shape[1:])
+        for x in (case.images, case.labels)
+    )
+    shares = jax.random.uniform(jax.random.key(2), (case.population,))
 
     @jax.jit
-    def score(genes: Any, parents: Any, data: Any) -> jax.Array:
-        variables = case.genome.express(genes, parents)
-        return example_scores(case.apply_fn, accuracy, variables, data).sum()
+    def score(share: Any, first: Any, second: Any) -> Any:
+        network = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)
+
+        def right(batch: Any) -> Any:
+            return (jnp.argmax(case.apply_fn(network, batch[0]), -1) == batch[1]).sum()
+
+        return jax.lax.map(right, (images, labels)).sum()
 
     start = time.perf_counter()
-    score(case.genes[0], case.parents, data).block_until_ready()
+    score(shares[0], *case.parents).block_until_ready()
     compilation = time.perf_counter() - start
-
-    def loop() -> list[float]:
-        return [float(score(genes, case.parents, data)) for genes in case.genes]
-
-    return Timing(seconds(loop, repeats=3), compilation, (1, batch_size))
+    loop = seconds(lambda: [float(score(s, *case.parents)) for s in shares], repeats=3)
+    return Timing(loop * len(case.images) / (count * batch_size), compilation, (1, batch_size))
 
 
 def keras_loop(case: Case, batch_size: int) -> Timing:
@@ -188,31 +169,67 @@ def keras_loop(case: Case, batch_size: int) -> Timing:
     start = time.perf_counter()
     evaluate()
     compilation = time.perf_counter() - start
-    return Timing(
-        seconds(lambda: [evaluate() for _ in case.genes], repeats=3), compilation, (1, batch_size)
-    )
+    loop = seconds(lambda: [evaluate() for _ in range(case.population)], repeats=3)
+    return Timing(loop, compilation, (1, batch_size))
+
+
+def torch_loop(case: Case, batch_size: int, *, frozen: bool) -> Timing:
+    """A forward pass for each network, eager or from a frozen graph."""
+    import torch
+    import torch_networks
+
+    model = torch_networks.build(case.name.split()[0]).eval()
+    images = torch.from_numpy(case.images).permute(0, 3, 1, 2).contiguous()
+    images = images.to(memory_format=torch.channels_last)
+    weights = model.state_dict()
+    start = time.perf_counter()
+    with torch.inference_mode():
+        run: Any = model
+        if frozen:
+            traced = torch.jit.trace(model, images[:batch_size])
+            run = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
+            run(images[:batch_size]), run(images[:batch_size])
+        compilation = time.perf_counter() - start
+
+        def score() -> list[int]:
+            found = []
+            for _ in range(case.population):
+                if not frozen:
+                    model.load_state_dict(weights)
+                parts = images.split(batch_size)
+                found.append(sum(int(run(part).argmax(1).sum()) for part in parts))
+            return found
+
+        return Timing(seconds(score, repeats=3), compilation, (1, batch_size))
 
 
 def methods(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, list[Any]]]:
     """Each method's name, and the calls of which the fastest counts."""
-    population, examples = len(case.genes), len(case.images)
-    one = jax.tree.map(lambda leaf: leaf[0], case.parents)
+    examples = len(case.images)
     sizes = sorted({min(size, examples) for size in options.batches})
     if options.keras and "float32" in case.name:
         yield "keras", [lambda size=size: keras_loop(case, size) for size in sizes[-1:]]
+    if options.torch and "resnet" in case.name and "float32" in case.name:
+        for name in ("torch", "frozen"):
+            yield (
+                name,
+                [
+                    lambda size=size, name=name: torch_loop(case, size, frozen=name == "frozen")
+                    for size in sizes
+                ],
+            )
     yield "host loop", [lambda size=size: host_loop(case, size) for size in sizes]
-    for chunk in (*(c for c in options.chunks if c < population), population):
-        plans = [Plan(chunk, size) for size in sizes]
-        name = "vmap" if chunk == population else f"chunk {chunk}"
-        yield name, [lambda plan=plan: in_one_program(case, plan) for plan in plans]
-    for name in ("auto", "trial", "all"):
-        config = FitnessConfig(trial=name == "trial", devices="all" if name == "all" else 1)
-        plan = plan_evaluation(case.apply_fn, one, case.images, config, population)
-        yield name, [lambda plan=plan: in_one_program(case, plan)]
+    for chunk in (*(c for c in options.chunks if c < case.population), case.population):
+        configs = [mj.FitnessConfig(population_chunk=chunk, batch_size=size) for size in sizes]
+        name = "vmap" if chunk == case.population else f"chunk {chunk}"
+        yield name, [lambda config=config: in_one_program(case, config) for config in configs]
+    for name, devices in (("auto", 1), ("all", "all")):
+        config = mj.FitnessConfig(metric="accuracy", devices=devices)
+        yield name, [lambda config=config: in_one_program(case, config)]
 
 
 def measure(case: Case, least: float, options: argparse.Namespace) -> dict[str, Any]:
-    """All methods on one case, each with its fastest plan."""
+    """All methods on one case, each with its fastest cut."""
     rows: dict[str, Any] = {}
     for name, calls in methods(case, options):
         found: list[Timing] = []
@@ -231,13 +248,20 @@ def measure(case: Case, least: float, options: argparse.Namespace) -> dict[str, 
             continue
         best = min(found)
         rows[name] = best._asdict() | {"of_floor": least / best.seconds}
-        rate = len(case.genes) * len(case.images) * case.flops / best.seconds / 1e9
+        rate = case.population * len(case.images) * case.flops / best.seconds / 1e9
         print(
             f"  {name:<10} {best.seconds:9.3f} s {rate:9.1f} GFLOP/s, "
-            f"{best.seconds / least:5.2f} x the floor   {best.plan}, "
+            f"{best.seconds / least:5.2f} x the floor   {best.layout}, "
             f"compiled in {best.compilation:.1f} s",
             flush=True,
         )
+    others = {name: row for name, row in rows.items() if name in ("keras", "torch", "frozen")}
+    others |= {"host loop": rows["host loop"]} if "host loop" in rows else {}
+    if others and "all" in rows:
+        peer = min(others, key=lambda name: others[name]["seconds"])
+        ratio = rows["all"]["seconds"] / others[peer]["seconds"]
+        print(f"  all devices take {ratio:.2f} times as long as the fastest peer ({peer})")
+        rows["ratio"] = {"to": peer, "of_all": ratio}
     return rows
 
 
@@ -258,6 +282,7 @@ def main() -> None:
     parser.add_argument("--chunks", nargs="+", type=int, default=[1, 4] if ON_CPU else [1, 4, 16])
     parser.add_argument("--limit", type=float, default=60.0)
     parser.add_argument("--keras", action="store_true")
+    parser.add_argument("--torch", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -275,6 +300,7 @@ def main() -> None:
                     f"{case.name}, {population} networks x {options.examples} images, "
                     f"{case.flops / 1e6:.1f} MFLOP an image; floor {least:.3f} s"
                 )
+                rows = measure(case, least, options)
                 table.append(
                     {
                         "case": case.name,
@@ -284,7 +310,7 @@ def main() -> None:
                         "floor": least,
                         "matrix_product": rate,
                         "copy": bandwidth,
-                        "methods": measure(case, least, options),
+                        "methods": rows,
                     }
                 )
     if options.json:
