@@ -73,14 +73,16 @@ def has_base(config: Config) -> bool:
 
 
 def fitness_of(config: Config) -> FitnessConfig:
-    """The fitness of a run, where `auto` takes all devices.
+    """The fitness of a run, where `auto` takes all devices; a gradient is the work of one.
 
     Example:
         >>> fitness_of(Config()).devices
         'all'
     """
     fitness = config.fitness
-    return fitness.replace(devices="all") if fitness.devices == "auto" else fitness
+    if fitness.devices != "auto" or config.evolution.method == "gradient":
+        return fitness
+    return fitness.replace(devices="all")
 
 
 def _check_merge(task: Task, one: PyTree) -> None:
