@@ -314,7 +314,10 @@ def test_a_broken_config_file_is_one_line(name, capsys, tmp_path):
             ["--config", DIGITS, "--config.evolution.population_size=many"],
             "is 'many': a whole",
         ),
-        (["--config", DIGITS, "--config.evolution.population_size=1"], "at least 2 (elites + 1)"),
+        (
+            ["--config", DIGITS, "--config.evolution.population_size=1"],
+            "population_size is 1: it must be at least 2",
+        ),
         (
             [
                 "--config",
