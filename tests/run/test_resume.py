@@ -28,7 +28,6 @@ from megajax.run import store as workdir
 from megajax.run.config import from_dict
 from megajax.run.stages import comparing
 from megajax.run.stages import searching as searching_stage
-from megajax.search import genetic as evolution
 from megajax.zoo import training
 
 ROOT = Path(__file__).parents[2]
@@ -529,7 +528,7 @@ def test_a_search_that_cannot_go_on_stops_in_one_line_with_its_state_saved(
     folder = copy(searching(undisturbed[1]))
     reached = states(folder)[-1]
     with monkeypatch.context() as patch:
-        patch.setattr(evolution, "check_alive", stop_search)
+        patch.setattr("megajax.search.loop.check_alive", stop_search)
         assert command(folder) == 2
     assert capsys.readouterr().err == "error: none is alive\n"
     assert states(folder)[-1] == reached + 1
