@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.special import log_softmax, logsumexp
 
 from megajax.errors import DataError
 from megajax.evaluation.batches import cut
@@ -155,7 +154,7 @@ def ensemble(logits: np.ndarray) -> np.ndarray:
         >>> np.exp(ensemble(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))).round(3).tolist()
         [[0.7, 0.3]]
     """
-    mean: np.ndarray = logsumexp(_log_softmax(logits), axis=0) - np.log(len(logits))
+    mean: np.ndarray = np.logaddexp.reduce(_log_softmax(logits), axis=0) - np.log(len(logits))
     return mean
 
 
@@ -196,5 +195,6 @@ def predictor(
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # infinite logits give what is no number
-        result: np.ndarray = log_softmax(np.asarray(logits, np.float64), axis=-1)
+        shifted = np.asarray(logits, np.float64) - np.max(logits, axis=-1, keepdims=True)
+        result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
