@@ -12,8 +12,9 @@ import numpy as np
 
 from megajax.baselines.given import Given, Result, baseline
 from megajax.baselines.leaves import combine, is_floating
+from megajax.entry import taken
 from megajax.errors import ParentsError
-from megajax.merging.tasks import Batches, Task, batches, check_inputs
+from megajax.merging.tasks import Batches, Task, batches
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["fisher_average", "fisher_information"]
@@ -49,7 +50,9 @@ def fisher_information(
     Source: Matena and Raffel, "Merging models with Fisher-weighted averaging", NeurIPS 2022,
     arXiv 2111.09832.
     """
-    count = check_inputs(inputs, "inputs of the Fisher information")
+    what = "inputs of the Fisher information"
+    variables, inputs = taken(apply_fn, variables, inputs, what)
+    count = len(jax.tree.leaves(inputs)[0])
     data = batches(Task(jax.tree.map(np.asarray, inputs)), min(chunk, count))
     return _information(apply_fn, variables, data)
 

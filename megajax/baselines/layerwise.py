@@ -20,10 +20,11 @@ from jax.extend import core
 
 from megajax.baselines.averages import uniform_average
 from megajax.baselines.leaves import is_floating
+from megajax.entry import taken
 from megajax.errors import ConfigError
-from megajax.merging.tasks import check_inputs
 from megajax.program.jaxprs import Delayed, delay, run, shape_of, static, trace
 from megajax.program.roles import Contraction, Role, find_roles
+from megajax.trees import checked_parents
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Kernel", "Rule", "find_kernels", "merge_layers"]
@@ -204,11 +205,14 @@ def merge_layers(
         DataError: there are no inputs, or they are not finite.
         ParentsError: the parents differ in structure.
     """
+    parents = checked_parents(parents)
+    for members, inputs in sets:
+        taken(apply_fn, parents[members[0]], inputs, "calibration inputs")
     merged, treedef = jax.tree.flatten(uniform_average(parents))
     networks = [jax.tree.leaves(parent) for parent in parents]
     cuts = [
         np.array_split(np.arange(count), -(-count // batch_size))
-        for count in (check_inputs(inputs, "calibration inputs") for _, inputs in sets)
+        for count in (len(jax.tree.leaves(inputs)[0]) for _, inputs in sets)
     ]
     batches = [
         (list(members), jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs))

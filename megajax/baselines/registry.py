@@ -10,23 +10,23 @@ import numpy as np
 
 from megajax.alignment import AlignConfig, align
 from megajax.baselines.given import BASELINES, NEEDS, Given, Result
+from megajax.entry import check_inputs
 from megajax.errors import ConfigError, ParentsError
 from megajax.keys import named_key
 from megajax.merging.genome import Genome, GenomeConfig, make_genome
 from megajax.merging.merge import (
-    checked_parents,
     first_examples,
     problem_for,
     with_reference,
     with_unmixed,
 )
 from megajax.merging.problem import FitnessConfig, Problem, RecalibrateConfig, with_genome
-from megajax.merging.tasks import as_tasks, check_inputs
+from megajax.merging.tasks import as_tasks
 from megajax.program.roles import find_statistics
 from megajax.search import evosax
 from megajax.search.methods import EvolutionConfig
 from megajax.sections import Section, at_least, one_of
-from megajax.trees import check_parents, leaf_paths, on_host
+from megajax.trees import check_parents, checked_parents, leaf_paths, on_host
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["BaselinesConfig", "applicable", "run_baselines", "table"]
@@ -129,6 +129,7 @@ def run_baselines(
     config, evolution = config or BaselinesConfig(), evolution or EvolutionConfig()
     tasks = as_tasks(data)
     networks = checked_parents(parents, keep)
+    check_inputs(tasks[0].inputs, "inputs")
     inputs = first_examples(tasks[0].inputs)
     if align is not None and align.method != "none":
         networks, _ = _align(

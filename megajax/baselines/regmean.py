@@ -83,7 +83,8 @@ def regmean_plus(
     As `regmean`, but X_k is what enters the layer in the merged network, as far as it is merged, on
     parent k's inputs: that is what the layer will get. The paper goes block by block of a
     transformer, and inside a block by the parents' own activations; here every layer is a block.
-    Takes a pass over all inputs for each layer.
+    So it is each parent's own inputs that tell the parents apart: on the same inputs for all of
+    them the result is their mean. Takes a pass over all inputs for each layer.
 
     Args:
         apply_fn: see `regmean`.
@@ -207,6 +208,7 @@ def _regmean_plus(key: Key, given: Given) -> Result:
     "least squares from the parents' mean activations to the mean of their outputs",
     "Nasery et al., arXiv 2407.02447",
     needs=("calibration",),
+    default=True,
 )
 def _pleas(key: Key, given: Given) -> Result:
     assert given.inputs is not None

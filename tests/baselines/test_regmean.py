@@ -82,6 +82,11 @@ def test_plus_takes_what_the_merged_layers_give(alpha):
     np.testing.assert_allclose(merged["v"], np.linalg.solve(left, right), rtol=1e-3, atol=1e-3)
 
 
+def test_plus_on_the_same_inputs_for_all_is_the_mean():
+    merged, mean = regmean_plus(mlp, MLPS, OWN[0]), uniform_average(MLPS)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), merged, mean)
+
+
 def test_pleas_takes_mean_inputs_to_mean_outputs_biases_and_all():
     def apply_fn(w, x):
         return mlp(w, x) + w["c"]
