@@ -20,6 +20,7 @@ from megajax.types import PyTree
 __all__ = [
     "Static",
     "check_parents",
+    "checked_parents",
     "is_mixable",
     "keep_leaves",
     "leaf_owners",
@@ -102,6 +103,21 @@ def check_parents(parents: Sequence[PyTree]) -> None:
                 raise ParentsError(
                     f"leaf {path} of parent {k}: {bad} of {np.size(leaf)} values are not finite"
                 )
+
+
+def checked_parents(
+    parents: Sequence[PyTree], keep: Mapping[str, int] | None = None
+) -> list[PyTree]:
+    """The parents on the host, checked, with the leaves that are left to one of them.
+
+    Example:
+        >>> checked_parents([{"w": 1.0}, {"w": jnp.float32(2)}])
+        [{'w': array(1.)}, {'w': array(2., dtype=float32)}]
+    """
+    _check_forms(parents)
+    parents = keep_leaves(parents, keep) if keep else parents
+    check_parents(parents)
+    return [on_host(parent) for parent in parents]
 
 
 def _check_forms(parents: Any) -> None:

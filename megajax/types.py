@@ -26,8 +26,9 @@ are any pytrees whose leaves have a leading example axis."""
 
 @dataclass(frozen=True)
 class Bound:
-    """A function with some keyword arguments fixed. Unlike `functools.partial`, equal ones compare
-    equal, so that they share compiled programs.
+    """A function with some keyword arguments fixed.
+
+    Unlike those of `functools.partial`, equal ones compare equal and share compiled programs.
 
     Attributes:
         function: the function.

@@ -10,9 +10,10 @@ import jax
 from megajax.alignment.matching import Alignment, match
 from megajax.alignment.symmetries import find_symmetries
 from megajax.alignment.verification import verify
+from megajax.entry import taken
 from megajax.errors import ConfigError, DataError
 from megajax.sections import Section, at_least, one_of
-from megajax.trees import keep_leaves, leaf_owners, leaf_paths
+from megajax.trees import checked_parents, keep_leaves, leaf_owners, leaf_paths
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["AlignConfig", "align"]
@@ -70,8 +71,9 @@ def align(
 
     Raises:
         ConfigError: choices that cannot work.
-        DataError: calibration inputs are missing, or something makes activations that are no
-            numbers.
+        DataError: inputs are missing, not finite or do not fit, or something makes activations that
+            are no numbers.
+        ParentsError: the parents differ in structure.
         SymmetryError: a permuted network is not the same function.
 
     Example:
@@ -92,7 +94,10 @@ def align(
     if config.method in ("activations", "both") and calibration is None:
         raise DataError(f"calibration inputs are missing: align.method is {config.method!r}")
     keep = keep or {}
-    parents = keep_leaves(parents, keep)
+    parents = checked_parents(parents, keep)
+    _, inputs = taken(apply_fn, parents[0], inputs)
+    if calibration is not None:
+        _, calibration = taken(apply_fn, parents[0], calibration, "calibration inputs")
     if config.method == "none":
         return parents, None
     symmetries = find_symmetries(apply_fn, parents[0], inputs)

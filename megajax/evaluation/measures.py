@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from megajax.entry import output_shapes
 from megajax.errors import DataError
 from megajax.evaluation.batches import cut
 from megajax.program.batchnorm import recalibrate
@@ -45,17 +46,22 @@ def predict(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree, batch_size: in
         The outputs, NumPy, leaves `[N, ...]`; half precision becomes float32.
 
     Raises:
-        DataError: there are no examples.
+        DataError: there are no examples, or the network does not take them.
 
     Example:
         >>> predict(lambda w, x: x * w, 2.0, np.ones((3, 2)), batch_size=2).shape
         (3, 2)
     """
     leaves = jax.tree.leaves(inputs)
-    if not leaves or not len(leaves[0]):
+    if not leaves or not np.ndim(leaves[0]) or not len(leaves[0]):
         raise DataError("there are no examples to predict")
     count = len(leaves[0])
-    outputs = _outputs(apply_fn, variables, cut(inputs, None, batch_size).inputs)
+    batches = cut(inputs, None, batch_size).inputs
+    try:
+        outputs = _outputs(apply_fn, variables, batches)
+    except Exception:  # of the network itself, or of what it is given
+        output_shapes(apply_fn, variables, jax.tree.map(lambda leaf: leaf[0], batches))
+        raise
 
     def whole(leaf: jax.Array) -> np.ndarray:
         array = np.asarray(leaf).reshape(-1, *leaf.shape[2:])[:count]

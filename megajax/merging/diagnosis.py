@@ -11,15 +11,16 @@ import jax
 import numpy as np
 
 from megajax.alignment import AlignConfig, align
+from megajax.entry import check_inputs
 from megajax.errors import ConfigError
 from megajax.evaluation.measures import ensemble, predict
 from megajax.evaluation.robustness import calibration_error
-from megajax.merging.merge import checked_parents, first_examples
+from megajax.merging.merge import first_examples
 from megajax.merging.metrics import METRICS, OF_LABELS
-from megajax.merging.tasks import Task, as_tasks, check_inputs, check_task
+from megajax.merging.tasks import Task, as_tasks, check_task
 from megajax.program.batchnorm import recalibrate
 from megajax.program.roles import find_roles
-from megajax.trees import check_parents, is_mixable, leaf_paths, on_host
+from megajax.trees import check_parents, checked_parents, is_mixable, leaf_paths, on_host
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["Diagnosis", "diagnose"]

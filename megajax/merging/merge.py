@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megajax.alignment import AlignConfig, Alignment, align
+from megajax.entry import check_inputs, output_shapes
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.merging.genome import Genome, GenomeConfig, make_genome
 from megajax.merging.problem import (
@@ -33,9 +34,7 @@ from megajax.merging.problem import (
 from megajax.merging.tasks import (
     Task,
     as_tasks,
-    check_inputs,
     check_task,
-    output_shapes,
     with_teacher,
 )
 from megajax.program.memory import check_fits
@@ -57,8 +56,8 @@ from megajax.search.operators import concatenate
 from megajax.search.pareto import NSGA2, non_dominated_rank
 from megajax.trees import (
     check_parents,
+    checked_parents,
     is_mixable,
-    keep_leaves,
     leaf_paths,
     leaves_by_path,
     on_host,
@@ -422,16 +421,6 @@ def with_unmixed(variables: PyTree, genome: Genome, parent: PyTree) -> PyTree:
     return jax.tree.unflatten(
         treedef, [own if (label < 0).all() else leaf for label, leaf, own in rows]
     )
-
-
-def checked_parents(
-    parents: Sequence[PyTree], keep: Mapping[str, int] | None = None
-) -> list[PyTree]:
-    """The parents on the host, checked, with leaves that are left to one of them."""
-    if keep:
-        parents = keep_leaves(parents, keep)
-    check_parents(parents)
-    return [on_host(parent) for parent in parents]
 
 
 def _checked_base(base: PyTree, parent: PyTree) -> PyTree:

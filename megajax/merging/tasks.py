@@ -5,7 +5,7 @@ Knows inputs, targets and metrics; nothing of parents, genes or searches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.dtypes import canonicalize_dtype
 
+from megajax.entry import check_finite, check_inputs, output_shapes
 from megajax.errors import ConfigError, DataError, first_line
 from megajax.evaluation.batches import Batches, cut
 from megajax.evaluation.measures import predict
@@ -25,10 +26,10 @@ from megajax.merging.metrics import (
     as_metric,
     default_metric,
 )
-from megajax.trees import leaves_by_path, not_finite
+from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Batches", "Task", "as_tasks", "batches", "check_inputs", "check_task", "with_teacher"]
+__all__ = ["Batches", "Task", "as_tasks", "batches", "check_task", "with_teacher"]
 
 
 class Task(NamedTuple):
@@ -73,55 +74,6 @@ def as_tasks(data: Any) -> list[Task]:
         f"the data is a {type(data).__name__}: a pair (inputs, targets), a Task or a list of "
         "Tasks is needed, with whole arrays"
     )
-
-
-def check_inputs(inputs: PyTree, what: str, least: int = 1) -> int:
-    """Checks a set of examples before anything is computed with it.
-
-    Args:
-        inputs: leaves `[N, ...]`.
-        what: its name, for the error.
-        least: examples that are needed.
-
-    Returns:
-        The number of examples N.
-
-    Raises:
-        DataError: no arrays, leaves of different lengths, too few examples, values that are not
-            finite.
-
-    Example:
-        >>> check_inputs(np.ones((3, 2)), "calibration inputs")
-        3
-    """
-    if isinstance(inputs, Iterator):
-        raise DataError(f"{what} is a {type(inputs).__name__}: an array is needed")
-    leaves = leaves_by_path(inputs)
-    where = {path: f"{what}{f', leaf {path},' if path else ''}" for path in leaves}
-    if not leaves:
-        raise DataError(f"the {what} are missing: there is no array among them")
-    sizes = {}
-    for path, leaf in leaves.items():
-        shape = getattr(leaf, "shape", None)
-        if shape is None:
-            raise DataError(f"{where[path]} is a {type(leaf).__name__}: an array is needed")
-        if not shape:
-            raise DataError(f"{where[path]} is a single number: an example axis is needed")
-        sizes[path] = shape[0]
-    if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{path or 'leaf'}: {size}" for path, size in sizes.items())
-        raise DataError(f"the {what} are not one for each example: {told}")
-    count = next(iter(sizes.values()))
-    if count < least:
-        raise DataError(f"the {what} are {count}: at least {least} are needed")
-    for path, leaf in leaves.items():
-        _check_finite(leaf, f"the {where[path]}")
-    return int(count)
-
-
-def _check_finite(leaf: Any, where: str) -> None:
-    if jnp.issubdtype(leaf.dtype, jnp.inexact) and (bad := not_finite(leaf)):
-        raise DataError(f"{where}: {bad} of {leaf.size} values are not finite")
 
 
 def with_teacher(task: Task, apply_fn: ApplyFn, parents: Sequence[PyTree]) -> Task:
@@ -177,7 +129,7 @@ def check_task(task: Task, apply_fn: ApplyFn, variables: PyTree, number: int = 0
         which = f"targets{f' {path}' if path else ''}"
         if leaf.ndim == 0 or len(leaf) != count:
             raise DataError(f"{count} examples but {which} of shape {leaf.shape} ({name})")
-        _check_finite(leaf, f"the {which} of {name}")
+        check_finite(leaf, f"the {which} of {name}")
     network = task.apply_fn or apply_fn
     outputs = output_shapes(network, variables, _of_length(2, inputs))
     metric = task.metric
@@ -212,30 +164,6 @@ def _check_targets(metric: Metric, targets: PyTree, outputs: PyTree, name: str) 
         )
     if wanted is not targets and (np.min(weights) < 0 or not np.any(weights)):
         raise DataError(f"weights of {name}: none may be negative, nor all of them 0")
-
-
-def output_shapes(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree) -> PyTree:
-    """Shapes and dtypes of a network's outputs; every leaf has one entry for each example.
-
-    Raises:
-        DataError: the network does not take such inputs, or its outputs have no example axis.
-    """
-    try:
-        outputs = jax.eval_shape(apply_fn, variables, inputs)
-    except (TypeError, ValueError, AssertionError, KeyError, IndexError, AttributeError) as error:
-        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", inputs)
-        raise DataError(
-            f"the network does not take inputs {shapes}: {first_line(error)}"
-        ) from error
-    size = jax.tree.leaves(inputs)[0].shape[0]
-    for path, leaf in leaves_by_path(outputs).items():
-        if not leaf.shape or leaf.shape[0] != size:
-            where = f"output {path}" if path else "the output"
-            raise DataError(
-                f"{where} of the network has shape {leaf.shape} for {size} examples: its first "
-                "axis must be the examples"
-            )
-    return outputs
 
 
 def check_labels(targets: PyTree, outputs: Any, name: str = "") -> None:

@@ -20,10 +20,11 @@ import jax
 import numpy as np
 
 from megajax.alignment import AlignConfig, align
+from megajax.entry import check_inputs
 from megajax.errors import ConfigError, ParentsError
 from megajax.merging.devices import Layout
 from megajax.merging.merge import MergeResult, merge
-from megajax.merging.tasks import Task, as_tasks, check_inputs, counted
+from megajax.merging.tasks import Task, as_tasks, counted
 from megajax.program.roles import find_statistics
 from megajax.search.loop import Info, State
 from megajax.search.methods import EvolutionConfig

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from megajax.entry import taken
 from megajax.errors import ConfigError
 from megajax.program.jaxprs import (
     Delayed,
@@ -29,7 +30,7 @@ from megajax.program.jaxprs import (
     walk,
 )
 from megajax.program.roles import Statistic, Step, find_roles
-from megajax.trees import leaf_paths
+from megajax.trees import checked_parents, leaf_paths
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["recalibrate", "repair", "with_batch_statistics"]
@@ -59,6 +60,7 @@ def recalibrate(
 
     Raises:
         ConfigError: the network has no BatchNorm statistics, or some that cannot be measured.
+        DataError: fewer than two inputs, or some that are not finite or do not fit.
 
     Example:
         >>> def apply_fn(w, x):
@@ -71,6 +73,7 @@ def recalibrate(
     Source: Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair",
     arXiv 2211.08403, section on resetting BatchNorm.
     """
+    variables, inputs = taken(apply_fn, variables, inputs, "calibration inputs", 2)
     return _measured(apply_fn, variables, inputs, statistics)[1]
 
 
@@ -261,6 +264,8 @@ def repair(
 
     Raises:
         ConfigError: no layer has a kernel and a bias that hidden units come from.
+        DataError: as for `recalibrate`.
+        ParentsError: the parents differ in structure.
 
     Example:
         >>> def apply_fn(w, x):
@@ -274,6 +279,8 @@ def repair(
     Source: Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair",
     arXiv 2211.08403.
     """
+    parents = checked_parents([variables, *parents])[1:]
+    variables, inputs = taken(apply_fn, variables, inputs, "calibration inputs", 2)
     layers = {one.equation: one for one in find_roles(apply_fn, variables, inputs).linear}
     if not layers:
         raise ConfigError("repair: no hidden layer of the network has a kernel and a bias")
