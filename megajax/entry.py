@@ -15,7 +15,7 @@ from megajax.errors import DataError, MegajaxError, first_line
 from megajax.trees import leaves_by_path, not_finite, on_host
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["check_finite", "check_inputs", "output_shapes", "taken"]
+__all__ = ["check_finite", "check_inputs", "is_traced", "output_shapes", "taken"]
 
 
 def taken(
@@ -41,14 +41,24 @@ def taken(
         ...
         megajax.errors.DataError: the network does not take inputs float32[4, 3]: dot_general ...
     """
-    arrays = [leaf for leaf in jax.tree.leaves((variables, inputs)) if isinstance(leaf, jax.Array)]
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in arrays):
+    if is_traced((variables, inputs)):
         return variables, inputs
     check_inputs(inputs, what, least)
     _outputs(apply_fn, variables, inputs)
+    arrays = [leaf for leaf in jax.tree.leaves((variables, inputs)) if isinstance(leaf, jax.Array)]
     if len({device for leaf in arrays for device in leaf.devices()}) > 1:
         return on_host(variables), on_host(inputs)
     return variables, inputs
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether any leaf is a value inside a `jit`, of which only the shape is known.
+
+    Example:
+        >>> is_traced(jnp.ones(3))
+        False
+    """
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def check_inputs(inputs: PyTree, what: str, least: int = 1) -> int:

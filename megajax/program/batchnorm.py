@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from megajax.entry import taken
+from megajax.entry import is_traced, taken
 from megajax.errors import ConfigError
 from megajax.program.jaxprs import (
     Delayed,
@@ -279,7 +279,8 @@ def repair(
     Source: Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation Repair",
     arXiv 2211.08403.
     """
-    parents = checked_parents([variables, *parents])[1:]
+    if not is_traced((variables, parents)):
+        parents = checked_parents([variables, *parents])[1:]
     variables, inputs = taken(apply_fn, variables, inputs, "calibration inputs", 2)
     layers = {one.equation: one for one in find_roles(apply_fn, variables, inputs).linear}
     if not layers:

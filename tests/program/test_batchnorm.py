@@ -139,10 +139,9 @@ def test_repair_leaves_a_parent_as_it_is_and_refuses_a_network_without_biases():
     parent = biased(0)
     new = repair(Plain().apply, parent, [parent, parent], X)
     chex.assert_trees_all_close(new, parent, rtol=1e-4, atol=1e-5)
+    plain = {"u": jnp.eye(3), "v": jnp.eye(3)}
     with pytest.raises(mj.ConfigError, match="no hidden layer of the network has a kernel and a b"):
-        repair(
-            lambda w, x: jnp.tanh(x @ w["u"]) @ w["v"], {"u": jnp.eye(3), "v": jnp.eye(3)}, [], X
-        )
+        repair(lambda w, x: jnp.tanh(x @ w["u"]) @ w["v"], plain, [plain], X)
 
 
 def test_a_kernel_that_is_used_twice_or_not_transposable_is_left_alone():
