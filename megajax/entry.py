@@ -77,7 +77,7 @@ def check_inputs(inputs: PyTree, what: str, least: int = 1) -> int:
             finite.
 
     Example:
-        >>> check_inputs(np.ones((3, 2)), "calibration inputs")
+        >>> check_inputs(jnp.ones((3, 2)), "calibration inputs")
         3
     """
     if isinstance(inputs, Iterator):
