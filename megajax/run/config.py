@@ -186,7 +186,7 @@ def smoke(config: Config) -> Config:
     population = at_most(max(8, config.parents.count + 2), evolution.population_size)
     racing = fitness.racing_examples
     options = dict(config.model.options)
-    for name, small in _SMOKE_OPTIONS.get(config.model.name, {}).items():
+    for name, small in _SMOKE_OPTIONS.get(str(config.model.name), {}).items():
         options[name] = _smaller(small, options.get(name, small))
     return config.replace(
         smoke=True,

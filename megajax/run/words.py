@@ -54,7 +54,10 @@ def settings(config: Config, *, parameters: int, genes: int | None) -> dict[str,
 
 def _settings(config: Config, parameters: int, genes: int | None) -> Iterator[tuple[str, str]]:
     parents, training, evolution = config.parents, config.training, config.evolution
-    yield "network", f"{config.model.name}{_options(config.model.options)}, {parameters:,} numbers"
+    yield (
+        "network",
+        f"{_names(config.model.name)}{_options(config.model.options)}, {parameters:,} numbers",
+    )
     if parents.paths:
         yield "parents", f"{parents.count}, loaded from {some(parents.paths)}"
     else:

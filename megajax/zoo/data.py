@@ -67,7 +67,9 @@ class DataConfig(Section):
     """Which images and how they are split.
 
     Attributes:
-        name: `digits` (scikit-learn's, bundled) or the name of a TFDS image classification set.
+        name: `digits` (scikit-learn's, bundled) or the name of a TFDS image classification set; or
+            a function of your own without arguments that returns a dictionary of pairs (images
+            `[N, H, W, C]`, labels `[N]`): `train` and, if there are such, `validation` and `test`.
         data_dir: TFDS directory that holds the prepared set; None takes TFDS's own default.
         validation_fraction: share of the training images set aside for validation.
         test_fraction: share of all images set aside for the test, for sets without a test split.
@@ -78,7 +80,7 @@ class DataConfig(Section):
     """
 
     section = "data"
-    name: str = "digits"
+    name: str | Callable[..., Any] = "digits"
     data_dir: Place | None = None
     validation_fraction: Fraction = 0.1
     test_fraction: Fraction = 0.25
@@ -160,9 +162,12 @@ def load(key: int | jax.Array, config: DataConfig) -> Dataset:
         >>> [len(split.labels) for split in (dataset.train, dataset.validation, dataset.test)]
         [1213, 135, 449]
     """
-    source = _load_digits() if config.name == DIGITS else _load_tfds(config)
+    if callable(config.name):
+        source = _load_own(config.name)
+    else:
+        source = _load_digits() if config.name == DIGITS else _load_tfds(config)
     if "train" not in source.parts:
-        raise DataError(f"{config.name} has no train split, only {', '.join(source.parts)}")
+        raise DataError(f"{source.name} has no train split, only {', '.join(source.parts)}")
     sizes = {part: len(labels) for part, (_, labels) in source.parts.items()}
     starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
     rows = _draw(_generator(key), sizes, config)
@@ -216,6 +221,8 @@ def class_names(config: DataConfig) -> list[str]:
         >>> class_names(DataConfig(name="digits"))
         []
     """
+    if callable(config.name):
+        return []
     folder = _data_dir(config) / config.name.partition(":")[0]
     files = sorted(folder.rglob("label.labels.txt"))
     return files[-1].read_text().splitlines() if files else []
@@ -464,6 +471,20 @@ def _load_digits() -> _Source:
     return _Source({"train": (images, digits.target)}, 10, DIGITS)
 
 
+def _load_own(function: Callable[[], Any]) -> _Source:
+    """What a user's function returns; `check_dataset` checks the rest."""
+    name, parts = getattr(function, "__name__", repr(function)), function()
+    wanted = "a dictionary of pairs (images, labels) by train, validation and test is needed"
+    if not isinstance(parts, dict) or not set(parts) <= set(_PARTS):
+        told = ", ".join(map(str, parts)) if isinstance(parts, dict) else type(parts).__name__
+        raise DataError(f"data.name: {name}() returned {told}: {wanted}")
+    if not all(isinstance(part, tuple) and len(part) == 2 for part in parts.values()):
+        raise DataError(f"data.name: {name}() returned parts that are no pairs: {wanted}")
+    parts = {part: (np.asarray(x), np.asarray(y)) for part, (x, y) in parts.items()}
+    most = max((y.max(initial=0) for _, y in parts.values()), default=0)
+    return _Source(parts, int(most) + 1, name)
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps TFDS's own remarks (no OpenCV, an empty folder) off the terminal."""
@@ -519,7 +540,7 @@ def _one_line(config: DataConfig) -> Iterator[None]:
 
 def _opened(config: DataConfig) -> Any:
     """The builder of a prepared set of labelled images."""
-    builder = _builder(config.name, config.data_dir)
+    builder = _builder(str(config.name), config.data_dir)
     if not builder.is_prepared():
         raise DataError(f"{config.name} is not prepared; {_how_to_prepare(config)}")
     features, keys = builder.info.features, builder.info.supervised_keys or ()
@@ -600,7 +621,7 @@ def _cache_files(config: DataConfig) -> list[Path]:
     """Where a set is cached: in the TFDS directory or, where that is read-only, at the user's."""
     folder = _data_dir(config)
     size = "" if config.image_size is None else f"-{config.image_size}"
-    name = re.sub(r"\W+", "-", config.name) + size
+    name = re.sub(r"\W+", "-", str(config.name)) + size
     own = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "megajax"
     place = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     return [folder / "megajax" / f"{name}.npz", own / f"{name}-{place}.npz"]
@@ -608,7 +629,7 @@ def _cache_files(config: DataConfig) -> list[Path]:
 
 def _stamp(config: DataConfig) -> str | None:
     """A digest of what TFDS says about the prepared set; None where only its cache is there."""
-    folder = _data_dir(config) / config.name.partition(":")[0]
+    folder = _data_dir(config) / str(config.name).partition(":")[0]
     about = sorted(folder.rglob("dataset_info.json"))
     parts = [str(path.relative_to(folder)).encode() + path.read_bytes() for path in about]
     return hashlib.sha256(b"".join(parts)).hexdigest() if parts else None

@@ -441,3 +441,36 @@ def test_importing_the_module_imports_neither_source():
         "assert not {'tensorflow_datasets', 'sklearn'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+def own():
+    images = np.random.default_rng(0).random((40, 4, 4, 1))
+    return {"train": (images[:30], np.arange(30) % 3), "test": (images[30:], np.arange(10) % 3)}
+
+
+def test_a_function_of_the_users_own_is_a_set():
+    dataset = load(0, DataConfig(name=own, validation_fraction=0.2))
+    assert (dataset.name, dataset.num_classes) == ("own", 3)
+    assert [len(split.labels) for split in splits_of(dataset)] == [24, 6, 10]
+    images, labels = own()["test"]
+    order = dataset.test.ids - 30
+    np.testing.assert_allclose(dataset.test.images, images[order], rtol=1e-6)
+    np.testing.assert_array_equal(dataset.test.labels, labels[order])
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1, 2], r"data.name: own\(\) returned list: a dictionary of pairs"),
+        ({"train": (1, 2), "valid": (1, 2)}, "returned train, valid: a dictionary of pairs"),
+        ({"train": np.zeros(3)}, "returned parts that are no pairs"),
+        ({"test": own()["test"]}, "own has no train split"),
+        ({"train": (np.zeros((9, 4)), np.zeros(9, int))}, "images must be floats"),
+    ],
+)
+def test_what_an_own_function_must_return_is_one_line(returned, message):
+    def own():
+        return returned
+
+    with pytest.raises(DataError, match=message):
+        load(0, DataConfig(name=own))

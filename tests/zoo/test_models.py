@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from megajax.errors import ConfigError
-from megajax.zoo.networks import MODELS, build
+from megajax.zoo.networks import MODELS, ModelConfig, build
 
 TINY = {
     "cnn": {"width": 4},
@@ -224,3 +224,21 @@ def test_mistakes_name_the_field(name, options, message):
         variables_of(build(name, 10, options))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def own(num_classes, width=3):
+    return MODELS["mlp"](num_classes, hidden=(width,))
+
+
+@pytest.mark.parametrize("name", [MODELS["mlp"], own])
+def test_a_class_or_function_of_the_users_own_is_a_network(name):
+    config = ModelConfig(name=name)
+    assert build(config.name, 7).num_classes == 7
+
+
+def test_options_of_an_own_network_are_checked():
+    assert build(own, 7, {"width": 5}).hidden == (5,)
+    with pytest.raises(ConfigError, match="widht is no option of own; did you mean"):
+        build(own, 7, {"widht": 5})
+    with pytest.raises(ConfigError, match=r"model\.name is len: it must take num_classes"):
+        build(len, 7)

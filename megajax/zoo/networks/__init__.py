@@ -41,23 +41,26 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 class ModelConfig(Section):
-    """Which network of the zoo, and its options.
+    """Which network, and its options.
 
     Attributes:
-        name: a name in `megajax.zoo.networks.MODELS`.
+        name: a name in `megajax.zoo.networks.MODELS`; or a class or function of your own,
+            `(num_classes, **options) -> module`, whose call is `(images, train=False) -> logits`.
         options: keyword arguments of that network, for example `{"width": 32}`.
     """
 
     section = "model"
-    name: Annotated[str, one_of(MODELS)] = "cnn"
+    name: Annotated[str, one_of(MODELS)] | Callable[..., Any] = "cnn"
     options: Mapping[str, Any] = {}
 
 
-def build(name: str, num_classes: int, options: Mapping[str, Any] | None = None) -> nn.Module:
-    """Makes a network of the zoo.
+def build(
+    name: str | Callable[..., nn.Module], num_classes: int, options: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Makes a network of the zoo, or one of the user's own.
 
     Args:
-        name: a key of `MODELS`.
+        name: a key of `MODELS`, or what could be listed there.
         num_classes: number of logits.
         options: keyword arguments of that network.
 
@@ -75,9 +78,13 @@ def build(name: str, num_classes: int, options: Mapping[str, Any] | None = None)
         megajax.errors.ConfigError: model.options.widht is no option of cnn; did you mean
         model.options.width?
     """
-    if name not in MODELS:
+    if isinstance(name, str) and name not in MODELS:
         raise ConfigError(f"model.name is {name!r}: choose one of {', '.join(sorted(MODELS))}")
-    parameters = dict(inspect.signature(MODELS[name]).parameters)
+    make = MODELS[name] if isinstance(name, str) else name
+    called = name if isinstance(name, str) else getattr(name, "__name__", repr(name))
+    parameters = dict(inspect.signature(make).parameters)
+    if "num_classes" not in parameters:
+        raise ConfigError(f"model.name is {called}: it must take num_classes")
     for reserved in ("num_classes", "parent", "name"):
         parameters.pop(reserved, None)
     for option, value in (options or {}).items():
@@ -89,10 +96,10 @@ def build(name: str, num_classes: int, options: Mapping[str, Any] | None = None)
                 if near
                 else f"it has {', '.join(parameters)}"
             )
-            raise ConfigError(f"{field} is no option of {name}; {hint}")
+            raise ConfigError(f"{field} is no option of {called}; {hint}")
         kind = type(parameters[option].default)
         if kind in (bool, int, str) and type(value) is not kind:
             raise ConfigError(f"{field} is {value!r}: {kind.__name__} is needed")
         if kind is int and value < 1:
             raise ConfigError(f"{field} is {value!r}: it must be at least 1")
-    return MODELS[name](num_classes=num_classes, **(options or {}))
+    return make(num_classes=num_classes, **(options or {}))
