@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 BIN := .venv/bin
 CONFIG ?= experiments/digits.py
 
-.PHONY: run test test-slow lint clean
+.PHONY: run test test-slow test-matrix lint clean
 
 run: .venv/installed  ## the default experiment, on bundled data
 	$(BIN)/python -m megajax.run --config $(CONFIG)
@@ -14,6 +14,20 @@ test: lint  ## lint, format check, types, doctests and tests
 
 test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+
+# PYTHON:WHAT IT INSTALLS BESIDE MEGAJAX; the corners of what is supported.
+MATRIX ?= 3.11:jax==0.10.0,flax==0.12.1 3.12:jax==0.11.2 3.13:
+MATRIX_TESTS ?= tests megajax
+
+test-matrix:  ## the fast suite on the oldest and the newest JAX, where there are these Pythons
+	@for corner in $(MATRIX); do \
+		python=python$${corner%%:*}; bin=.venv-$${corner%%:*}/bin; \
+		$$python -c '' 2>/dev/null || { echo "skipped: there is no $$python"; continue; }; \
+		echo "$$python $${corner#*:}"; \
+		$$python -m venv .venv-$${corner%%:*} || exit 1; \
+		$$bin/python -m pip install --quiet --editable ".[dev]" $$(echo $${corner#*:} | tr , ' ') || exit 1; \
+		$$bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(MATRIX_TESTS) || exit 1; \
+	done
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -34,4 +48,4 @@ lint: .venv/installed-dev
 	@touch .venv/installed $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache
