@@ -60,6 +60,7 @@ from megajax.search.genetic import GeneticAlgorithm as GeneticAlgorithm
 from megajax.search.methods import EvolutionConfig as EvolutionConfig
 
 if TYPE_CHECKING:
+    from megajax.citations import citation as citation
     from megajax.evaluation.measures import ensemble as ensemble
     from megajax.evaluation.measures import measure as measure
     from megajax.evaluation.measures import predict as predict
@@ -93,6 +94,7 @@ __version__ = "0.1.0"
 _LATER = {
     "check_logits": "formats",
     "CheckpointConfig": "run.checkpoint",
+    "citation": "citations",
     "Config": "run.config",
     "DataConfig": "zoo.data",
     "diagnose": "merging.diagnosis",

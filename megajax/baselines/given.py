@@ -28,7 +28,7 @@ NEEDS = {
     "calibration": "calibration inputs",
     "labels": "class labels",
     "base": "a base network",
-    "evosax": "evosax (pip install 'megajax[searchers]')",
+    "evosax": "evosax (pip install -e '.[searchers]')",
 }
 """What a baseline may be unable to do without, in words."""
 

@@ -25,7 +25,7 @@ def require_tensorboard() -> Any:
         import tensorboardX
     except ImportError:
         raise ConfigError(
-            'tensorboard is True: that needs tensorboardX: pip install "megajax[tensorboard]"'
+            'tensorboard is True: that needs tensorboardX: pip install -e ".[tensorboard]"'
         ) from None
     return tensorboardX
 

@@ -1,6 +1,6 @@
 """Searches of evosax (CMA-ES, differential evolution, ...) over the same genes.
 
-evosax is imported only when one of them runs (`pip install "megajax[searchers]"`).
+evosax is imported only when one of them runs (`pip install -e ".[searchers]"`).
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def _algorithm(name: str) -> type:
         from evosax.algorithms import algorithms
     except ImportError:
         raise ConfigError(
-            "evosax is not installed: pip install 'megajax[searchers]' for its algorithms"
+            "evosax is not installed: pip install -e '.[searchers]' for its algorithms"
         ) from None
     known: dict[str, type] = algorithms
     if name not in known:

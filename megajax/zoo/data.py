@@ -6,7 +6,7 @@ set that tensorflow-datasets (TFDS) has prepared. The first reading leaves all a
 TFDS is not needed, so it may be copied to a machine without. Nothing here ever touches the network,
 with one exception that the user has to ask for by name:
 
-    pip install "megajax[prepare]"
+    pip install -e ".[prepare]"
     python -m megajax.data prepare cifar10 --data_dir DIR
 
 All randomness comes from the key given: an integer or a JAX key.
@@ -426,7 +426,7 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
     if importlib.util.find_spec("tensorflow") is None:
         raise DataError(
             f"preparing {name} needs TensorFlow (once), which is not installed: "
-            'pip install "megajax[prepare]"'
+            'pip install -e ".[prepare]"'
         )
     builder = _builder(name, data_dir)
     builder.download_and_prepare()
@@ -578,7 +578,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
 def _how_to_prepare(config: DataConfig) -> str:
     where = f" --data_dir {config.data_dir}" if config.data_dir else ""
     return (
-        'run once: pip install "megajax[prepare]" && '
+        'run once: pip install -e ".[prepare]" && '
         f"python -m megajax.data prepare {config.name}{where}"
     )
 

@@ -386,7 +386,7 @@ def test_an_unprepared_set_names_the_command_at_once(tmp_path, caplog):
         load(0, DataConfig(name="mnist", data_dir=str(tmp_path)))
     assert time.monotonic() - started < 20
     message = str(caught.value)
-    assert 'pip install "megajax[prepare]"' in message
+    assert 'pip install -e ".[prepare]"' in message
     assert f"python -m megajax.data prepare mnist --data_dir {tmp_path}" in message
     assert "\n" not in message
     assert not caplog.records
@@ -416,7 +416,7 @@ def test_preparing_without_tensorflow_is_one_line_and_exit_code_2(monkeypatch, c
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert 'pip install "megajax[prepare]"' in captured.err
+    assert 'pip install -e ".[prepare]"' in captured.err
 
 
 def test_preparing_downloads_and_prints_the_directory(monkeypatch, capsys):

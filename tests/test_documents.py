@@ -1,0 +1,85 @@
+"""What the documents say is so: snippets run as they stand, files and fields and messages exist."""
+
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from megajax import baselines
+from megajax.evaluation import robustness
+from megajax.merging import genome, metrics
+from megajax.run.config import Config, override
+from megajax.search import methods, operators
+from megajax.zoo import networks
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text() for page in PAGES}
+REGISTRIES = [
+    baselines.BASELINES,
+    genome.GENOMES,
+    methods.METHODS,
+    metrics.METRICS,
+    networks.MODELS,
+    operators.CROSSOVERS,
+    operators.SELECTIONS,
+    operators.SURVIVALS,
+    robustness.CORRUPTIONS,
+]
+
+
+@pytest.fixture
+def restored():
+    """Registries as they were, whatever a snippet adds."""
+    before = [dict(registry) for registry in REGISTRIES]
+    yield
+    for registry, old in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(old)
+
+
+def snippets(text):
+    """Python code in order of appearance: the hidden set-up first."""
+    return re.findall(r"(?:<!-- setup|```python)\n(.*?)\n(?:-->|```)", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if snippets(text)])
+def test_the_snippets_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch, restored):
+    module = types.ModuleType("page")  # where dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "page", module)
+    monkeypatch.chdir(tmp_path)
+    for code in snippets(TEXTS[page]):
+        exec(compile(code, page, "exec"), module.__dict__)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_file_that_is_named_exists(page):
+    named = re.findall(r"(?:experiments|benchmarks|docs|megajax|tests)/[\w/]+\.\w+", TEXTS[page])
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_field_in_a_command_exists(page):
+    for block in re.findall(r"```sh\n(.*?)```", TEXTS[page], re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            flags = [word.removeprefix("--config.") for word in words if "--config." in word]
+            override(Config(), dict(flag.split("=", 1) for flag in flags))
+
+
+def test_no_document_advises_an_installation_from_pypi():
+    for text in TEXTS.values():
+        assert not re.search(r"pip install \S*megajax", text)
+
+
+def test_every_message_that_is_explained_is_one_of_the_librarys():
+    sources = "".join(path.read_text() for path in sorted((ROOT / "megajax").rglob("*.py")))
+    plain = re.sub(r"\"\n\s+f?\"|\{[^{}]*\}", "", sources)
+    explained = re.findall(r"^`.*`$", TEXTS["troubleshooting.md"], re.MULTILINE)
+    assert len(explained) > 15
+    for line in explained:
+        for message in re.findall(r"`([^`]+)`", line):
+            assert message in plain, message
