@@ -35,6 +35,9 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
 
+docs: .venv/installed-docs  ## the site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -47,5 +50,9 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch .venv/installed $@
 
+.venv/installed-docs: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@touch .venv/installed $@
+
 clean:
-	rm -rf .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache
+	rm -rf site .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache

@@ -1,18 +1,23 @@
 """What the documents say is so: snippets run as they stand, files and fields and messages exist."""
 
+import html
+import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 
+import megajax
 from megajax import baselines
 from megajax.evaluation import robustness
 from megajax.merging import genome, metrics
 from megajax.run.config import Config, override
 from megajax.search import methods, operators
+from megajax.sections import fields
 from megajax.zoo import networks
 
 ROOT = Path(__file__).parent.parent
@@ -83,3 +88,23 @@ def test_every_message_that_is_explained_is_one_of_the_librarys():
     for line in explained:
         for message in re.findall(r"`([^`]+)`", line):
             assert message in plain, message
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="MkDocs is not installed")
+def test_the_site_is_built_without_a_warning_and_has_every_name_and_field(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    pages = {page.name: html.unescape(page.read_text()) for page in tmp_path.glob("*.html")}
+    names = (tmp_path / "reference" / "index.html").read_text()
+    for name in dir(megajax):
+        home = getattr(getattr(megajax, name), "__module__", "")
+        if home.startswith("megajax") and name[0] != "_":
+            assert f"mj.{name}<" in names, name
+    for one in fields(Config):
+        assert f"<code>{one.name}<" in pages["configuration.html"], one.name
+        assert one.meaning, one.name
+    for page in pages.values():
+        for image in re.findall(r'<img [^>]*src="(?!data:)([^"]+)"', page):
+            assert (tmp_path / image).exists(), image
