@@ -52,12 +52,16 @@ def snippets(text):
 
 
 @pytest.mark.parametrize("page", [name for name, text in TEXTS.items() if snippets(text)])
-def test_the_snippets_of_a_page_run_from_top_to_bottom(page, tmp_path, monkeypatch, restored):
+def test_the_snippets_of_a_page_run(page, tmp_path, monkeypatch, restored, capsys):
     module = types.ModuleType("page")  # where dataclasses look their module up
     monkeypatch.setitem(sys.modules, "page", module)
     monkeypatch.chdir(tmp_path)
     for code in snippets(TEXTS[page]):
         exec(compile(code, page, "exec"), module.__dict__)
+    if page in ("README.md", "quickstart.md"):  # what a new user sees first
+        rows = re.findall(r"^(parent \d|merged):? ([\d.]+)", capsys.readouterr().out, re.MULTILINE)
+        scores = {name: float(score) for name, score in rows}
+        assert scores["merged"] > max(scores["parent 0"], scores["parent 1"])
 
 
 @pytest.mark.parametrize("page", TEXTS)
