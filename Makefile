@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
 BIN := .venv/bin
 CONFIG ?= experiments/digits.py
 
-.PHONY: run test test-slow test-matrix lint clean
+.PHONY: run test test-slow test-matrix lint docs clean
 
 run: .venv/installed  ## the default experiment, on bundled data
 	$(BIN)/python -m megajax.run --config $(CONFIG)
