@@ -60,7 +60,7 @@ def test_choices_that_cannot_work():
     with pytest.raises(DataError, match="calibration inputs are missing"):
         mj.align(KEY, mlp, parents, INPUTS, config=mj.AlignConfig(method="both"))
     bad = np.full_like(INPUTS, np.nan)
-    with pytest.raises(DataError, match="the calibration inputs: .* values are not finite"):
+    with pytest.raises(DataError, match=r"the calibration inputs: .* values are not finite"):
         mj.align(
             KEY, mlp, parents, INPUTS, calibration=bad, config=mj.AlignConfig(method="activations")
         )
