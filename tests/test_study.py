@@ -43,12 +43,14 @@ def test_the_tables_are_what_the_results_say():
 
 
 def test_the_searches_in_the_results_cost_the_same():
-    for settings in json.loads((STUDY / "results.json").read_text()).values():
+    networks, searches = {"digits": 1920, "cifar10": 115}, {"digits": 13, "cifar10": 3}
+    for data, settings in json.loads((STUDY / "results.json").read_text()).items():
         for aggregate in settings.values():
-            costs = {
-                name: entry["evaluations"] * entry["images_scored"]
+            costs = [
+                entry["evaluations"] * entry["images_scored"]
                 for name, entry in aggregate["networks"].items()
                 if name.startswith(("evolved", "random_search", "cma_es", "sep_", "diff", "merged"))
-            }
-            assert len(costs) >= 13
-            assert set(costs.values()) == {1920 * aggregate["data"]["validation"]}
+            ]
+            assert len(costs) >= searches[data]
+            one = aggregate["data"]["validation"]  # a gradient's steps are whole
+            assert max(abs(cost / one - networks[data]) for cost in costs) < 1

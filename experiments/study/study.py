@@ -81,9 +81,10 @@ def main() -> None:
                 run_cell(cell, folder / search, origin, str(seed), [*options.set, *given])
         seeds = [path.name for path in sorted((folder / searches[0]).glob("seed*"))]
         collected[parents] = aggregate([one_seed(folder, seed, searches) for seed in seeds])
-    if tuple(options.only) == PARENTS:
-        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        write_json(RESULTS, results | {options.data: collected})
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    settings = results.get(options.data, {}) | collected
+    settings = {parents: settings[parents] for parents in PARENTS if parents in settings}
+    write_json(RESULTS, results | {options.data: settings})
 
 
 if __name__ == "__main__":

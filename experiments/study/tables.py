@@ -10,11 +10,13 @@ this file has everybody.
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megajax.evaluation.results import Comparison, comparison
+import numpy as np
+
+from megajax.evaluation.results import FEWEST, Comparison, comparison
 from megajax.evaluation.statistics import paired_t
 from megajax.report.text import headline, p_value, percent, points
 from megajax.tables import to_markdown
@@ -22,34 +24,62 @@ from megajax.tables import to_markdown
 HERE = Path(__file__).parent
 README = HERE.parent.parent / "README.md"
 START, END = "<!-- made by experiments/study/tables.py -->", "<!-- end -->"
-NAMES = {"digits": "CNNs on the digits", "cifar10": "ResNet-20 on CIFAR-10"}
+NAMES = {"cifar10": "ResNet-8 on CIFAR-10", "digits": "CNNs on the digits"}
+COSTS = {"cifar10": "115 networks", "digits": "1,920 networks"}
 SETTINGS = {
     "same": "same data",
     "skewed": "class-skewed data",
     "shared": "class-skewed data, same initial weights",
 }
 ROWS = {
-    "best_parent": "best parent",
-    "uniform_average": "average",
-    "aligned_uniform_average": "average, aligned",
-    "regmean": "RegMean",
-    "aligned_regmean": "RegMean, aligned",
-    "line": "best point of the line, aligned",
-    "random_search": "random search, channel masks, aligned",
-    "sep_cma_es": "CMA-ES (separable), channel masks, aligned",
-    "evolved_paper": "MeGA as published (with 1,920 networks)",
-    "evolved_paper_aligned": "MeGA's search, aligned",
-    "evolved_global": "evolved, global masks",
-    "evolved_layer": "evolved, layer masks",
-    "evolved_channel": "evolved, channel masks",
-    "evolved_element": "evolved, element masks",
-    "evolved_global_aligned": "evolved, global masks, aligned",
-    "evolved_layer_aligned": "evolved, layer masks, aligned",
-    "merged": "evolved, channel masks, aligned",
-    "evolved_element_aligned": "evolved, element masks, aligned",
-    "ensemble": "ensemble (twice the cost)",
+    "cifar10": {
+        "best_parent": "best parent",
+        "uniform_average": "average",
+        "aligned_uniform_average": "average, aligned",
+        "aligned_regmean": "RegMean, aligned",
+        "aligned_pleas": "PLeaS, aligned",
+        "evolved_paper": "MeGA as published (with 115 networks)",
+        "evolved_channel_aligned": "evolved, channel masks, aligned",
+        "merged": "gradient without labels, channel masks, aligned",
+        "ensemble": "ensemble (twice the cost)",
+    },
+    "digits": {
+        "best_parent": "best parent",
+        "uniform_average": "average",
+        "aligned_uniform_average": "average, aligned",
+        "regmean": "RegMean",
+        "aligned_regmean": "RegMean, aligned",
+        "line": "best point of the line, aligned",
+        "random_search": "random search, channel masks, aligned",
+        "sep_cma_es": "CMA-ES (separable), channel masks, aligned",
+        "evolved_paper": "MeGA as published (with 1,920 networks)",
+        "evolved_paper_aligned": "MeGA's search, aligned",
+        "evolved_global": "evolved, global masks",
+        "evolved_layer": "evolved, layer masks",
+        "evolved_channel": "evolved, channel masks",
+        "evolved_element": "evolved, element masks",
+        "evolved_global_aligned": "evolved, global masks, aligned",
+        "evolved_layer_aligned": "evolved, layer masks, aligned",
+        "merged": "evolved, channel masks, aligned",
+        "evolved_element_aligned": "evolved, element masks, aligned",
+        "ensemble": "ensemble (twice the cost)",
+    },
 }
-AGAINST = ("aligned_uniform_average", "aligned_regmean", "random_search", "sep_cma_es", "ensemble")
+AGAINST = {
+    "cifar10": ("aligned_pleas", "evolved_paper", "evolved_channel_aligned", "ensemble"),
+    "digits": (
+        "aligned_uniform_average",
+        "aligned_regmean",
+        "random_search",
+        "sep_cma_es",
+        "ensemble",
+    ),
+}
+
+
+def each(values: Sequence[float], form: str = ".1f") -> str:
+    """The points of single seeds, in brackets."""
+    return f" ({', '.join(format(100 * value, form) for value in values)})"
 
 
 def accuracies(found: Mapping[str, Comparison], names: Mapping[str, str]) -> str:
@@ -59,24 +89,35 @@ def accuracies(found: Mapping[str, Comparison], names: Mapping[str, str]) -> str
         row = comparison.row(key)
         if row is None:
             return ""
-        return f"{percent(row.test.estimate)} {points(row.difference)}".strip()
+        if key not in comparison.by_seed:
+            return f"{percent(row.test.estimate)} {points(row.difference)}".strip()
+        ours = comparison.by_seed[key]
+        text = percent(row.test.estimate) + each(ours)
+        if row.difference is None:
+            return text
+        gains = np.subtract(ours, comparison.by_seed[comparison.best])
+        return f"{text} {points(row.difference)}{each(gains, '+.1f')}"
 
     header = ["network", *(SETTINGS[setting] for setting in found)]
     body = [[name, *(cell(key, one) for one in found.values())] for key, name in names.items()]
     return to_markdown([header, *body])
 
 
-def gains(results: Mapping[str, Any]) -> str:
-    """The evolved network (channel masks, aligned) minus others, paired by seed."""
+def gains(data: str, results: Mapping[str, Any]) -> str:
+    """The merged network minus others, paired by seed."""
 
     def cell(networks: Mapping[str, Any], key: str) -> str:
         ours, theirs = (networks[name]["test_accuracy"]["values"] for name in ("merged", key))
         difference = paired_t(ours, theirs)
+        if len(ours) < FEWEST:
+            mean = f"{100 * difference.estimate:+.1f}"
+            return mean + each(np.subtract(ours, theirs), "+.1f")
         return f"{points(difference)}, {p_value(difference.p_value)}"
 
-    header = ["evolved, channel masks, aligned, against", *(SETTINGS[name] for name in results)]
+    header = [f"{ROWS[data]['merged']}, against", *(SETTINGS[name] for name in results)]
     body = [
-        [ROWS[key], *(cell(one["networks"], key) for one in results.values())] for key in AGAINST
+        [ROWS[data][key], *(cell(one["networks"], key) for one in results.values())]
+        for key in AGAINST[data]
     ]
     return to_markdown([header, *body])
 
@@ -84,18 +125,22 @@ def gains(results: Mapping[str, Any]) -> str:
 def section(results: Mapping[str, Any]) -> str:
     """The README's section."""
     parts = []
-    for data, settings in results.items():
+    for data in (data for data in NAMES if data in results):
+        settings = results[data]
         found = {name: comparison(one) for name, one in settings.items()}
         first = next(iter(settings.values()))
+        count = len(first["seeds"])
+        single = count < FEWEST
+        sure = "seed by seed" if single else "with 95 % interval paired by seed"
+        tests = "points" if single else "points; p-values of\nsingle t-tests, not corrected"
         parts += [
-            f"{NAMES[data]}, {len(first['seeds'])} pairs for each column, "
-            f"{first['data']['validation']} validation and {first['data']['test']} test images. "
-            "Test accuracy and,\nin points with 95 % interval paired by seed, the difference to "
-            "the best parent, which validation chose:",
-            accuracies(found, ROWS),
-            "What the search adds to what needs none, and to other searches at the same cost "
-            "(points; p-values of single\nt-tests, not corrected):",
-            gains(settings),
+            f"**{NAMES[data]}**, {count} pairs for each column, "
+            f"{first['data']['validation']:,} validation and {first['data']['test']:,} test "
+            f"images; every search\ncosts {COSTS[data]}. Test accuracy and, in points, the "
+            f"difference to the best parent, which validation\nchose ({sure}):",
+            accuracies(found, ROWS[data]),
+            f"What the search adds to what needs none, and to other searches ({tests}):",
+            gains(data, settings),
         ]
     return "\n\n".join(parts)
 
@@ -103,12 +148,12 @@ def section(results: Mapping[str, Any]) -> str:
 def everybody(results: Mapping[str, Any]) -> str:
     """All rows of all settings, with the p-values that Holm's method adjusts over each table."""
     parts = ["# The study, everybody"]
-    for data, settings in results.items():
-        for setting, one in settings.items():
+    for data in (data for data in NAMES if data in results):
+        for setting, one in results[data].items():
             found = comparison(one)
             rows = [
                 [
-                    ROWS.get(row.key, row.name),
+                    ROWS[data].get(row.key, row.name),
                     percent(row.validation.estimate),
                     percent(row.test.estimate),
                     points(row.difference),
