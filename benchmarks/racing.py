@@ -1,12 +1,12 @@
-"""What racing and the reuse of fitness save, and what that costs, on really trained pairs.
+"""What racing saves, and what that costs, on really trained pairs.
 
     python benchmarks/racing.py [--seeds 10] [--first 0] [--races 64:0.15625:60 32:0.125:90]
-                                [--calibration 256 0] [--reuse] [--json FILE]
+                                [--calibration 256 0] [--json FILE]
 
 Pairs of CNNs on class-skewed digits, aligned by activations, merged by channel masks: the default
 search, the same stopped early at about the cost of the races, and races on
-`racing_examples:racing_finalists:generations`, all from the same parents with the same keys;
-`--reuse` adds each of them with `reuse_fitness`. `--calibration` are the images on which every
+`racing_examples:racing_finalists:generations`, all from the same parents with the same keys.
+`--calibration` are the images on which every
 candidate is recalibrated; 0 is without. For each: validation fitness and accuracy, test accuracy
 (mean and standard error over the pairs), the difference of the validation accuracy to the default
 search (paired), examples x networks on the validation images, how many times fewer, and the same
@@ -35,7 +35,7 @@ RACES = ["64:0.15625:60", "64:0.09375:75", "48:0.125:70", "32:0.125:90", "32:0.0
 SHORT = "all examples, 18 generations"  # about the cost of the races
 
 
-def choices(races: list[str], reuse: bool) -> dict[str, dict[str, Any]]:
+def choices(races: list[str]) -> dict[str, dict[str, Any]]:
     """Fields of the configuration for each search, by its name."""
     found: dict[str, dict[str, Any]] = {DEFAULT: {}, SHORT: {"generations": 18}}
     for race in races:
@@ -46,8 +46,7 @@ def choices(races: list[str], reuse: bool) -> dict[str, dict[str, Any]]:
             "racing_finalists": float(share),
             "generations": int(generations),
         }
-    again = {f"{name}, reuse": one | {"reuse_fitness": True} for name, one in found.items()}
-    return found | again if reuse else found
+    return found
 
 
 def search(pair: pairs.Pair, calibration: int, fields: dict[str, Any]) -> dict[str, float]:
@@ -132,10 +131,9 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--races", nargs="*", default=RACES)
     parser.add_argument("--calibration", nargs="*", type=int, default=[256, 0])
-    parser.add_argument("--reuse", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    searches = choices(options.races, options.reuse)
+    searches = choices(options.races)
     found: dict[int, dict[str, list[dict[str, float]]]] = {
         count: {name: [] for name in searches} for count in options.calibration
     }
