@@ -87,6 +87,18 @@ def test_merges_of_equal_shapes_and_choices_share_all_their_programs(choice):
     assert trees[0] == trees[1] == trees[2]
 
 
+@pytest.mark.slow
+def test_three_hundred_merges_in_one_process_map_no_more_memory_than_two():
+    """Each compiled program has memory mapped for it; some 65,000 pieces end the process."""
+    for seed in range(2):
+        merge(seed)
+    maps, compiled = mapped(), len(COMPILED)
+    for seed in range(2, 302):
+        merge(seed)
+    assert len(COMPILED) == compiled
+    assert mapped() - maps < 50  # noise
+
+
 def test_sections_are_values():
     for make in (
         lambda: mj.EvolutionConfig(crossover=["uniform", "arithmetic"], mutation_rate=0.5),
