@@ -135,7 +135,7 @@ def _outputs(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree) -> PyTree:
     except MegajaxError:
         raise
     except Exception as error:
-        leaves = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(inputs)]
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", inputs)
         raise DataError(
-            f"the network does not take inputs {', '.join(leaves)}: {first_line(error)}"
+            f"the network does not take inputs {shapes}: {first_line(error)}"
         ) from error

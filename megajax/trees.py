@@ -111,8 +111,8 @@ def checked_parents(
     """The parents on the host, checked, with the leaves that are left to one of them.
 
     Example:
-        >>> checked_parents([{"w": 1.0}, {"w": jnp.float32(2)}])
-        [{'w': array(1.)}, {'w': array(2., dtype=float32)}]
+        >>> checked_parents([{"w": 1.0}, {"w": 2.0}])
+        [{'w': array(1.)}, {'w': array(2.)}]
     """
     _check_forms(parents)
     parents = keep_leaves(parents, keep) if keep else parents

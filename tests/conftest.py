@@ -5,7 +5,10 @@ for all workers and for the commands that tests start.
 """
 
 import os
+import sys
 import tempfile
+
+import pytest
 
 _FLAGS = {
     "--xla_force_host_platform_device_count": "8",
@@ -34,3 +37,11 @@ def pytest_unconfigure(config):
     cache = config.stash.get("cache", None)
     if cache is not None:
         cache.cleanup()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """What a module compiled, no other one needs: a worker would end with gigabytes of it."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()

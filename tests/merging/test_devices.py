@@ -320,6 +320,7 @@ def test_a_tree_of_searches(chunk):
     assert one.fitness == four.fitness
 
 
+@pytest.mark.slow
 def test_parents_that_are_scored_beside_the_search():
     def searched(devices):
         config = mj.FitnessConfig(metric="accuracy", devices=devices)

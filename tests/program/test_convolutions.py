@@ -121,6 +121,7 @@ def test_a_network_of_the_zoo_is_the_same_function_and_still_understood(name, op
     assert find_layers(wide, variables, x) == find_layers(model.apply, variables, x)
 
 
+@pytest.mark.slow
 def test_side_by_side_and_in_a_loop_it_is_the_same_too():
     model = models.build("cnn", 10, {})
     x = RNG.normal(size=(4, 8, 8, 1)).astype(np.float32)

@@ -98,6 +98,7 @@ def test_what_depends_on_genes_is_told_from_the_program():
         assert own_leaves(genome.express, genes, parents) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recalibrate", "racing"), [(False, 12), (True, None)])
 def test_a_merge_with_frozen_layers_finds_what_it_finds_without_sharing(
     monkeypatch, recalibrate, racing

@@ -432,6 +432,7 @@ def test_accuracies_and_differences_are_drawn_with_their_intervals(found):
     assert "[points]" in difference.get_xlabel()
 
 
+@pytest.mark.slow
 def test_a_front_is_drawn_with_everybody_else(tmp_path, run):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(60, 4)).astype(np.float32)

@@ -168,6 +168,7 @@ def tree(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_tree_is_reported_node_by_node_and_fine_tuned_beside_the_best_parent(tree):
     results = without_seconds(tree)
     assert [node["parents"] for node in results["nodes"]] == [[0, 1], [3, 2]]
@@ -208,6 +209,7 @@ def test_a_tree_that_was_killed_does_not_search_finished_nodes_again(tree, tmp_p
     assert without_seconds(tmp_path / "run") == without_seconds(tree)
 
 
+@pytest.mark.slow
 def test_parents_from_files_with_a_head_of_their_own(finished, tmp_path):
     """Parent 1 has another number of classes; the head is kept from parent 0."""
     first, second = (mj.load_network(finished / "parents" / str(k)) for k in range(2))
@@ -229,6 +231,7 @@ def test_parents_from_files_with_a_head_of_their_own(finished, tmp_path):
     chex.assert_trees_all_equal(merged["params"]["head"], first["params"]["head"])
 
 
+@pytest.mark.slow
 def test_the_command_runs_with_overrides(tmp_path):
     command = [
         sys.executable,

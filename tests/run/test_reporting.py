@@ -50,6 +50,7 @@ def parents_alone(tmp_path_factory):
     return folder, *found, drawn
 
 
+@pytest.mark.slow
 def test_a_parent_that_comes_back_is_named(parents_alone):
     folder, results, printed, _ = parents_alone
     fitness = [entry["fitness"] for entry in results["parents"]]
@@ -63,6 +64,7 @@ def test_a_parent_that_comes_back_is_named(parents_alone):
         assert said in (folder / page).read_text()
 
 
+@pytest.mark.slow
 def test_a_search_that_went_on_rising_and_a_smoke_run_are_marked(tmp_path):
     changes = {"evolution": {"population_size": 6, "generations": 3}, "smoke": True}
     results, printed = done(tmp_path / "run", **changes)

@@ -54,5 +54,5 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 def test_without_the_package_one_line_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ConfigError, match=r'pip install "megajax\[tensorboard\]"'):
+    with pytest.raises(ConfigError, match=r'pip install -e ".\[tensorboard\]"'):
         write_tensorboard(tmp_path, LINES)

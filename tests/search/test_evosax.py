@@ -193,7 +193,7 @@ def test_what_evosax_cannot_do_is_one_line(choices, message):
 def test_without_evosax_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "evosax", None)
     monkeypatch.setitem(sys.modules, "evosax.algorithms", None)
-    with pytest.raises(ConfigError, match="pip install 'megajax\\[searchers\\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[searchers\]'"):
         make_search(EvolutionConfig(method="cma_es"), SPACE, planted, None)
 
 

@@ -98,6 +98,7 @@ def merged(**evolution):
     return mj.merge(KEY, linear, parents, (x, labels), evolution=mj.EvolutionConfig(**options))
 
 
+@pytest.mark.slow
 def test_children_that_learn_do_better_and_pay_for_it():
     plain, memetic = merged(), merged(gradient_steps=5)
     assert memetic.fitness > plain.fitness

@@ -348,6 +348,7 @@ def test_it_is_a_value_and_compiles_once():
 # Through `merge` ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "genome",
     [
@@ -403,6 +404,7 @@ def test_examples_of_all_tasks_are_shared_and_padding_is_nobodys(digits):
     assert best.aux.right.sum() == (logits.argmax(axis=1) == labels).sum()
 
 
+@pytest.mark.slow
 def test_a_mesh_finds_the_same(digits):
     parents, data = digits
 

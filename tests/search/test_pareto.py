@@ -65,6 +65,7 @@ def crowding_by_loops(scores, rank):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 3), st.integers(1, 6), st.integers(0, 10**6))
+@pytest.mark.slow
 def test_ranks_and_distances_are_those_of_the_paper(size, tasks, levels, seed):
     scores = np.random.default_rng(seed).integers(0, levels, (size, tasks)).astype(np.float32)
     padded = np.concatenate(

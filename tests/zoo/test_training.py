@@ -109,6 +109,7 @@ def test_the_mapping_changes_no_bit(tiny):
     chex.assert_trees_all_equal(by_steps, by_epochs)
 
 
+@pytest.mark.slow
 def test_the_mapping_changes_last_bits_of_convolutions_alone(tiny):
     """On a CPU, where XLA has another convolution inside loops."""
     model = build("cnn", 3, {"width": 2})
@@ -118,6 +119,7 @@ def test_the_mapping_changes_last_bits_of_convolutions_alone(tiny):
     chex.assert_trees_all_close(by_steps, by_epochs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_parent_has_the_same_bits_on_any_device_and_in_any_company(tiny, monkeypatch):
     split, (one, other) = tiny
     model = build("cnn", 3, {"width": 2})

@@ -47,6 +47,7 @@ def joined(first, second):
     return {**first, **second, **both}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), NETWORKS)
 def test_both_adapters_and_a_population_give_the_networks_own_figures(name, options):
     model = build(name, 3, options)
