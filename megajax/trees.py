@@ -27,12 +27,7 @@ __all__ = [
     "leaf_paths",
     "leaves_by_path",
     "not_finite",
-    "num_parents",
     "on_host",
-    "one_of",
-    "stack_parents",
-    "stacked_shapes",
-    "unstack_parents",
 ]
 
 
@@ -291,79 +286,6 @@ def keep_leaves(parents: Sequence[PyTree], keep: Mapping[str, int]) -> list[PyTr
         )
         for parent, of_one in zip(parents, leaves, strict=True)
     ]
-
-
-def stack_parents(parents: Sequence[PyTree], keep: Mapping[str, int] | None = None) -> PyTree:
-    """Checks the parents and stacks them leaf by leaf.
-
-    Args:
-        parents: K >= 2 variable pytrees of one structure, leaves of shape `[...]`.
-        keep: leaves that are left to one parent, whose copy then stands for all K; see
-            `keep_leaves`. Freeze them in the genome (`masks(..., freeze=[*keep])`).
-
-    Returns:
-        One pytree of the same structure with leaves of shape `[K, ...]` and unchanged dtypes.
-
-    Raises:
-        ParentsError: see `check_parents`.
-
-    Example:
-        >>> stack_parents([{"w": jnp.zeros(3)}, {"w": jnp.ones(3)}])["w"].shape
-        (2, 3)
-    """
-    parents = keep_leaves(parents, keep) if keep else parents
-    check_parents(parents)
-    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *parents)
-
-
-def unstack_parents(parents: PyTree) -> list[PyTree]:
-    """The inverse of `stack_parents`: K pytrees from one with leaves `[K, ...]`.
-
-    Example:
-        >>> [int(p["w"]) for p in unstack_parents({"w": jnp.arange(3)})]
-        [0, 1, 2]
-    """
-    leaves, treedef = jax.tree.flatten(parents)
-    return [jax.tree.unflatten(treedef, of_one) for of_one in zip(*leaves, strict=True)]
-
-
-def stacked_shapes(variables: PyTree, count: int) -> PyTree:
-    """The shapes and dtypes of so many stacked parents, from those of one.
-
-    Args:
-        variables: of one network, or their shapes and dtypes.
-        count: K.
-
-    Returns:
-        `jax.ShapeDtypeStruct`s `[K, ...]`.
-
-    Example:
-        >>> stacked_shapes({"w": np.ones((2, 3))}, 5)["w"].shape
-        (5, 2, 3)
-    """
-    return jax.eval_shape(
-        lambda one: jax.tree.map(lambda *k: jnp.stack(k), *[one] * count), variables
-    )
-
-
-def one_of(parents: PyTree) -> PyTree:
-    """The shapes and dtypes of one network, from those of stacked parents.
-
-    Example:
-        >>> one_of({"w": np.ones((5, 2, 3))})["w"].shape
-        (2, 3)
-    """
-    return jax.eval_shape(lambda parents: jax.tree.map(lambda leaf: leaf[0], parents), parents)
-
-
-def num_parents(parents: PyTree) -> int:
-    """The number of parents K in a stacked pytree.
-
-    Example:
-        >>> num_parents({"w": jnp.zeros((4, 3))})
-        4
-    """
-    return int(jax.tree.leaves(parents)[0].shape[0])
 
 
 def _describe(leaf: Any) -> str:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import megajax as mj
 from megajax.run.config import Config, from_dict
 from megajax.sections import Section
-from megajax.trees import check_parents, leaf_paths, stack_parents
+from megajax.trees import check_parents, checked_parents, leaf_paths
 
 KINDS = ("msgpack", "npz", "safetensors")
 
@@ -244,7 +244,7 @@ def test_a_parent_that_does_not_fit_names_its_leaf(path, mistake, place, where):
     bad, named = spoilt(where, path, mistake, place)
     parents = [{p: leaf * 2 for p, leaf in flat_parent.items()} for _ in range(4)]
     parents[where] = bad
-    for check in (check_parents, stack_parents):
+    for check in (check_parents, checked_parents):
         with pytest.raises(mj.MegajaxError) as error:
             check(parents)
         one_line(error.value, mj.ParentsError, f"leaf {named}", f"parent {where}")

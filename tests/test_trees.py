@@ -10,10 +10,9 @@ import pytest
 from megajax.errors import MegajaxError, ParentsError
 from megajax.trees import (
     check_parents,
+    checked_parents,
     keep_leaves,
     leaf_paths,
-    stack_parents,
-    unstack_parents,
 )
 
 
@@ -37,12 +36,9 @@ def changed(path, change):
     return jax.tree.unflatten(treedef, leaves)
 
 
-def test_stack_and_unstack_are_inverse_bit_for_bit():
+def test_checked_parents_are_the_same_on_the_host():
     parents = [variables(seed) for seed in range(3)]
-    stacked = stack_parents(parents)
-    for leaf, one in zip(jax.tree.leaves(stacked), jax.tree.leaves(parents[0]), strict=True):
-        assert leaf.shape == (3, *one.shape)
-    chex.assert_trees_all_equal(unstack_parents(stacked), parents)
+    chex.assert_trees_all_equal(checked_parents(parents), jax.device_get(parents))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +69,7 @@ def test_stack_and_unstack_are_inverse_bit_for_bit():
 )
 def test_the_leaf_at_fault_is_named(path, change, message):
     with pytest.raises(ParentsError) as error:
-        stack_parents([variables(0), changed(path, change)])
+        checked_parents([variables(0), changed(path, change)])
     assert str(error.value) == message
     assert isinstance(error.value, MegajaxError)
 
@@ -110,7 +106,7 @@ def test_kept_leaves_are_their_parents_everywhere():
     kept = keep_leaves(parents, {"^head$": 1})
     assert [parent["head"].tolist() for parent in kept] == [[1, 1, 1]] * 3
     assert [parent["body"].tolist() for parent in kept] == [[0, 0], [1, 1], [2, 2]]
-    assert stack_parents(parents, keep={"head": 2})["head"].tolist() == [[2] * 4] * 3
+    assert checked_parents(parents, {"head": 2})[0]["head"].tolist() == [2] * 4
     assert parents[0]["head"].tolist() == [0, 0]
 
 

@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 
 import megajax as mj
-from megajax.trees import stack_parents
 
 X = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
 
@@ -82,7 +81,8 @@ def test_one_nnx_function_serves_every_model_of_the_architecture():
     second.eval()
     logits = jax.jit(network.apply_fn)(other.variables, X)
     np.testing.assert_allclose(logits, call(second, X), rtol=1e-5, atol=1e-6)
-    stacked = stack_parents([network.variables, other.variables])
+    both = network.variables, other.variables
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
     both = jax.jit(jax.vmap(network.apply_fn, (0, None)))(stacked, X)
     np.testing.assert_allclose(both[1], logits, rtol=1e-4, atol=1e-5)
 

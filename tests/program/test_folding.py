@@ -13,7 +13,6 @@ from flax import nnx
 import megajax as mj
 from megajax.program.folding import Folded, fold, for_backend
 from megajax.program.jaxprs import walk
-from megajax.trees import stack_parents
 from megajax.zoo import networks as models
 
 X = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
@@ -205,7 +204,7 @@ def test_where_nothing_is_to_be_folded_the_result_is_the_same(apply_fn):
 def test_prepared_networks_are_stacked_mapped_and_passed_through_other_batches():
     apply_fn, _ = zoo("resnet")
     networks = [zoo("resnet")[1], randomised(zoo("resnet")[1], 1)]
-    stacked = stack_parents(networks)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *networks)
     network = fold(apply_fn)
     prepared = jax.jit(jax.vmap(network.prepare, (0, None)))(stacked, X)
 
