@@ -57,6 +57,7 @@ def test_pixels_are_labelled_better_than_by_both_parents(tmp_path):
     assert found["merged"] > max(found["parent 0"], found["parent 1"])
 
 
+@pytest.mark.slow
 def test_a_regression_has_a_lower_error_than_both_parents(tmp_path):
     found = figures(printed("regression", tmp_path))
     assert found["merged"][0] < min(found["parent 0"][0], found["parent 1"][0])

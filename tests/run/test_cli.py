@@ -108,6 +108,7 @@ def test_the_saved_network_has_the_reported_accuracy(finished):
         assert metrics.nll == pytest.approx(entry["test_nll"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_bits_and_another_seed_others(finished, tmp_path):
     pipeline.run(from_dict(SMALL), tmp_path / "again")
     assert without_seconds(tmp_path / "again") == without_seconds(finished)

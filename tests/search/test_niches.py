@@ -288,6 +288,7 @@ def given(key, first, second, *, child):
     return jnp.broadcast_to(jnp.array(child), first.shape)
 
 
+@pytest.mark.slow
 def test_children_enter_one_after_the_other():
     """Eight children at once are eight archive updates of the description, in turn."""
     genes = jax.random.uniform(jax.random.key(1), (10, 12), minval=0.5, maxval=1.5)
@@ -384,6 +385,7 @@ def test_it_searches_genes_of_every_kind(digits, genome):
     np.testing.assert_allclose(right.sum(axis=1) / 400, result.state.population.fitness, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_examples_of_all_tasks_are_shared_and_padding_is_nobodys(digits):
     parents, (inputs, labels) = digits
     tasks = [

@@ -333,6 +333,7 @@ def merged(specialists):
     )
 
 
+@pytest.mark.slow
 def test_the_front_dominates_the_line_between_the_parents(specialists, merged):
     parents, tasks = specialists
     line = []

@@ -199,6 +199,7 @@ def few_images(info):
 
 
 @needs_cifar10
+@pytest.mark.slow
 def test_cifar10_from_its_files_and_from_the_cache(tmp_path, cache):
     config = copy_of_cifar10(tmp_path / "tfds", few_images)
     dataset = load(0, config)

@@ -49,6 +49,7 @@ def accuracy(model, variables, split):
 # --- a real pair -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_pair_of_digits_networks_learns(digits):
     config = TrainingConfig(epochs=12)
     model = build("cnn", 10)
@@ -77,6 +78,7 @@ def test_skewed_parents_are_at_home_in_their_classes(digits):
 # --- determinism -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_equal_keys_give_equal_bits_and_others_do_not(tiny):
     first, again, other = (train_tiny(tiny, key=jax.random.key(seed)) for seed in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)
