@@ -87,6 +87,7 @@ def results(folder):
     found = json.loads((folder / "results.json").read_text())
     for name in ("seconds", "plan", "forked_from"):
         found.pop(name, None)
+    found["settings"].pop("computed on")
     return found
 
 
