@@ -184,21 +184,13 @@ def host_loop(case: Case, batch: int) -> tuple[Any, Callable[[Any], Any]]:
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from timing import score_one
 
     images, labels = (np.asarray(x).reshape(-1, batch, *x.shape[1:]) for x in case.data)
     genes = jax.random.uniform(jax.random.key(2), (case.population,))
 
-    @jax.jit
-    def score(share: Any, first: Any, second: Any, images: Any, labels: Any) -> Any:
-        network = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)
-
-        def right(batch: Any) -> Any:
-            return (jnp.argmax(case.apply_fn(network, batch[0]), -1) == batch[1]).sum()
-
-        return jax.lax.map(right, (images, labels)).sum()
-
     arguments = (genes[0], *case.parents, jnp.asarray(images), jnp.asarray(labels))
-    program = score.lower(*arguments).compile()
+    program = score_one.lower(case.apply_fn, *arguments).compile()
     return program, lambda: [program(share, *arguments[1:]) for share in genes]
 
 

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from timing import copy_rate, seconds
+from timing import copy_rate, score_one, seconds
 
 import megajax as mj
 from megajax.zoo import networks as models
@@ -138,19 +138,13 @@ def host_loop(case: Case, batch_size: int) -> Timing:
     )
     shares = jax.random.uniform(jax.random.key(2), (case.population,))
 
-    @jax.jit
-    def score(share: Any, first: Any, second: Any) -> Any:
-        network = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)
-
-        def right(batch: Any) -> Any:
-            return (jnp.argmax(case.apply_fn(network, batch[0]), -1) == batch[1]).sum()
-
-        return jax.lax.map(right, (images, labels)).sum()
-
     start = time.perf_counter()
-    score(shares[0], *case.parents).block_until_ready()
+    others = (*case.parents, images, labels)
+    score_one(case.apply_fn, shares[0], *others).block_until_ready()
     compilation = time.perf_counter() - start
-    loop = seconds(lambda: [float(score(s, *case.parents)) for s in shares], repeats=3)
+    loop = seconds(
+        lambda: [float(score_one(case.apply_fn, share, *others)) for share in shares], repeats=3
+    )
     return Timing(loop * len(case.images) / (count * batch_size), compilation, (1, batch_size))
 
 

@@ -20,6 +20,7 @@ from megajax.types import PyTree
 __all__ = [
     "Static",
     "check_parents",
+    "checked_base",
     "checked_parents",
     "is_mixable",
     "keep_leaves",
@@ -113,6 +114,20 @@ def checked_parents(
     parents = keep_leaves(parents, keep) if keep else parents
     check_parents(parents)
     return [on_host(parent) for parent in parents]
+
+
+def checked_base(base: PyTree, parent: PyTree) -> PyTree:
+    """The network that the parents were trained from on the host, checked against one of them.
+
+    Example:
+        >>> checked_base({"w": 1.0}, {"w": 2.0})
+        {'w': array(1.)}
+    """
+    try:
+        check_parents([parent, base])
+    except ParentsError as error:
+        raise ParentsError(f"the base network (as parent 1) does not fit: {error}") from None
+    return on_host(base)
 
 
 def _check_forms(parents: Any) -> None:

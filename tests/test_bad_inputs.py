@@ -65,7 +65,7 @@ WRONG = {
     float: ["much", "", True, None, [0.5]],
     str: [3, 0.5, False, None, ["a"]],
     bool: [0, 1, "yes", None, [True]],
-    tuple: [3, 0.5, True, None, [["a"], 2]],
+    tuple: [3, 0.5, True, None, [1], [["a"], 2]],
 }
 
 
@@ -73,6 +73,8 @@ def wrong_values(annotation):
     """Values that have no type that the annotation allows."""
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     kinds = typing.get_args(annotation) if union else (annotation,)
+    items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+    of_integers = any(int in (item, *typing.get_args(item)) for item in items)
     kinds = [typing.get_origin(kind) or kind for kind in kinds]
     values = [*NEVER]
     if not any(kind in WRONG for kind in kinds):
@@ -83,6 +85,8 @@ def wrong_values(annotation):
     def allowed(value):
         if value is None:
             return type(None) in kinds
+        if value == [1]:
+            return of_integers
         if isinstance(value, bool):
             return bool in kinds
         if isinstance(value, (int, float, str)):

@@ -19,6 +19,7 @@ from megajax.types import ApplyFn, Key, PyTree
 __all__ = ["AlignConfig", "align"]
 
 METHODS = ("weights", "activations", "both", "none")
+_ON_ACTIVATIONS = ("activations", "both")
 
 
 class AlignConfig(Section):
@@ -87,17 +88,34 @@ def align(
         [[1.0, -1.0]]
     """
     config = config or AlignConfig()
+    parents = checked_parents(parents, keep)
+    _, inputs = taken(apply_fn, parents[0], inputs)
+    if config.method in _ON_ACTIVATIONS and calibration is not None:
+        _, calibration = taken(apply_fn, parents[0], calibration, "calibration inputs")
+    return align_checked(
+        key, apply_fn, parents, inputs, calibration=calibration, config=config, keep=keep
+    )
+
+
+def align_checked(
+    key: Key,
+    apply_fn: ApplyFn,
+    parents: Sequence[PyTree],
+    inputs: Any,
+    *,
+    calibration: Any | None,
+    config: AlignConfig,
+    keep: Mapping[str, int] | None,
+) -> tuple[list[PyTree], Alignment | None]:
+    """`align` of parents and inputs that are checked already."""
     if isinstance(config.reference, int) and config.reference >= len(parents):
         raise ConfigError(
             f"align.reference is {config.reference}: the parents are 0 to {len(parents) - 1}"
         )
-    if config.method in ("activations", "both") and calibration is None:
+    if config.method in _ON_ACTIVATIONS and calibration is None:
         raise DataError(f"calibration inputs are missing: align.method is {config.method!r}")
     keep = keep or {}
-    parents = checked_parents(parents, keep)
-    _, inputs = taken(apply_fn, parents[0], inputs)
-    if calibration is not None:
-        _, calibration = taken(apply_fn, parents[0], calibration, "calibration inputs")
+    parents = keep_leaves(parents, keep)
     if config.method == "none":
         return parents, None
     symmetries = find_symmetries(apply_fn, parents[0], inputs)

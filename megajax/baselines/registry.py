@@ -26,7 +26,7 @@ from megajax.program.roles import find_statistics
 from megajax.search import evosax
 from megajax.search.methods import EvolutionConfig
 from megajax.sections import Section, at_least, one_of
-from megajax.trees import check_parents, checked_parents, leaf_paths, on_host
+from megajax.trees import checked_base, checked_parents, leaf_paths
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["BaselinesConfig", "applicable", "run_baselines", "table"]
@@ -129,14 +129,13 @@ def run_baselines(
     config, evolution = config or BaselinesConfig(), evolution or EvolutionConfig()
     tasks = as_tasks(data)
     networks = checked_parents(parents, keep)
-    check_inputs(tasks[0].inputs, "inputs")
-    inputs = first_examples(tasks[0].inputs)
     if align is not None and align.method != "none":
+        check_inputs(tasks[0].inputs, "inputs")
         networks, _ = _align(
             named_key(key, "align"),
             apply_fn,
             networks,
-            inputs,
+            first_examples(tasks[0].inputs),
             calibration=calibration,
             config=align,
             keep=keep,
@@ -156,9 +155,10 @@ def run_baselines(
         population_size=evolution.population_size,
     )
     problem, *_ = with_reference(problem, networks, fitness)
+    inputs = first_examples(tasks[0].inputs)
     own = _own_inputs(len(networks), calibration, parent_inputs, config.examples)
     if base is not None:
-        base = _checked_base(base, networks[0])
+        base = checked_base(base, networks[0])
     given = Given(
         apply_fn=apply_fn,
         parents=networks,
@@ -292,14 +292,6 @@ def _own_inputs(
     for inputs in sets:
         check_inputs(inputs, "calibration inputs" if own is None else "parent_inputs")
     return [jax.tree.map(lambda leaf: np.asarray(leaf)[:limit], inputs) for inputs in sets]
-
-
-def _checked_base(base: PyTree, parent: PyTree) -> PyTree:
-    try:
-        check_parents([parent, base])
-    except ParentsError as error:
-        raise ParentsError(f"the base network (as parent 1) does not fit: {error}") from None
-    return on_host(base)
 
 
 def _evaluations(

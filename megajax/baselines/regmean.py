@@ -7,7 +7,7 @@ embeddings, kernels inside loops or used in two ways) is averaged, as in the pap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -180,6 +180,11 @@ def _through(rows: jax.Array, deviations: jax.Array, alpha: Any) -> tuple[jax.Ar
     return product("ngi,ngj->gij", mean, mean), product("ngi,ngo->gio", mean, excess)
 
 
+def _merged(method: Callable[..., PyTree], given: Given) -> Result:
+    assert given.inputs is not None
+    return Result(given.prepared(method(given.apply_fn, given.parents, given.inputs)))
+
+
 @baseline(
     "regmean",
     "linear layers nearest to the parents' outputs, in closed form",
@@ -188,8 +193,7 @@ def _through(rows: jax.Array, deviations: jax.Array, alpha: Any) -> tuple[jax.Ar
     default=True,
 )
 def _regmean(key: Key, given: Given) -> Result:
-    assert given.inputs is not None
-    return Result(given.prepared(regmean(given.apply_fn, given.parents, given.inputs)))
+    return _merged(regmean, given)
 
 
 @baseline(
@@ -199,8 +203,7 @@ def _regmean(key: Key, given: Given) -> Result:
     needs=("calibration",),
 )
 def _regmean_plus(key: Key, given: Given) -> Result:
-    assert given.inputs is not None
-    return Result(given.prepared(regmean_plus(given.apply_fn, given.parents, given.inputs)))
+    return _merged(regmean_plus, given)
 
 
 @baseline(
@@ -211,5 +214,4 @@ def _regmean_plus(key: Key, given: Given) -> Result:
     default=True,
 )
 def _pleas(key: Key, given: Given) -> Result:
-    assert given.inputs is not None
-    return Result(given.prepared(pleas(given.apply_fn, given.parents, given.inputs)))
+    return _merged(pleas, given)

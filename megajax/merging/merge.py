@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megajax.alignment import AlignConfig, Alignment, align
+from megajax.alignment import AlignConfig, Alignment
+from megajax.alignment.workflow import align_checked
 from megajax.entry import check_inputs, output_shapes
 from megajax.errors import ConfigError, DataError, ParentsError
 from megajax.merging.genome import Genome, GenomeConfig, make_genome
@@ -55,7 +56,7 @@ from megajax.search.methods import EvolutionConfig, limits_of, make_search
 from megajax.search.operators import concatenate
 from megajax.search.pareto import NSGA2, non_dominated_rank
 from megajax.trees import (
-    check_parents,
+    checked_base,
     checked_parents,
     is_mixable,
     leaf_paths,
@@ -216,9 +217,9 @@ def merge(
     aligned, _ = _aligned(
         align_key, apply_fn, given, tasks[0].inputs, calibration, align, keep, base
     )
-    problem = problem_for(
+    problem = _problem_of(
         apply_fn,
-        aligned,
+        [on_host(parent) for parent in aligned],
         tasks,
         calibration=calibration,
         base=base,
@@ -330,9 +331,38 @@ def problem_for(
         >>> evaluate(problem, genes)[0].tolist()
         [1.0, 0.0]
     """
-    fitness, recalibrate = fitness or FitnessConfig(), recalibrate or RecalibrateConfig()
     checked = checked_parents(parents, keep)
-    tasks = _tasks(apply_fn, checked, data, fitness)
+    return _problem_of(
+        apply_fn,
+        checked,
+        _tasks(apply_fn, checked, data, fitness),
+        calibration=calibration,
+        base=base,
+        recalibrate=recalibrate,
+        genome=genome,
+        fitness=fitness,
+        labels=labels,
+        keep=keep,
+        population_size=population_size,
+    )
+
+
+def _problem_of(
+    apply_fn: ApplyFn,
+    checked: list[PyTree],
+    tasks: list[Task],
+    *,
+    calibration: PyTree | None,
+    base: PyTree | None,
+    recalibrate: RecalibrateConfig | None,
+    genome: GenomeConfig | Genome | None,
+    fitness: FitnessConfig | None,
+    labels: PyTree | None,
+    keep: Mapping[str, int] | None,
+    population_size: int,
+) -> Problem:
+    """`problem_for` of parents and tasks that are checked already."""
+    fitness, recalibrate = fitness or FitnessConfig(), recalibrate or RecalibrateConfig()
     inputs = first_examples(tasks[0].inputs)
     if genome is None or isinstance(genome, GenomeConfig):
         frozen = tuple(keep or {})
@@ -346,7 +376,7 @@ def problem_for(
     if by_vectors and base is None:
         raise ConfigError("genome.kind is 'task_vectors': base, the network before, is needed")
     if base is not None:
-        base = _checked_base(base, checked[0])
+        base = checked_base(base, checked[0])
     examples = None
     if recalibrate.enabled:
         examples = _calibration(calibration, apply_fn, checked[0], "recalibrate", 2)
@@ -423,14 +453,6 @@ def with_unmixed(variables: PyTree, genome: Genome, parent: PyTree) -> PyTree:
     )
 
 
-def _checked_base(base: PyTree, parent: PyTree) -> PyTree:
-    try:
-        check_parents([parent, base])
-    except ParentsError as error:
-        raise ParentsError(f"the base network (as parent 1) does not fit: {error}") from None
-    return on_host(base)
-
-
 def _tasks(
     apply_fn: ApplyFn, parents: Sequence[PyTree], data: Any, fitness: FitnessConfig | None
 ) -> list[Task]:
@@ -479,7 +501,7 @@ def _aligned(
         config = AlignConfig(method="none") if base is not None else AlignConfig()
     if config.method in ("activations", "both"):
         calibration = _calibration(calibration, apply_fn, parents[0], "align", 2)
-    return align(
+    return align_checked(
         key,
         apply_fn,
         parents,

@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from megajax.alignment import AlignConfig, align
+from megajax.alignment import AlignConfig
+from megajax.alignment.workflow import align_checked
 from megajax.entry import check_inputs
 from megajax.errors import ConfigError, ParentsError
 from megajax.merging.devices import Layout
@@ -350,11 +351,11 @@ def weight_similarity(
     ignore = {index for one in statistics for index in (one.mean, one.variance)}
     paths = leaf_paths(networks[0])
     ignore |= {paths.index(path) for path in leaf_owners(paths, keep or {}, 2)}
-    similarity = np.eye(len(networks))
+    config, similarity = config or AlignConfig(), np.eye(len(networks))
     for i, j in itertools.combinations(range(len(networks)), 2):
         own_key = jax.random.fold_in(jax.random.fold_in(key, i), j)
         pair = [networks[i], networks[j]]
-        first, second = align(
+        first, second = align_checked(
             own_key, apply_fn, pair, inputs, calibration=calibration, config=config, keep=keep
         )[0]
         similarity[i, j] = similarity[j, i] = _cosine(first, second, ignore)

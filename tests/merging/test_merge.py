@@ -374,7 +374,7 @@ def test_masks_may_be_given_as_the_genome(whole):
         (
             {"recalibrate": mj.RecalibrateConfig(enabled=True), "calibration": INPUTS[:, :5]},
             mj.DataError,
-            r"the network does not take inputs float32\[120, 5\]",
+            r"the network does not take inputs float32\[8, 5\]",
         ),
         ({"keep": {"3": 0}}, mj.ParentsError, "keep '3' matches no leaf, such as 0/0"),
     ],
