@@ -39,7 +39,17 @@ class NnxNet(nnx.Module):
         return self.head[0](self.dropout(x.mean((1, 2))))
 
 
-call = nnx.jit(lambda model, x: model(x))
+@functools.partial(jax.jit, static_argnums=0)
+def _called(graph, state, x):
+    model = nnx.merge(graph, state)
+    return model(x), nnx.state(model)
+
+
+def call(model, x):
+    """Flax 0.12.1's own `nnx.jit` does not work with JAX 0.10."""
+    outputs, state = _called(*nnx.split(model), x)
+    nnx.update(model, state)
+    return outputs
 
 
 @functools.cache
