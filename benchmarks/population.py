@@ -226,6 +226,8 @@ def measure(case: Case, least: float, options: argparse.Namespace) -> dict[str, 
     """All methods on one case, each with its fastest cut."""
     rows: dict[str, Any] = {}
     for name, calls in methods(case, options):
+        if options.methods and name not in options.methods:
+            continue
         found: list[Timing] = []
         for call in calls:
             before = time.perf_counter()
@@ -274,6 +276,7 @@ def main() -> None:
         "--batches", nargs="+", type=int, default=[64, 128, 256] if ON_CPU else [500, 1000, 5000]
     )
     parser.add_argument("--chunks", nargs="+", type=int, default=[1, 4] if ON_CPU else [1, 4, 16])
+    parser.add_argument("--methods", nargs="+", help="names from the list above; default all")
     parser.add_argument("--limit", type=float, default=60.0)
     parser.add_argument("--keras", action="store_true")
     parser.add_argument("--torch", action="store_true")

@@ -86,7 +86,7 @@ def fisher_average(parents: Sequence[PyTree], fishers: Sequence[PyTree]) -> PyTr
 
     def mean(leaves: jax.Array, information: jax.Array) -> jax.Array:
         # Only ratios count; scaling to a largest of one keeps tiny ones from vanishing.
-        scaled = information / jnp.maximum(information.max(axis=0), _TINY)
+        scaled = information / jnp.maximum(information.max(axis=0, keepdims=True), _TINY)
         weight = jnp.where(scaled.sum(axis=0) > 0, scaled, 1.0)
         return jnp.sum(weight * leaves, axis=0) / jnp.sum(weight, axis=0)
 
@@ -146,5 +146,5 @@ def _information(apply_fn: ApplyFn, variables: PyTree, data: Batches) -> PyTree:
     total, _ = jax.lax.scan(of_batch, zeros, data)
     found = [jnp.zeros(jnp.shape(leaf), jnp.float32) for leaf in leaves]
     for i, leaf in zip(places, total, strict=True):
-        found[i] = leaf / data.valid.sum()
+        found[i] = leaf / data.valid.sum(dtype=jnp.float32)
     return jax.tree.unflatten(treedef, found)

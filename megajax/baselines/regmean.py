@@ -168,7 +168,8 @@ def _own(parents: Sequence[PyTree], inputs: Any) -> list[PyTree]:
 def _nearest(rows: jax.Array, deviations: jax.Array, alpha: Any) -> tuple[jax.Array, jax.Array]:
     """The equations of the layer that is nearest to all parents', each on its own rows."""
     grams = product("kngi,kngj->kgij", rows, rows)
-    grams *= alpha + (1 - alpha) * jnp.eye(rows.shape[-1])
+    shrunk = alpha + (1 - alpha) * jnp.eye(rows.shape[-1])
+    grams *= shrunk[None, None]
     return grams.sum(0), product("kgij,kgjo->gio", grams, deviations)
 
 

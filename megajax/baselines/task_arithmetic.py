@@ -221,9 +221,11 @@ def elect(vectors: Sequence[PyTree]) -> PyTree:
     """
 
     def merge(leaves: jax.Array) -> jax.Array:
-        sign = jnp.sign(leaves.sum(axis=0))
+        sign = jnp.sign(leaves.sum(axis=0, keepdims=True))
         agrees = (jnp.sign(leaves) == sign) & (sign != 0)
-        return jnp.sum(leaves, axis=0, where=agrees) / jnp.maximum(agrees.sum(axis=0), 1)
+        return jnp.sum(leaves, axis=0, where=agrees) / jnp.maximum(
+            agrees.sum(axis=0, dtype=leaves.dtype), 1
+        )
 
     return combine(merge, vectors)
 

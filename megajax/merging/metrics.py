@@ -274,7 +274,7 @@ def _f1_statistics(logits: jax.Array, targets: Any) -> PyTree:
     classes = logits.shape[-1]
     of_example = tuple(range(1, labels.ndim))
     sane = (logits < jnp.inf).all(axis=-1, keepdims=True)
-    told = sane * jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)
+    told = jnp.where(sane, jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes), 0)
     true = jax.nn.one_hot(labels, classes)
     both = (told * true, told, true)
     return tuple((weights[..., None] * one).sum(axis=of_example) for one in both)
@@ -285,7 +285,7 @@ def _f1(sums: PyTree, count: Any) -> jax.Array:
     hits, told, true = sums
     there = told + true > 0
     scores = jnp.where(there, 2 * hits / jnp.maximum(told + true, 1e-38), 0.0)
-    return scores.sum() / jnp.maximum(there.sum(), 1)
+    return scores.sum() / jnp.maximum(there.sum(dtype=scores.dtype), 1)
 
 
 def _r2_statistics(outputs: jax.Array, targets: Any) -> PyTree:

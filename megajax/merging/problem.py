@@ -337,8 +337,9 @@ def sample(key: Key, problem: Problem, *, count: int, stratify: bool = True) -> 
     columns = (rank, ~valid) if labels is None else (rank, labels, ~valid)
     ordered = jnp.lexsort(columns)
     there = valid.sum()
-    place_ = (jnp.arange(count) + jax.random.uniform(first_key)) * (there / count)
-    chosen = ordered[jnp.minimum(place_.astype(jnp.int32), there - 1)]
+    places = jnp.arange(count, dtype=jnp.float32) + jax.random.uniform(first_key)
+    places = (places * (there.astype(jnp.float32) / count)).astype(jnp.int32)
+    chosen = ordered[jnp.minimum(places, there - 1)]
     chosen = jnp.pad(chosen, (0, number * size - count))
 
     def cut(leaf: jax.Array) -> jax.Array:

@@ -118,10 +118,9 @@ class TaskVectors:
         """Coefficients uniform between the bounds, cut to [0, 1]; densities uniform in [0, 1]."""
         drawn = jax.random.uniform(key, shape, dtype)
         low, high = max(self.low, 0.0), min(self.high, 1.0)
-        scale = np.full(shape[-1], high - low)
-        shift = np.full(shape[-1], low)
-        scale[self.num_parents :], shift[self.num_parents :] = 1.0, 0.0
-        return drawn * scale.astype(dtype) + shift.astype(dtype)
+        coefficient = jnp.arange(shape[-1]) < self.num_parents
+        bounded = drawn * (high - low) + low
+        return jnp.where(jnp.broadcast_to(coefficient, shape), bounded, drawn)
 
     def noise(self, key: Key, genes: Genes, *, rate: float, scale: float) -> Genes:
         """The Gaussian mutation of these genes."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import optax
 
 from megajax.types import Genes, Key, PyTree
 
-__all__ = ["PASSES", "Descent", "FreeSpace", "Objective", "descent_of"]
+__all__ = ["PASSES", "Descent", "FreeSpace", "Objective", "Walk", "descent_of"]
 
 Objective: TypeAlias = Callable[[Key, PyTree, Genes, int], jax.Array]
 """`objective(key, problem, genes_of_one, count)`: a differentiable score of one individual on so
@@ -24,6 +24,9 @@ many examples drawn with the key, maximised."""
 
 PASSES = 3
 """Passes of an example that a gradient on it counts as."""
+
+_DECAY = 0.97
+"""Of the average's weights, a step: it spans some 33 steps."""
 
 
 class FreeSpace(Protocol):
@@ -34,6 +37,23 @@ class FreeSpace(Protocol):
 
     def decode(self, free: Genes) -> Genes:
         """Genes of free numbers."""
+
+
+class Walk(NamedTuple):
+    """Where a descent stands.
+
+    Attributes:
+        free: numbers of one individual, after the last step.
+        mean: exponentially weighted mean of the steps' numbers (Polyak and Juditsky 1992): mini-
+            batches throw the last point about, and the mean lies between.
+        adam: the optimizer's state.
+        count: steps so far, int32.
+    """
+
+    free: Genes
+    mean: Genes
+    adam: PyTree
+    count: jax.Array
 
 
 @dataclass(frozen=True)
@@ -59,42 +79,45 @@ class Descent:
         """Passes of an example through a network that one step takes."""
         return PASSES * self.examples
 
-    @property
-    def optimizer(self) -> optax.GradientTransformation:
-        """Adam; its state is `optimizer.init(free)`."""
-        return optax.adam(self.learning_rate)
+    def start(self, genes: Genes) -> Walk:
+        """A walk from the genes of one individual."""
+        free = self.space.encode(genes)
+        return Walk(free, free, self._optimizer.init(free), jnp.int32(0))
 
-    def __call__(
-        self, key: Key, free: Genes, adam: PyTree, problem: PyTree
-    ) -> tuple[Genes, PyTree]:
+    def __call__(self, key: Key, walk: Walk, problem: PyTree) -> Walk:
         """Makes the steps.
 
         Args:
             key: PRNG key, for the mini-batches.
-            free: numbers of one individual.
-            adam: the optimizer's state.
+            walk: where the descent stands.
             problem: what the objective takes.
         """
 
         def loss(free: Genes, key: Key) -> jax.Array:
             return -self.objective(key, problem, self.space.decode(free), self.examples)
 
-        def step(i: jax.Array, carry: tuple[Genes, PyTree]) -> tuple[Genes, PyTree]:
-            free, adam = carry
-            slope = jax.grad(loss)(free, jax.random.fold_in(key, i))
+        def step(i: jax.Array, walk: Walk) -> Walk:
+            slope = jax.grad(loss)(walk.free, jax.random.fold_in(key, i))
             sane = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(slope)]).all()
             slope = jax.tree.map(lambda x: jnp.where(sane, x, 0), slope)
             with jax.numpy_dtype_promotion("standard"):  # optax counts in integers
-                updates, adam = self.optimizer.update(slope, adam, free)
-            return optax.apply_updates(free, updates), adam
+                updates, adam = self._optimizer.update(slope, walk.adam, walk.free)
+            free = optax.apply_updates(walk.free, updates)
+            count = walk.count + 1
+            share = jnp.maximum(1 / count.astype(jnp.float32), 1 - _DECAY)
+            mean = optax.incremental_update(free, walk.mean, share)
+            return Walk(free, mean, adam, count)
 
-        done: tuple[Genes, PyTree] = jax.lax.fori_loop(0, self.steps, step, (free, adam))
+        done: Walk = jax.lax.fori_loop(0, self.steps, step, walk)
         return done
 
     def improved(self, key: Key, genes: Genes, problem: PyTree) -> Genes:
         """Genes of one individual after the steps, from a fresh optimizer (Lamarckian)."""
-        free = self.space.encode(genes)
-        return self.space.decode(self(key, free, self.optimizer.init(free), problem)[0])
+        return self.space.decode(self(key, self.start(genes), problem).free)
+
+    @property
+    def _optimizer(self) -> optax.GradientTransformation:
+        return optax.adam(self.learning_rate)
 
 
 def descent_of(config: Any, tools: Any, steps: int) -> Descent:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +26,13 @@ from megajax.search.operators import Population
 from megajax.types import Genes, Key, PyTree
 
 __all__ = ["Evosax", "from_config"]
+
+
+@contextmanager
+def _as_evosax_counts() -> Iterator[None]:
+    """It mixes types and ranks, which JAX may have been told to refuse."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Evosax:
     parameters: tuple[tuple[str, Any], ...] = ()
     partial_examples: int = 0
 
+    @_as_evosax_counts()
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
         """Scores the first population and starts the algorithm from it.
 
@@ -89,6 +98,7 @@ class Evosax:
         memory = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), memory)
         return state._replace(memory=memory)
 
+    @_as_evosax_counts()
     def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Record]:
         """Asks the algorithm for a generation, scores it and tells the algorithm."""
         ask_key, tell_key = jax.random.split(key)

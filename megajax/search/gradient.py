@@ -10,20 +10,23 @@ import jax
 import jax.numpy as jnp
 
 from megajax.search import operators
-from megajax.search.descent import Descent, descent_of
+from megajax.search.descent import Descent, Walk, descent_of
 from megajax.search.genetic import Evaluate, Tools, evaluated
 from megajax.search.loop import Counts, Record, State, advance, record, start
 from megajax.types import Genes, Key, PyTree
 
 __all__ = ["GradientSearch", "from_config"]
 
+_POINTS = 2
+"""Points that a generation scores: the last one and the mean."""
+
 
 @dataclass(frozen=True)
 class GradientSearch:
     """Adam from the best of the first population, with the best ever kept by full scoring.
 
-    A generation is as many steps as cost what a population of `num_offspring` would, and one full
-    scoring of where they led. Its population is the best points so far.
+    A generation is as many steps as cost what a population of `num_offspring` would, and two full
+    scorings: of the last point and of the steps' mean. Its population is the best points so far.
 
     Attributes:
         evaluate: `evaluate(problem, genes [M, ...]) -> fitness [M]` or `(fitness, aux)`.
@@ -37,19 +40,18 @@ class GradientSearch:
         """Scores the first population; the best of it is where the descent starts."""
         del key
         state = start(evaluated(self.evaluate, problem, genes))
-        free = self.descent.space.encode(state.best.genes)
-        return state._replace(memory=(free, self.descent.optimizer.init(free)))
+        return state._replace(memory=self.descent.start(state.best.genes))
 
     def step(self, key: Key, state: State, problem: PyTree) -> tuple[State, Record]:
-        """Goes down for a generation and scores the point on all examples."""
-        free, adam = self.descent(key, state.memory[0], state.memory[1], problem)
-        genes = jax.tree.map(lambda leaf: leaf[None], self.descent.space.decode(free))
-        point = evaluated(self.evaluate, problem, genes)
-        counts = Counts(*map(jnp.int32, (1, 1, self.descent.steps)))
-        survivors = operators.plus(key, state.population, point)
-        valid = jnp.sum(jnp.isfinite(point.fitness))
-        state = advance(state, survivors, point, counts, (free, adam))
-        return state, record(state, 1 - valid, valid)
+        """Goes down for a generation and scores on all examples where that led."""
+        walk: Walk = self.descent(key, state.memory, problem)
+        free = jax.tree.map(lambda *leaves: jnp.stack(leaves), walk.free, walk.mean)
+        points = evaluated(self.evaluate, problem, jax.vmap(self.descent.space.decode)(free))
+        counts = Counts(*map(jnp.int32, (_POINTS, _POINTS, self.descent.steps)))
+        survivors = operators.plus(key, state.population, points)
+        valid = jnp.sum(jnp.isfinite(points.fitness))
+        state = advance(state, survivors, points, counts, walk)
+        return state, record(state, _POINTS - valid, valid)
 
     @property
     def partial_examples(self) -> int:
@@ -58,12 +60,12 @@ class GradientSearch:
 
     def cost(self, num_examples: int) -> int:
         """Passes of an example through a network that a generation takes."""
-        return self.descent.steps * self.descent.cost + num_examples
+        return self.descent.steps * self.descent.cost + _POINTS * num_examples
 
 
 def from_config(config: Any, tools: Tools) -> GradientSearch:
     """Gradient search, a generation costing what one of the genetic algorithm would."""
     config.require(tools.race is None, "method", "only the genetic algorithm races")
     cost = descent_of(config, tools, 1).cost
-    steps = math.ceil((config.population_size - 1) * tools.num_examples / cost)
+    steps = math.ceil((config.population_size - _POINTS) * tools.num_examples / cost)
     return GradientSearch(tools.evaluate, descent_of(config, tools, max(steps, 1)))

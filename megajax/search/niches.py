@@ -115,8 +115,8 @@ class Niches:
             return first, second
         gain = attraction(right, self.alpha)[first]
         # Nobody is right where the first is wrong: anybody else then, or the first if it is alone.
-        itself = first[:, None] == jnp.arange(shared.size)
-        others = jnp.where(itself, 0, shared)
+        itself = jax.nn.one_hot(first, shared.size, dtype=jnp.bool_)
+        others = jnp.where(itself, 0, shared[None])
         others = jnp.where(others.any(axis=1, keepdims=True), others, itself.astype(jnp.float32))
         gain = jnp.where(gain.any(axis=1, keepdims=True), gain, others)
         return first, jax.random.categorical(second_key, jnp.log(gain))

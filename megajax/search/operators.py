@@ -140,7 +140,7 @@ def _distinct(key: Key, population_size: int, num: int, size: int) -> jax.Array:
     for index in uniform_integers(key, (num, size), np.array(rest)).T:
         # The index-th of those not drawn yet: step over the drawn ones in ascending order.
         for earlier in jnp.sort(jnp.stack(drawn), axis=0) if drawn else ():
-            index = index + (index >= earlier)
+            index = index + (index >= earlier).astype(jnp.int32)
         drawn.append(index)
     return jnp.stack(drawn, axis=1)
 
@@ -158,8 +158,9 @@ def uniform_integers(key: Key, shape: tuple[int, ...], limit: Any) -> jax.Array:
         >>> uniform_integers(jax.random.key(0), (4,), 1).tolist()
         [0, 0, 0, 0]
     """
-    drawn = (jax.random.uniform(key, shape) * limit).astype(jnp.int32)
-    return jnp.minimum(drawn, limit - 1).astype(jnp.int32)
+    limit = jnp.broadcast_to(jnp.asarray(limit, jnp.int32), shape)
+    drawn = (jax.random.uniform(key, shape) * limit.astype(jnp.float32)).astype(jnp.int32)
+    return jnp.minimum(drawn, limit - 1)
 
 
 def roulette(key: Key, fitness: jax.Array, num: int) -> jax.Array:
@@ -837,7 +838,7 @@ def _coins(key: Key, shape: tuple[int, ...]) -> jax.Array:
     """Fair coins, 32 from each random word: a Bernoulli number takes a word of its own."""
     count = math.prod(shape)
     words = jax.random.bits(key, (-(-count // 32), 1), jnp.uint32)
-    coins = (words >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    coins = (words >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
     return coins.reshape(-1)[:count].reshape(shape).astype(bool)
 
 

@@ -110,7 +110,7 @@ def non_dominated_rank(scores: jax.Array) -> jax.Array:
         >>> non_dominated_rank(jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])).tolist()
         [0, 0, 1]
     """
-    at_least = (scores[:, None] >= scores).all(axis=-1)
+    at_least = (scores[:, None] >= scores[None]).all(axis=-1)
     dominates = at_least & ~at_least.T
 
     def peel(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

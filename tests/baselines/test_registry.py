@@ -23,7 +23,7 @@ TRAIN = RNG.normal(size=(40, 4)).astype(np.float32)
 
 
 def apply_fn(w, x):
-    return jnp.tanh(x @ w["u"] + w["b"]) @ w["v"]
+    return jnp.tanh(x @ w["u"] + w["b"][None]) @ w["v"]
 
 
 def network(seed, base=None):
@@ -91,6 +91,13 @@ def test_equal_budgets_are_used_and_printed(results):
     assert results["ties"].evaluations == 10
     assert results["regmean"].evaluations == results["fisher"].evaluations == 0
     assert all(result.examples == 90 * result.evaluations for result in results.values())
+
+
+def test_strict_rules_of_promotion_are_no_obstacle(results):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        strict = every(names=RUN)
+    for name, result in results.items():
+        chex.assert_trees_all_equal(strict[name].variables, result.variables)
 
 
 def test_random_search_spends_its_budget_as_far_as_whole_generations_go():

@@ -208,6 +208,39 @@ def test_under_64_bits():
         assert_it_is_what_it_says(result, wide)
 
 
+def strict_fn(variables, x):
+    """The same network, with nothing left for JAX to promote."""
+    *hidden, (w, b) = variables
+    for u, v in hidden:
+        x = jnp.tanh(x @ u + v[None])
+    return x @ w + b[None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"align": mj.AlignConfig(method="weights"), "calibration": INPUTS[:32]},
+        {"evolution": SMALL.replace(method="gradient")},
+        {"evolution": SMALL.replace(gradient_steps=1)},
+        {"evolution": SMALL.replace(method="niches")},
+        {"evolution": SMALL.replace(method="pbil"), "genome": mj.GenomeConfig(binary=True)},
+        {"evolution": SMALL.replace(generations=1), "genome": mj.GenomeConfig(kind="weights")},
+        {"evolution": SMALL.replace(method="cma_es")},
+        {"genome": mj.GenomeConfig(kind="task_vectors"), "base": parent(5)},
+        {"fitness": mj.FitnessConfig(metric="macro_f1")},
+        {"fitness": mj.FitnessConfig(racing_examples=20)},
+    ],
+)
+def test_strict_rules_of_promotion_are_no_obstacle(sections):
+    sections = {"align": NO_ALIGNMENT, "evolution": SMALL.replace(generations=2)} | sections
+    plain = mj.merge(KEY, strict_fn, PARENTS, (INPUTS, LABELS), **sections)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        strict = mj.merge(KEY, strict_fn, PARENTS, (INPUTS, LABELS), **sections)
+    chex.assert_trees_all_equal(plain.variables, strict.variables)
+
+
 # Operators and genomes of one's own -----------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Gradient search and children that learn: planted optima, cost, resumption, what is refused."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,13 +47,35 @@ def test_it_finds_a_planted_optimum_and_keeps_the_best():
     assert float(state.best.fitness) == pytest.approx(float(state.population.fitness.max()))
 
 
-def test_a_generation_costs_what_a_population_would_and_one_full_scoring():
+def test_the_mean_of_the_steps_is_where_noise_throws_the_last_point_about():
+    def noisy(key, target, genes, count):
+        return objective(key, target + 0.5 * jax.random.normal(key, target.shape), genes, count)
+
+    search = search_of(noisy)
+    state, _ = run(KEY, search, started(search, GENES, TARGET), TARGET, Limits(20))
+    last, mean = (evaluate(TARGET, SPACE.decode(free)[None])[0] for free in state.memory[:2])
+    assert mean > last / 2
+    assert state.best.fitness >= mean
+
+    steps = dataclasses.replace(search.descent, steps=1)
+    walk, places = steps.start(GENES[0]), []
+    for i in range(40):
+        walk = steps(jax.random.fold_in(KEY, i), walk, TARGET)
+        places.append(np.asarray(walk.free, np.float64))
+    expected = np.zeros_like(places[0])
+    for count, place in enumerate(places, 1):
+        share = max(1 / count, 0.03)
+        expected = (1 - share) * expected + share * place
+    np.testing.assert_allclose(walk.mean, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_generation_costs_what_a_population_would():
     search = search_of()
     start = started(search, GENES, TARGET)
     state, _ = run(KEY, search, start, TARGET, Limits(3), num_examples=50)
-    steps = -(-7 * 50 // (3 * 10))  # of three passes of ten examples each
+    steps = -(-6 * 50 // (3 * 10))  # of three passes of ten examples each
     assert search.descent.steps == steps
-    cost = 8 * 50 + 3 * (steps * 30 + 50)
+    cost = 8 * 50 + 3 * (steps * 30 + 2 * 50)  # and two points scored
     assert examples_scored(search, 50, jax.device_get(state.counts)) == cost
     limits = Limits(99, examples=cost - 1)
     state, _ = run(KEY, search, start, TARGET, limits, num_examples=50)
