@@ -5,7 +5,8 @@ import re
 import pytest
 
 import megajax as mj
-from megajax.citations import BASELINE_PAPERS, PAPERS
+from megajax.baselines import BASELINES
+from megajax.citations import PAPERS
 from megajax.search.methods import METHODS
 
 
@@ -35,7 +36,7 @@ def test_a_configuration_cites_each_paper_once():
     config = mj.Config(baselines=mj.BaselinesConfig(names="all"))
     names = cited(config, mj.AlignConfig())
     assert len(names) == len(set(names))
-    assert set(names) == {"mega", "git_re_basin", "evosax", *BASELINE_PAPERS.values()}
+    assert set(names) == {"mega", "git_re_basin", "evosax", "soups", *({*BASELINES} & {*PAPERS})}
 
 
 def test_every_search_with_a_paper_has_an_entry_that_balances():

@@ -11,6 +11,7 @@ import functools
 import html
 import itertools
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import NamedTuple, TypeAlias
 
 from rich.console import Console
@@ -154,36 +155,7 @@ def show(blocks: Sequence[Block], console: Console, *, whole: bool = False) -> N
 
 _FEW_COLUMNS = 4  # a table of no more is not stretched
 
-_STYLE = """\
-* { box-sizing: border-box; }
-body { max-width: 76rem; margin: 0 auto; padding: 1rem; background: #fff; color: #1a1a1a;
-       font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.strong { font-size: 1.1rem; font-weight: 600; padding: .7rem 1rem; background: #f2f5f8;
-           border-left: 4px solid #d55e00; }
-div.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums;
-        margin: 1rem 0; }
-table.wide { width: 100%; }
-th, td { padding: .3rem .5rem; border-bottom: 1px solid #ddd; text-align: left; font-weight: 400;
-         vertical-align: top; }
-.right { text-align: right; } td.right { white-space: nowrap; }
-thead th { border-bottom: 2px solid #888; vertical-align: bottom; font-weight: 600; }
-th:first-child { position: sticky; left: 0; background: #fff; min-width: 9rem; }
-tr.group th { color: #555; font-size: .8rem; font-weight: 600; padding-top: .8rem; }
-tr.strong > * { font-weight: 700; background: #fdf3ec; }
-div.pictures { display: grid; gap: 2rem; align-items: start; margin: 1.5rem 0;
-               grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
-figure { margin: 0; min-width: 0; } figure.wide { margin: 1.5rem 0; }
-figure img { display: block; width: 100%; max-width: 46rem; min-width: 20rem; height: auto; }
-figure.wide img { max-width: 74rem; min-width: 44rem; }
-figcaption { font-size: .85rem; color: #444; }
-@media (max-width: 600px) {
-  body { padding: .6rem; } h1 { font-size: 1.2rem; } p.strong { font-size: 1rem; }
-  th, td { padding: .25rem .4rem; } table { font-size: .8rem; }
-  th:first-child { min-width: 6.5rem; max-width: 8.5rem; }
-}
-"""
+_STYLE = (resources.files("megajax.report") / "style.css").read_text("utf-8")
 
 
 def _is_small(block: Block) -> bool:
