@@ -68,7 +68,7 @@ def main() -> None:
     )
     columns = {size: np.array([one[size] for one in found]) for size in SIZES}
     print(
-        f"| recalibrated on | test [%] | against {DEFAULT} | images for each of {scored} scored |"
+        f"| recalibrated on | test [%] | against {DEFAULT} | images for each of {scored} |"
     )
     print("| --- | --- | --- | --- |")
     for size, values in columns.items():

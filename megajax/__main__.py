@@ -30,8 +30,7 @@ def main() -> int:
         print(__doc__.rstrip())
     elif word in COMMANDS:
         sys.argv = [f"megajax {word}", *rest]
-        code: int = importlib.import_module(COMMANDS[word]).main()
-        return code
+        return importlib.import_module(COMMANDS[word]).main()
     else:
         print(f"error: {word!r} is no command; see megajax --help", file=sys.stderr)
         return 2

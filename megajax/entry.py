@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from megajax.errors import DataError, MegajaxError, first_line
-from megajax.trees import leaves_by_path, not_finite, on_host
+from megajax.trees import leaves_by_path, not_finite, on_host, told
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["check_finite", "check_inputs", "is_traced", "output_shapes", "taken"]
@@ -135,7 +135,6 @@ def _outputs(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree) -> PyTree:
     except MegajaxError:
         raise
     except Exception as error:
-        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", inputs)
         raise DataError(
-            f"the network does not take inputs {shapes}: {first_line(error)}"
+            f"the network does not take inputs {told(inputs)}: {first_line(error)}"
         ) from error

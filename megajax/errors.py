@@ -4,6 +4,9 @@ Every one of them is a `MegajaxError` whose text is one line that names the thin
 path, the config field or the file. The command line prints that line and exits with code 2.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class MegajaxError(Exception):
     """Base class: catch this to catch every error that megajax raises on purpose.
@@ -21,6 +24,16 @@ def first_line(error: BaseException) -> str:
     """
     lines = (line.strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", prefix: str = "") -> str:
+    """A hint for a name that is not known: the one that is most like it, or something else.
+
+    >>> did_you_mean("lenght", ["length", "width"])
+    'did you mean length?'
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {prefix}{near[0]}?" if near else otherwise
 
 
 class ConfigError(MegajaxError, ValueError):

@@ -172,10 +172,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         WorkdirError: the file cannot be read or is damaged.
     """
-    rows: list[dict[str, Any]] = _parsed(
-        path, lambda text: list(map(json.loads, text.splitlines()))
-    )
-    return rows
+    return _parsed(path, lambda text: list(map(json.loads, text.splitlines())))
 
 
 def pack(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import inspect
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from megajax.errors import ConfigError
+from megajax.errors import ConfigError, did_you_mean
 
 __all__ = [
     "Field",
@@ -226,10 +225,8 @@ def fields(kind: type[Section]) -> Iterator[Field]:
 def _read(kind: type[Section], name: str, value: Any) -> Any:
     """A value as the field takes it, if it can; otherwise pydantic will say what is wrong."""
     if name not in kind.model_fields:
-        near = difflib.get_close_matches(name, kind.model_fields, n=1)
-        hint = f"there are {', '.join(kind.model_fields)}"
-        if near:
-            hint = f"did you mean {_full(kind, near[0])}?"
+        there, section = f"there are {', '.join(kind.model_fields)}", _full(kind, "")
+        hint = did_you_mean(name, kind.model_fields, there, section)
         raise ConfigError(f"{_full(kind, name)} is no field of the configuration; {hint}")
     field = kind.model_fields[name]
     if (inner := _section_of(field)) is not None:

@@ -6,8 +6,9 @@ Knows pytrees and nothing of networks, masks or files.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ __all__ = [
     "check_parents",
     "checked_base",
     "checked_parents",
+    "cosine",
+    "is_key",
     "is_mixable",
     "keep_leaves",
     "leaf_owners",
@@ -29,6 +32,8 @@ __all__ = [
     "leaves_by_path",
     "not_finite",
     "on_host",
+    "told",
+    "unlike",
 ]
 
 
@@ -194,13 +199,63 @@ def on_host(tree: PyTree) -> PyTree:
         >>> on_host({"n": 3, "w": jnp.ones(2)})
         {'n': array(3), 'w': array([1., 1.], dtype=float32)}
     """
+    return jax.tree.map(lambda leaf: leaf if is_key(leaf) else np.asarray(leaf), tree)
 
-    def fetch(leaf: Any) -> Any:
-        if jnp.issubdtype(getattr(leaf, "dtype", np.dtype(bool)), jax.dtypes.prng_key):
-            return leaf
-        return np.asarray(leaf)
 
-    return jax.tree.map(fetch, tree)
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf holds typed PRNG keys.
+
+    Example:
+        >>> is_key(jax.random.key(0)), is_key(jax.random.PRNGKey(0)), is_key(1.5)
+        (True, False, False)
+    """
+    return bool(jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key))
+
+
+def told(tree: PyTree) -> PyTree:
+    """The dtypes and shapes of a pytree's leaves in words.
+
+    Example:
+        >>> told({"w": np.zeros((2, 3))})
+        {'w': 'float64[2, 3]'}
+    """
+    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)
+
+
+def unlike(there: PyTree, here: PyTree) -> Iterator[tuple[str, str, str]]:
+    """Leaves in which two pytrees differ in shape or dtype: their paths, and both in words.
+
+    Example:
+        >>> list(unlike({"v": np.zeros(2)}, {"w": 1.5}))
+        [('w', 'absent', 'float64[]'), ('v', 'float64[2]', 'absent')]
+    """
+
+    def words(leaf: Any) -> Any:
+        return told(leaf if hasattr(leaf, "dtype") else np.asarray(leaf))
+
+    theirs, ours = leaves_by_path(there), leaves_by_path(here)
+    for path in {**ours, **theirs}:
+        one, other = (words(side[path]) if path in side else "absent" for side in (theirs, ours))
+        if one != other:
+            yield path, one, other
+
+
+def cosine(networks: Sequence[PyTree], places: Collection[int]) -> float:
+    """The cosine of the angle between networks, mean over their pairs.
+
+    Args:
+        networks: at least two.
+        places: of the leaves that count, in flattening order.
+
+    Example:
+        >>> cosine([{"w": np.array([1.0, 0.0])}, {"w": np.array([3.0, 4.0])}], [0])
+        0.6
+    """
+    leaves = [jax.tree.leaves(network) for network in networks]
+    flat = [np.concatenate([np.ravel(x[i]).astype(np.float64) for i in places]) for x in leaves]
+    least = np.finfo(np.float64).tiny
+    pairs = itertools.combinations(flat, 2)
+    return float(np.mean([a @ b / max(np.sqrt((a @ a) * (b @ b)), least) for a, b in pairs]))
 
 
 class Static:

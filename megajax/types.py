@@ -44,7 +44,7 @@ class Bound:
 
 
 def bind(function: Callable[..., Any], **options: Any) -> Bound:
-    """Fixes keyword arguments of a function.
+    """Fixes keyword arguments of a function, which may be bound already.
 
     Example:
         >>> bind(sorted, reverse=True)([1, 3, 2])
@@ -52,6 +52,9 @@ def bind(function: Callable[..., Any], **options: Any) -> Bound:
         >>> bind(sorted, reverse=True) == bind(sorted, reverse=True)
         True
     """
+    if isinstance(function, Bound):
+        options = dict(function.options) | options
+        function = function.function
     return Bound(function, tuple(sorted(options.items())))
 
 

@@ -272,8 +272,7 @@ def _solve(left: np.ndarray, right: np.ndarray, ridge: float) -> np.ndarray:
     """The change of a layer `[groups, inputs, outputs]`, in float64."""
     trace = np.trace(left, axis1=1, axis2=2)
     held = ridge * np.where(trace > 0, trace, 1.0)[:, None, None] * np.eye(left.shape[-1])
-    change: np.ndarray = np.linalg.solve(np.float64(left) + held, np.float64(right))
-    return change
+    return np.linalg.solve(np.float64(left) + held, np.float64(right))
 
 
 _EXACT = jax.lax.Precision.HIGHEST

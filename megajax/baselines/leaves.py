@@ -129,7 +129,10 @@ def on_weights(
     )
     average = combine(lambda leaves: leaves.mean(axis=0), parents)
     return jax.tree.map(
-        lambda leaf, mean: mean if leaf is None else leaf, merged, average, is_leaf=_is_none
+        lambda leaf, mean: mean if leaf is None else leaf,
+        merged,
+        average,
+        is_leaf=lambda leaf: leaf is None,
     )
 
 
@@ -138,10 +141,6 @@ def _without(paths: Collection[str], tree: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(tree)
     kept = zip(leaf_paths(tree), leaves, strict=True)
     return jax.tree.unflatten(treedef, [None if path in paths else leaf for path, leaf in kept])
-
-
-def _is_none(leaf: Any) -> bool:
-    return leaf is None
 
 
 def _check_alike(first: PyTree, other: PyTree, position: int) -> None:

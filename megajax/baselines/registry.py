@@ -8,25 +8,27 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 
-from megajax.alignment import AlignConfig, align
+from megajax.alignment import AlignConfig
 from megajax.baselines.given import BASELINES, NEEDS, Given, Result
+from megajax.baselines.leaves import statistic_paths
 from megajax.entry import check_inputs
 from megajax.errors import ConfigError, ParentsError
 from megajax.keys import named_key
 from megajax.merging.genome import Genome, GenomeConfig, make_genome
 from megajax.merging.merge import (
+    aligned_parents,
     first_examples,
-    problem_for,
+    problem_of,
+    search_of,
+    tasks_of,
     with_reference,
     with_unmixed,
 )
 from megajax.merging.problem import FitnessConfig, Problem, RecalibrateConfig, with_genome
-from megajax.merging.tasks import as_tasks
-from megajax.program.roles import find_statistics
 from megajax.search import evosax
 from megajax.search.methods import EvolutionConfig
 from megajax.sections import Section, at_least, one_of
-from megajax.trees import checked_base, checked_parents, leaf_paths
+from megajax.trees import checked_base, checked_parents
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["BaselinesConfig", "applicable", "run_baselines", "table"]
@@ -127,26 +129,20 @@ def run_baselines(
         [0.5, 0.5]
     """
     config, evolution = config or BaselinesConfig(), evolution or EvolutionConfig()
-    tasks = as_tasks(data)
     networks = checked_parents(parents, keep)
-    if align is not None and align.method != "none":
-        check_inputs(tasks[0].inputs, "inputs")
-        networks, _ = _align(
-            named_key(key, "align"),
-            apply_fn,
-            networks,
-            first_examples(tasks[0].inputs),
-            calibration=calibration,
-            config=align,
-            keep=keep,
-        )
+    tasks = tasks_of(apply_fn, networks, data, fitness)
+    align, inputs = align or AlignConfig(method="none"), tasks[0].inputs
+    own_key = named_key(key, "align")
+    networks = aligned_parents(own_key, apply_fn, networks, inputs, calibration, align, keep)
+    inputs = first_examples(inputs)
     if isinstance(genome, GenomeConfig) and genome.kind != "masks":
         genome = GenomeConfig(freeze=genome.freeze)
-    problem = problem_for(
+    problem = problem_of(
         apply_fn,
         networks,
-        data,
+        tasks,
         calibration=calibration,
+        base=None,
         recalibrate=recalibrate,
         genome=genome,
         fitness=fitness,
@@ -155,7 +151,6 @@ def run_baselines(
         population_size=evolution.population_size,
     )
     problem, *_ = with_reference(problem, networks, fitness)
-    inputs = first_examples(tasks[0].inputs)
     own = _own_inputs(len(networks), calibration, parent_inputs, config.examples)
     if base is not None:
         base = checked_base(base, networks[0])
@@ -164,7 +159,7 @@ def run_baselines(
         parents=networks,
         base=base,
         inputs=own,
-        statistics=_statistics(apply_fn, networks[0], inputs),
+        statistics=statistic_paths(apply_fn, networks[0], inputs),
         problem=problem,
         line=_line_of(problem, apply_fn, networks, inputs, keep),
         budget=config.budget or budget or _evaluations(evolution, fitness, problem),
@@ -244,9 +239,6 @@ def table() -> list[tuple[str, ...]]:
     ]
 
 
-_align = align  # the argument of `run_baselines` has this name
-
-
 def _available(given: Given) -> set[str]:
     labelled = given.problem.metrics[0].name in ("cross_entropy", "accuracy")
     there = {
@@ -257,13 +249,6 @@ def _available(given: Given) -> set[str]:
         "evosax": evosax.is_installed(),
     }
     return {name for name, ok in there.items() if ok}
-
-
-def _statistics(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree) -> frozenset[str]:
-    """The paths of the BatchNorm statistics."""
-    paths = leaf_paths(variables)
-    found = find_statistics(apply_fn, variables, inputs)
-    return frozenset(paths[index] for one in found for index in (one.mean, one.variance))
 
 
 def _line_of(
@@ -298,8 +283,6 @@ def _evaluations(
     evolution: EvolutionConfig, fitness: FitnessConfig | None, problem: Problem
 ) -> int:
     """Networks' worth of passes that an evolution makes that nothing stops early."""
-    from megajax.merging.merge import search_of
-
     search, total = search_of(problem, evolution, fitness), problem.num_examples
     most = evolution.population_size + evolution.generations * search.cost(total) / total
     budget = evolution.evaluation_budget

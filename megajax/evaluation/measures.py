@@ -160,8 +160,7 @@ def ensemble(logits: np.ndarray) -> np.ndarray:
         >>> np.exp(ensemble(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))).round(3).tolist()
         [[0.7, 0.3]]
     """
-    mean: np.ndarray = np.logaddexp.reduce(_log_softmax(logits), axis=0) - np.log(len(logits))
-    return mean
+    return np.logaddexp.reduce(_log_softmax(logits), axis=0) - np.log(len(logits))
 
 
 def predictor(

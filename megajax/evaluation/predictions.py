@@ -93,10 +93,7 @@ def correct(predictions: Predictions, name: str) -> npt.NDArray[np.bool_]:
         >>> correct(from_logits({"merged": np.eye(2)}, [0, 0]), "merged").tolist()
         [True, False]
     """
-    right: npt.NDArray[np.bool_] = (
-        predictions.classes[predictions.names.index(name)] == predictions.labels
-    )
-    return right
+    return predictions.classes[predictions.names.index(name)] == predictions.labels
 
 
 def by_id(predictions: Predictions) -> Predictions:

@@ -426,8 +426,7 @@ def _interval(figure: Any, images: int) -> Interval:
 
 
 def _mean(figure: Any) -> float | None:
-    value: float | None = figure["mean"] if isinstance(figure, Mapping) else figure
-    return value
+    return figure["mean"] if isinstance(figure, Mapping) else figure
 
 
 def _networks(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -523,5 +522,4 @@ def _mean_robustness(
 
 
 def _means(rows: Sequence[Sequence[float | None]]) -> list[float]:
-    means: list[float] = np.mean(np.asarray(rows, np.float64), axis=0).tolist()
-    return means
+    return np.mean(np.asarray(rows, np.float64), axis=0).tolist()

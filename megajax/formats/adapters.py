@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megajax.errors import InterchangeError
-from megajax.trees import leaf_paths
+from megajax.trees import is_key, leaf_paths
 from megajax.types import ApplyFn, PyTree
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _is_kept(path: Any, value: Any) -> bool:
     from flax import nnx
 
     of_a_run = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
-    return not isinstance(value, of_a_run) and not _is_key(value)
+    return not isinstance(value, of_a_run) and not is_key(value)
 
 
 def _fill(state: Any, variables: PyTree) -> None:
@@ -241,11 +241,11 @@ def _by_value(value: Any) -> Hashable:
     """Something hashable that is equal for values of equal content."""
     try:
         hash(value)
-        return value  # type: ignore[no-any-return]
+        return value
     except TypeError:
         pass
     if isinstance(value, (jax.Array, np.ndarray)):
-        array = np.asarray(jax.random.key_data(value) if _is_key(value) else value)
+        array = np.asarray(jax.random.key_data(value) if is_key(value) else value)
         return array.dtype, array.shape, array.tobytes()
     if isinstance(value, Mapping):
         return type(value), frozenset((key, _by_value(item)) for key, item in value.items())
@@ -255,7 +255,3 @@ def _by_value(value: Any) -> Hashable:
         fields = (getattr(value, it.name) for it in dataclasses.fields(value) if it.compare)
         return type(value), tuple(map(_by_value, fields))
     return type(value), id(value)
-
-
-def _is_key(value: Any) -> bool:
-    return bool(jnp.issubdtype(getattr(value, "dtype", bool), jax.dtypes.prng_key))

@@ -55,6 +55,10 @@ class Spec(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
+NOT_AN_ARRAY = Spec((), np.dtype(object))
+"""What a file says of text and the like."""
+
+
 class Stored(NamedTuple):
     """A file of named arrays, opened and checked in itself, its arrays not yet read.
 

@@ -6,7 +6,6 @@ A file whose names are the leaves' paths is taken by name; a state dict of PyTor
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from megajax.errors import InterchangeError
+from megajax.errors import InterchangeError, did_you_mean
 from megajax.formats.arrays import Spec, Stored, is_number
 from megajax.formats.layouts import as_is
 from megajax.formats.mapping import Entry, NameMap, some
@@ -116,8 +115,8 @@ def _renamed(
 
 
 def _near(name: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(name, names)
+    return hint and f"; {hint}"
 
 
 def _by_name(

@@ -19,6 +19,7 @@ from megajax.formats.disk import fingerprint, remove_sums, write_sums, write_who
 from megajax.formats.kinds import FORMATS, open_network, read_arrays
 from megajax.formats.layouts import to_file
 from megajax.formats.mapping import NameMap
+from megajax.io import flatten
 from megajax.tables import to_markdown
 from megajax.types import PyTree
 
@@ -182,10 +183,11 @@ def model_card(
         | merged | 0.8 |
         <BLANKLINE>
     """
+    chosen = flatten(method or {})
     tables = {
         "Files": files,
         "Parents": [{"parent": k, **parent} for k, parent in enumerate(parents)],
-        "Method": [{"choice": name, "value": value} for name, value in _flat(method or {})],
+        "Method": [{"choice": name, "value": value} for name, value in chosen.items()],
         "Figures": [{"": name, **row} for name, row in (figures or {}).items()],
     }
     parts = [_HEADER.format(title=title)]
@@ -230,16 +232,6 @@ def _installed() -> dict[str, str]:
     from megajax import __version__
 
     return {"megajax": __version__} | {name: metadata.version(name) for name in _PACKAGES}
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows = []
-    for name, item in value.items():
-        if isinstance(item, Mapping) and item:
-            rows += _flat(item, f"{prefix}{name}.")
-        else:
-            rows.append((prefix + name, item))
-    return rows
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from megajax.merging.metrics import METRICS, OF_LABELS
 from megajax.merging.tasks import Task, as_tasks, check_task
 from megajax.program.batchnorm import recalibrate
 from megajax.program.roles import find_roles
-from megajax.trees import check_parents, checked_parents, is_mixable, leaf_paths, on_host
+from megajax.trees import check_parents, checked_parents, cosine, is_mixable, leaf_paths, on_host
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -152,10 +152,10 @@ def diagnose(
     mixed = [i for i, leaf in enumerate(leaves) if is_mixable(leaf)]
     kernels = [i for i in mixed if np.ndim(leaves[i]) > 1] or mixed
     kernels.sort(key=lambda i: roles.leaves[i].layer)
-    cosine = _cosine(networks, kernels)
+    angle = cosine(networks, kernels)
     if base is not None:
         check_parents([networks[0], base])
-    sources = [_cosine([base, one], kernels) for one in networks] if base is not None else [cosine]
+    sources = [cosine([base, one], kernels) for one in networks] if base is not None else [angle]
     pairs = itertools.combinations(chosen, 2)
     return Diagnosis(
         metric=task.metric.name,
@@ -166,8 +166,8 @@ def diagnose(
         calibration_error=tuple(calibration_error(one, task.targets) for one in outputs)
         if plain
         else None,
-        similarity={paths[i]: _cosine(aligned, [i]) for i in kernels},
-        cosine=cosine,
+        similarity={paths[i]: cosine(aligned, [i]) for i in kernels},
+        cosine=angle,
         same_base=min(sources) > _RELATED,
     )
 
@@ -189,11 +189,3 @@ def _mean(networks: Sequence[PyTree]) -> PyTree:
         return np.mean([first, *others], axis=0, dtype=wide).astype(first.dtype)
 
     return jax.tree.map(mean, *networks)
-
-
-def _cosine(networks: Sequence[PyTree], places: Sequence[int]) -> float:
-    """Of the leaves at these places, mean over the pairs of networks."""
-    leaves = [jax.tree.leaves(network) for network in networks]
-    flat = [np.concatenate([np.ravel(x[i]).astype(np.float64) for i in places]) for x in leaves]
-    units = [one / max(np.linalg.norm(one), 1e-30) for one in flat]
-    return float(np.mean([a @ b for a, b in itertools.combinations(units, 2)]))

@@ -21,37 +21,26 @@ from megajax.merging.masks import GRANULARITIES, Masks, masks, mixed_leaves
 from megajax.merging.task_vectors import TaskVectors
 from megajax.merging.weights import Weights
 from megajax.program.roles import find_layers, find_statistics
+from megajax.search.genetic import Space
 from megajax.sections import Pattern, Section, at_least, between, one_of
 from megajax.trees import Static
-from megajax.types import ApplyFn, Genes, Key, PyTree
+from megajax.types import ApplyFn, Genes, PyTree
 
 __all__ = ["GENOMES", "Genome", "GenomeConfig", "make_genome"]
 
 
-class Genome(Protocol):
+class Genome(Space, Protocol):
     """How genes stand for networks. Static and hashable; `parents` is what `stack` made.
 
     Attributes:
         labels: pytree like one parent of the gene of each leaf element, -1 where there is none.
         num_parents: K.
-        num_genes: genes of an individual.
-        gene_ndim: trailing axes of one gene, for the operators; None if a gene is a whole leaf.
-        picks: whether a gene picks one parent, so that genes cannot be blended.
     """
 
     @property
     def labels(self) -> Static: ...  # noqa: D102
     @property
     def num_parents(self) -> int: ...  # noqa: D102
-    @property
-    def num_genes(self) -> int: ...  # noqa: D102
-    @property
-    def gene_ndim(self) -> int | None: ...  # noqa: D102
-    @property
-    def picks(self) -> bool: ...  # noqa: D102
-
-    def init(self, key: Key, size: int, parents: PyTree) -> Genes:
-        """The first population, leaves `[size, ...]`; the parents come first."""
 
     def stack(self, parents: Sequence[PyTree], *base: PyTree) -> PyTree:
         """The parents as the other functions take them."""
@@ -61,15 +50,6 @@ class Genome(Protocol):
 
     def express(self, genes: Genes, parents: PyTree) -> PyTree:
         """The network of one individual."""
-
-    def repair(self, genes: Genes) -> Genes:
-        """Puts what variation made back into the search space."""
-
-    def sample(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        """Random genes, for the reset mutation."""
-
-    def noise(self, key: Key, genes: Genes, *, rate: float, scale: float) -> Genes:
-        """The Gaussian mutation."""
 
 
 class GenomeConfig(Section):

@@ -155,10 +155,6 @@ class Masks:
         room = 1 - self.num_parents * self.low
         return self.low + room * jax.nn.softmax(free, axis=-1)
 
-    def describe(self) -> dict[str, Any]:
-        """What a report says of the genes."""
-        return {"kind": "masks", "num_genes": self.num_genes, "binary": self.picks}
-
 
 def masks(
     variables: PyTree,

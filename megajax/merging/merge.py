@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megajax.alignment import AlignConfig, Alignment
+from megajax.alignment import AlignConfig
 from megajax.alignment.workflow import align_checked
 from megajax.entry import check_inputs, output_shapes
 from megajax.errors import ConfigError, DataError, ParentsError
@@ -32,12 +32,7 @@ from megajax.merging.problem import (
     race_of,
     scores_of,
 )
-from megajax.merging.tasks import (
-    Task,
-    as_tasks,
-    check_task,
-    with_teacher,
-)
+from megajax.merging.tasks import Task, as_tasks, check_task, with_teacher
 from megajax.program.memory import check_fits
 from megajax.search.genetic import check_operators
 from megajax.search.loop import (
@@ -58,10 +53,12 @@ from megajax.search.pareto import NSGA2, non_dominated_rank
 from megajax.trees import (
     checked_base,
     checked_parents,
+    is_key,
     is_mixable,
     leaf_paths,
     leaves_by_path,
     on_host,
+    unlike,
 )
 from megajax.types import ApplyFn, Genes, Key, PyTree
 
@@ -213,13 +210,13 @@ def merge(
     evolution = evolution or EvolutionConfig()
     align_key, genes_key, init_key, run_key = jax.random.split(key, 4)
     given = checked_parents(parents, keep)
-    tasks = _tasks(apply_fn, given, data, fitness)
-    aligned, _ = _aligned(
+    tasks = tasks_of(apply_fn, given, data, fitness)
+    aligned = aligned_parents(
         align_key, apply_fn, given, tasks[0].inputs, calibration, align, keep, base
     )
-    problem = _problem_of(
+    problem = problem_of(
         apply_fn,
-        [on_host(parent) for parent in aligned],
+        aligned,
         tasks,
         calibration=calibration,
         base=base,
@@ -332,10 +329,10 @@ def problem_for(
         [1.0, 0.0]
     """
     checked = checked_parents(parents, keep)
-    return _problem_of(
+    return problem_of(
         apply_fn,
         checked,
-        _tasks(apply_fn, checked, data, fitness),
+        tasks_of(apply_fn, checked, data, fitness),
         calibration=calibration,
         base=base,
         recalibrate=recalibrate,
@@ -347,7 +344,7 @@ def problem_for(
     )
 
 
-def _problem_of(
+def problem_of(
     apply_fn: ApplyFn,
     checked: list[PyTree],
     tasks: list[Task],
@@ -453,7 +450,7 @@ def with_unmixed(variables: PyTree, genome: Genome, parent: PyTree) -> PyTree:
     )
 
 
-def _tasks(
+def tasks_of(
     apply_fn: ApplyFn, parents: Sequence[PyTree], data: Any, fitness: FitnessConfig | None
 ) -> list[Task]:
     """Checked tasks; `fitness.metric` is that of those without one of their own."""
@@ -487,7 +484,7 @@ def _calibration(
     return on_host(inputs)
 
 
-def _aligned(
+def aligned_parents(
     key: Key,
     apply_fn: ApplyFn,
     parents: list[PyTree],
@@ -495,21 +492,18 @@ def _aligned(
     calibration: PyTree | None,
     config: AlignConfig | None,
     keep: Mapping[str, int] | None,
-    base: PyTree | None,
-) -> tuple[list[PyTree], Alignment | None]:
+    base: PyTree | None = None,
+) -> list[PyTree]:
+    """Checked parents, their hidden units brought into correspondence, on the host."""
     if config is None:
         config = AlignConfig(method="none") if base is not None else AlignConfig()
     if config.method in ("activations", "both"):
         calibration = _calibration(calibration, apply_fn, parents[0], "align", 2)
-    return align_checked(
-        key,
-        apply_fn,
-        parents,
-        first_examples(inputs),
-        calibration=calibration,
-        config=config,
-        keep=keep,
+    few = first_examples(inputs)
+    aligned, _ = align_checked(
+        key, apply_fn, parents, few, calibration=calibration, config=config, keep=keep
     )
+    return [on_host(parent) for parent in aligned]
 
 
 def _check_unmixed(parents: list[PyTree], genome: Genome) -> None:
@@ -532,7 +526,7 @@ def _check_unmixed(parents: list[PyTree], genome: Genome) -> None:
 
 
 def _same(first: Any, other: Any) -> bool:
-    if jnp.issubdtype(first.dtype, jax.dtypes.prng_key):
+    if is_key(first):
         first, other = jax.random.key_data(first), jax.random.key_data(other)
     return np.array_equal(np.asarray(first), np.asarray(other))
 
@@ -588,16 +582,8 @@ def _checked_first(first: Genes, genes: Genes, num_parents: int) -> Genes:
 
 def _check_state(state: State | Mapping[str, Any], start: State) -> State:
     """The state on the device, if it is one of a search that starts so."""
-    there, here = leaves_by_path(state), leaves_by_path(start)
-    for path in {**here, **there}:
-        found, wanted = (
-            f"{tree[path].dtype}{list(tree[path].shape)}" if path in tree else "absent"
-            for tree in (there, here)
-        )
-        if found != wanted:
-            raise ConfigError(
-                f"the state is of another search: {path} is {found} there, {wanted} here"
-            )
-    leaves = [jnp.asarray(there[path]) for path in here]
-    placed: State = jax.tree.unflatten(jax.tree.structure(start), leaves)
-    return placed
+    for path, found, wanted in unlike(state, start):
+        raise ConfigError(f"the state is of another search: {path} is {found} there, {wanted} here")
+    there = leaves_by_path(state)
+    leaves = [jnp.asarray(there[path]) for path in leaf_paths(start)]
+    return jax.tree.unflatten(jax.tree.structure(start), leaves)

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from megajax.errors import ConfigError, DataError
+from megajax.trees import told
 from megajax.types import PyTree, bind
 
 __all__ = [
@@ -81,8 +82,7 @@ class Metric:
 
         count = valid.sum()
         sums = jax.tree.map(total, statistics)
-        score: jax.Array = sums / count if self.finish is None else self.finish(sums, count)
-        return score
+        return sums / count if self.finish is None else self.finish(sums, count)
 
 
 # Scores: one number for each example --------------------------------------------------------------
@@ -258,8 +258,7 @@ def _weighted_score(outputs: Any, targets: Any, *, score: Statistics) -> PyTree:
 
 def _weighted_mean(sums: PyTree, count: Any) -> jax.Array:
     del count
-    mean: jax.Array = sums[0] / sums[1]
-    return mean
+    return sums[0] / sums[1]
 
 
 def _perplexity_statistics(logits: jax.Array, targets: Any) -> PyTree:
@@ -300,8 +299,7 @@ def _r2(sums: PyTree, count: Any) -> jax.Array:
     error, total, squares, weight = sums
     # Far from zero the difference loses its digits; below zero it would turn the order around.
     spread = jnp.maximum(squares - total**2 / weight, 1e-6 * squares)
-    score: jax.Array = 1 - error / jnp.maximum(spread, np.finfo(np.float32).tiny)
-    return score
+    return 1 - error / jnp.maximum(spread, np.finfo(np.float32).tiny)
 
 
 _TEMPERATURES = np.geomspace(0.25, 8.0, 41).astype(np.float32)
@@ -414,11 +412,9 @@ def default_metric(outputs: PyTree, targets: PyTree) -> str:
             return "cross_entropy"
         if not whole and (labels.shape == outputs.shape or one_logit):
             return "mean_squared_error"
-    told, wanted = (
-        jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)
-        for tree in (outputs, targets)
+    raise DataError(
+        f"no metric follows from outputs {told(outputs)} and targets {told(targets)}: name one"
     )
-    raise DataError(f"no metric follows from outputs {told} and targets {wanted}: name one")
 
 
 def _positions(targets: Any) -> tuple[jax.Array, jax.Array]:

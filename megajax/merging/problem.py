@@ -169,8 +169,6 @@ def make_problem(
     calibration: PyTree | None = None,
     config: FitnessConfig | None = None,
     population_size: int,
-    reference: np.ndarray | None = None,
-    per_example: bool = False,
 ) -> Problem:
     """Puts a problem together and places its arrays on the devices.
 
@@ -182,8 +180,6 @@ def make_problem(
         calibration: inputs that statistics are measured on; None where they are not.
         config: how networks are scored; None takes the defaults.
         population_size: individuals P, for the layout.
-        reference: `[T]`, the best parent's score on each task, where scores are relative.
-        per_example: see `Problem`.
 
     Raises:
         ConfigError: numbers of devices that cannot be, or a race on more examples than there are.
@@ -195,21 +191,20 @@ def make_problem(
     cut = tuple(batches(task, layout.batch_size) for task in tasks)
     stacked = genome.stack(parents, base) if base is not None else genome.stack(parents)
     weights = np.array([task.weight for task in tasks], np.float32)
-    problem = Problem(
+    shares_layers = calibration is None and len(tasks) == 1 and _has_frozen(parents[0], genome)
+    return Problem(
         parents=place(stacked, mesh, split=True),
         batches=place(cut, mesh),
         calibration=place(calibration, mesh),
         weights=place(weights / max(weights.sum(), 1e-38), mesh),
-        reference=None if reference is None else jnp.asarray(reference, jnp.float32),
+        reference=None,
         genome=genome,
         networks=networks,
         metrics=tuple(task.metric for task in tasks),
         layout=layout,
         faithful=_faithful(parents, genome),
-        per_example=per_example,
+        prefix=shares_layers,
     )
-    shares_layers = calibration is None and len(tasks) == 1 and _has_frozen(parents[0], genome)
-    return replace(problem, prefix=shares_layers)
 
 
 def with_genome(problem: Problem, parents: Sequence[PyTree], genome: Genome) -> Problem:
@@ -265,16 +260,14 @@ def evaluate(problem: Problem, genes: Genes) -> tuple[jax.Array, Aux]:
 
     def of_all(problem: Problem, genes: Genes) -> tuple[jax.Array, Aux]:
         score = _scorer(problem, genes)
-        found: tuple[jax.Array, Aux] = map_chunks(
+        return map_chunks(
             lambda one: score(express(problem, one)), genes, problem.layout.population_chunk
         )
-        return found
 
     mesh = problem.layout.mesh
     if mesh is None:
         return of_all(problem, genes)
-    result: tuple[jax.Array, Aux] = over_population(of_all, mesh, problem, genes)
-    return result
+    return over_population(of_all, mesh, problem, genes)
 
 
 def scores_of(problem: Problem, variables: PyTree) -> tuple[jax.Array, Aux]:
@@ -294,8 +287,7 @@ def scores_of(problem: Problem, variables: PyTree) -> tuple[jax.Array, Aux]:
         per_example=False,
         prefix=False,
     )
-    found: tuple[jax.Array, Aux] = _scores(tasks, variables)
-    return found
+    return _scores(tasks, variables)
 
 
 @jax.jit
@@ -309,7 +301,7 @@ def expressed(problem: Problem, genes: Genes) -> PyTree:
     return express(problem, genes)
 
 
-def sample(key: Key, problem: Problem, *, count: int, stratify: bool = True) -> Problem:
+def sample(key: Key, problem: Problem, *, count: int) -> Problem:
     """The problem on examples of its first task drawn without replacement.
 
     All examples are equally likely. With class labels, every label has as many as its share, give
@@ -321,7 +313,6 @@ def sample(key: Key, problem: Problem, *, count: int, stratify: bool = True) -> 
         key: PRNG key.
         problem: the problem, of one task.
         count: n to draw.
-        stratify: whether labels count.
 
     Source: stratified sampling with proportional allocation, Cochran, Sampling Techniques (1977),
     chapter 5.
@@ -333,7 +324,7 @@ def sample(key: Key, problem: Problem, *, count: int, stratify: bool = True) -> 
     order_key, first_key = jax.random.split(key)
     rank = jax.random.uniform(order_key, (total,))
     valid = data.valid.reshape(-1)
-    labels = _class_labels(data) if stratify else None
+    labels = _class_labels(data)
     columns = (rank, ~valid) if labels is None else (rank, labels, ~valid)
     ordered = jnp.lexsort(columns)
     there = valid.sum()
@@ -558,5 +549,4 @@ def _class_labels(data: Batches) -> jax.Array | None:
     one_each = hasattr(labels, "dtype") and labels.ndim == 2
     if not one_each or not jnp.issubdtype(labels.dtype, jnp.integer):
         return None
-    flat: jax.Array = labels.reshape(-1)
-    return flat
+    return labels.reshape(-1)

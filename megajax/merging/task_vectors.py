@@ -135,8 +135,7 @@ class TaskVectors:
     def decode(self, free: jax.Array) -> jax.Array:
         """Coefficients and densities of logits. Densities get no gradient: they are thresholds."""
         low, high = self._bounds
-        genes: jax.Array = low + (high - low) * jax.nn.sigmoid(free)
-        return genes
+        return low + (high - low) * jax.nn.sigmoid(free)
 
     @property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray]:
@@ -144,14 +143,9 @@ class TaskVectors:
         low[: self.num_parents], high[: self.num_parents] = self.low, self.high
         return low, high
 
-    def describe(self) -> dict[str, Any]:
-        """What a report says of the genes."""
-        return {"kind": "task_vectors", "num_genes": self.num_genes, "binary": False}
-
     def _add(self, genes: jax.Array, label: np.ndarray, leaf: Any) -> jax.Array:
         if (label == FROZEN).all():
-            unmixed: jax.Array = leaf
-            return unmixed
+            return leaf
         K = self.num_parents
         networks, ranks = leaf if self.trim else (leaf, None)
         networks = jnp.asarray(networks)

@@ -26,7 +26,7 @@ from megajax.merging.metrics import (
     as_metric,
     default_metric,
 )
-from megajax.trees import leaves_by_path
+from megajax.trees import leaves_by_path, told
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["Batches", "Task", "as_tasks", "batches", "check_task", "with_teacher"]
@@ -212,8 +212,8 @@ def _check_metric(metric: Metric, outputs: PyTree, targets: PyTree, name: str) -
     Two, lest another axis happens to be as long as there are examples.
     """
     for count in (2, 3):
-        few, told = _of_length(count, targets), _of_length(count, outputs)
-        _check_shapes(metric, told, few, count, f"metric {metric.name} of {name}")
+        few, made = _of_length(count, targets), _of_length(count, outputs)
+        _check_shapes(metric, made, few, count, f"metric {metric.name} of {name}")
 
 
 def _check_shapes(metric: Metric, outputs: PyTree, targets: PyTree, count: int, own: str) -> None:
@@ -225,9 +225,9 @@ def _check_shapes(metric: Metric, outputs: PyTree, targets: PyTree, count: int, 
         statistics = jax.eval_shape(metric.statistics, outputs, targets)
         shapes = [leaf.shape for leaf in jax.tree.leaves(statistics)]
         if metric.plain and shapes != [(count,)]:
-            told = "nothing" if not shapes else ", ".join(map(str, shapes))
+            given = "nothing" if not shapes else ", ".join(map(str, shapes))
             raise ConfigError(
-                f"{own} gives {told} for {count} examples: scores [b] are needed, one for each "
+                f"{own} gives {given} for {count} examples: scores [b] are needed, one for each "
                 "example"
             )
         short = [shape for shape in shapes if shape[:1] != (count,)]
@@ -240,13 +240,12 @@ def _check_shapes(metric: Metric, outputs: PyTree, targets: PyTree, count: int, 
     except ConfigError:
         raise
     except Exception as error:  # whatever a user's own function raises
-        told = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", (outputs, targets))
         raise ConfigError(
-            f"{own} does not take outputs {told[0]} and targets {told[1]}: {first_line(error)}"
+            f"{own} does not take outputs {told(outputs)} and targets {told(targets)}: "
+            f"{first_line(error)}"
         ) from error
     if getattr(value, "shape", None) != ():
-        told = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", value)
-        raise ConfigError(f"{own} gives {told}: a single number is needed")
+        raise ConfigError(f"{own} gives {told(value)}: a single number is needed")
 
 
 def batches(task: Task, batch_size: int) -> Batches:
@@ -278,5 +277,4 @@ def counted(task: Task) -> np.ndarray:
     labels = task.targets[0] if isinstance(task.targets, tuple) else task.targets
     if not hasattr(labels, "dtype") or not np.issubdtype(labels.dtype, np.integer):
         return np.ones(total, bool)
-    counts: np.ndarray = (np.asarray(labels) != IGNORED).reshape(total, -1).any(axis=1)
-    return counts
+    return (np.asarray(labels) != IGNORED).reshape(total, -1).any(axis=1)

@@ -12,7 +12,7 @@ goes on where it was.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +30,7 @@ from megajax.program.roles import find_statistics
 from megajax.search.loop import Info, State
 from megajax.search.methods import EvolutionConfig
 from megajax.sections import Section
-from megajax.trees import check_parents, is_mixable, keep_leaves, leaf_owners, leaf_paths
+from megajax.trees import check_parents, cosine, is_mixable, keep_leaves, leaf_owners, leaf_paths
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = [
@@ -351,14 +351,16 @@ def weight_similarity(
     ignore = {index for one in statistics for index in (one.mean, one.variance)}
     paths = leaf_paths(networks[0])
     ignore |= {paths.index(path) for path in leaf_owners(paths, keep or {}, 2)}
+    leaves = enumerate(jax.tree.leaves(networks[0]))
+    places = [i for i, leaf in leaves if i not in ignore and is_mixable(leaf)]
     config, similarity = config or AlignConfig(), np.eye(len(networks))
     for i, j in itertools.combinations(range(len(networks)), 2):
         own_key = jax.random.fold_in(jax.random.fold_in(key, i), j)
         pair = [networks[i], networks[j]]
-        first, second = align_checked(
+        aligned, _ = align_checked(
             own_key, apply_fn, pair, inputs, calibration=calibration, config=config, keep=keep
-        )[0]
-        similarity[i, j] = similarity[j, i] = _cosine(first, second, ignore)
+        )
+        similarity[i, j] = similarity[j, i] = cosine(aligned, places)
     return similarity
 
 
@@ -466,14 +468,8 @@ def _share(
 
 
 def _plain(merged: MergeResult) -> NodeResult:
-    return NodeResult(
-        variables=jax.device_get(merged.variables),
-        fitness=merged.fitness,
-        parent_fitness=merged.parent_fitness,
-        history=merged.history,
-        evaluations=merged.evaluations,
-        examples_scored=merged.examples_scored,
-    )
+    found = NodeResult(*(getattr(merged, name) for name in NodeResult._fields))
+    return found._replace(variables=jax.device_get(merged.variables))
 
 
 def _check_loaded(node: Node, found: NodeResult, like: PyTree) -> None:
@@ -483,15 +479,3 @@ def _check_loaded(node: Node, found: NodeResult, like: PyTree) -> None:
         raise ParentsError(
             f"node {node.position} of round {node.round}, as loaded, does not fit: {error}"
         ) from None
-
-
-def _cosine(first: PyTree, second: PyTree, ignore: Collection[int]) -> float:
-    """The cosine of the angle between the mixable leaves of two networks."""
-
-    def flat(network: PyTree) -> np.ndarray:
-        leaves = enumerate(jax.tree.leaves(network))
-        kept = [leaf for i, leaf in leaves if i not in ignore and is_mixable(leaf)]
-        return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in kept])
-
-    a, b = flat(first), flat(second)
-    return float(a @ b / max(float(np.sqrt((a @ a) * (b @ b))), np.finfo(np.float64).tiny))

@@ -140,10 +140,6 @@ class Weights:
         """The weights themselves, variances repaired."""
         return self.repair(free)
 
-    def describe(self) -> dict[str, Any]:
-        """What a report says of the genes."""
-        return {"kind": "weights", "num_genes": self.num_genes, "binary": False}
-
     def _by_leaf(self, genes: PyTree, function: Any) -> PyTree:
         """`function(number of the network's leaf, gene)` for each gene."""
         numbers = [i for i, has in enumerate(self._has_gene) if has]

@@ -20,9 +20,25 @@ from jax.extend import core
 
 from megajax.program.jaxprs import UNKNOWN_FORM, shape_of
 
-__all__ = ["convolve_widely", "pixels_at_once", "widen_kernel"]
+__all__ = ["convolve_widely", "is_plain", "pixels_at_once", "widen_kernel"]
 
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
+
+
+def is_plain(equation: core.JaxprEqn) -> bool:
+    """Whether an equation is a convolution of images with channels last, as Flax has them.
+
+    One that is dilated or grouped is not plain.
+    """
+    params = equation.params
+    try:
+        return equation.primitive.name == "conv_general_dilated" and (
+            params["dimension_numbers"] == _NHWC
+            and params["feature_group_count"] == params["batch_group_count"] == 1
+            and {*params["lhs_dilation"], *params["rhs_dilation"]} == {1}
+        )
+    except UNKNOWN_FORM:
+        return False
 
 
 def pixels_at_once(equation: core.JaxprEqn) -> int:
@@ -44,20 +60,8 @@ def pixels_at_once(equation: core.JaxprEqn) -> int:
         >>> pixels_at_once(program.eqns[0])
         4
     """
-    if equation.primitive.name != "conv_general_dilated":
-        return 1
-    params = equation.params
     result: Any = equation.outvars[0].aval
-    try:
-        plain = (
-            params["dimension_numbers"] == _NHWC
-            and params["feature_group_count"] == params["batch_group_count"] == 1
-            and set(params["lhs_dilation"]) == set(params["rhs_dilation"]) == {1}
-            and result.dtype == jnp.float32
-        )
-    except UNKNOWN_FORM:
-        plain = False
-    if not plain:
+    if not is_plain(equation) or result.dtype != jnp.float32:
         return 1
     width = shape_of(equation.outvars[0])[2]
     channels_in, channels_out = shape_of(equation.invars[1])[2:]

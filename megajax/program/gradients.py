@@ -15,11 +15,11 @@ import jax
 from jax import lax
 from jax.extend import core
 
+from megajax.program.convolutions import is_plain
 from megajax.program.jaxprs import run_equation, walk
 
 __all__ = ["with_fast_gradients"]
 
-_NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -55,17 +55,9 @@ def with_fast_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _visit(number: int, equation: core.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:
     del number
-    params = equation.params
-    if equation.primitive.name != "conv_general_dilated":
+    if not is_plain(equation):
         return run_equation(equation, operands)
-    plain = (
-        params["dimension_numbers"] == _NHWC
-        and params["feature_group_count"] == params["batch_group_count"] == 1
-        and set(params["lhs_dilation"]) | set(params["rhs_dilation"]) == {1}
-    )
-    if not plain:
-        return run_equation(equation, operands)
-    x, kernel = operands
+    params, (x, kernel) = equation.params, operands
     rest = (params["precision"], params["preferred_element_type"])
     return [_convolve(x, kernel, params["window_strides"], tuple(params["padding"]), *rest)]
 

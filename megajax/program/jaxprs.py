@@ -84,14 +84,12 @@ class Program:
         closed: the program; its arguments are the variables' leaves, then the inputs'.
         shapes: shapes and dtypes of the variables' leaves.
         treedef: structure of the variables.
-        input_tree: structure of the inputs.
         output_tree: structure of the outputs.
     """
 
     closed: core.ClosedJaxpr
     shapes: tuple[Any, ...]
     treedef: Any
-    input_tree: Any
     output_tree: Any
 
 
@@ -148,7 +146,7 @@ def _trace(
         return apply_fn(jax.tree.unflatten(treedef, leaves), jax.tree.unflatten(input_tree, inputs))
 
     closed, outputs = jax.make_jaxpr(flat, return_shape=True)(specs, input_specs)
-    return Program(closed, specs, treedef, input_tree, jax.tree.structure(outputs))
+    return Program(closed, specs, treedef, jax.tree.structure(outputs))
 
 
 def _same(tree: PyTree) -> PyTree:
@@ -396,8 +394,7 @@ def run_equation(equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
     values = {atom: value for atom, value in pairs if not isinstance(atom, core.Literal)}
     names = core.DebugInfo("equation", equation.primitive.name, None, None)
     alone = core.Jaxpr((), list(values), equation.outvars, [equation], equation.effects, names)
-    outputs: list[Any] = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*values.values())
-    return outputs
+    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*values.values())
 
 
 def run_scan(

@@ -17,7 +17,7 @@ from jax.extend import core
 from megajax.program.jaxprs import Delayed, Program, delay, known, run, trace, walk
 from megajax.types import ApplyFn, Genes, PyTree
 
-__all__ = ["Split", "features_size", "own_leaves", "split"]
+__all__ = ["Split", "own_leaves", "split"]
 
 
 class Split(NamedTuple):
@@ -91,30 +91,6 @@ def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]
     if all(own) or not _border(trace(apply_fn, variables, inputs), tuple(own)):
         return None
     return Split(*(_Part(apply_fn, tuple(own), part) for part in (_first, _rest)))
-
-
-def features_size(apply_fn: ApplyFn, variables: PyTree, batches: Any, own: Sequence[bool]) -> int:
-    """What the first part of a network gives for all examples, in bytes; 0 if it has none.
-
-    Args:
-        apply_fn: the network.
-        variables: of one network, or their shapes and dtypes.
-        batches: the inputs, leaves `[B, b, ...]`, or their shapes and dtypes.
-        own: as for `split`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> w, x = {"first": jnp.eye(2), "second": jnp.ones((2, 3))}, jnp.ones((5, 4, 2))
-        >>> def apply_fn(w, x):
-        ...     return jnp.tanh(x @ w["first"]) @ w["second"]
-        >>> features_size(apply_fn, w, x, [False, True]), features_size(apply_fn, w, x, [True] * 2)
-        (160, 0)
-    """
-    batch = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), batches)
-    parts = split(apply_fn, variables, batch, own)
-    features = jax.eval_shape(parts.first, variables, batch) if parts is not None else []
-    each = sum(int(one.size) * int(one.dtype.itemsize) for one in features)
-    return int(jax.tree.leaves(batches)[0].shape[0]) * each
 
 
 class _Trait(NamedTuple):

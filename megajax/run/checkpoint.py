@@ -21,7 +21,7 @@ from megajax.errors import WorkdirError
 from megajax.io import file_digest, pack, unpack, write_bytes
 from megajax.run import processes as distributed
 from megajax.sections import Section, at_least
-from megajax.trees import leaves_by_path
+from megajax.trees import is_key, leaves_by_path, unlike
 from megajax.types import PyTree
 
 __all__ = ["Checkpoint", "CheckpointConfig", "Checkpoints", "fit"]
@@ -124,7 +124,7 @@ class Checkpoints:
         """
         if step == self._saved_step or not distributed.is_first():
             return
-        arrays = {name: _array(leaf) for name, leaf in leaves_by_path(state).items()}
+        arrays = leaves_by_path(jax.device_get(jax.tree.map(_data, state)))
         data = pack(arrays, {"identity": self._identity, "step": step})
         shown = hashlib.sha256(data).hexdigest()[:_SHOWN]
         write_bytes(self._folder / f"{step}.{shown}.safetensors", data)
@@ -177,33 +177,19 @@ def fit(like: PyTree, arrays: dict[str, np.ndarray]) -> PyTree:
         ...
         megajax.errors.WorkdirError: leaf 0 is float64[3] in the checkpoint, float64[2] here
     """
-    wanted = leaves_by_path(like)
-    for name in {**wanted, **arrays}:
-        there, here = _describe(arrays.get(name)), _describe(wanted.get(name))
-        if there != here:
-            raise WorkdirError(f"leaf {name} is {there} in the checkpoint, {here} here")
-    leaves = [_as(leaf, arrays[name]) for name, leaf in wanted.items()]
+    for name, there, here in unlike(arrays, jax.tree.map(_data, like)):
+        raise WorkdirError(f"leaf {name} is {there} in the checkpoint, {here} here")
+    leaves = [_as(leaf, arrays[name]) for name, leaf in leaves_by_path(like).items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _array(leaf: Any) -> np.ndarray:
-    return np.asarray(jax.device_get(jax.random.key_data(leaf) if _is_key(leaf) else leaf))
+def _data(leaf: Any) -> Any:
+    """A leaf as arrays hold it."""
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
 
 
 def _as(leaf: Any, array: np.ndarray) -> Any:
     """The array as what the leaf is: a PRNG key, a Python number, or an array."""
-    if _is_key(leaf):
+    if is_key(leaf):
         return jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
     return type(leaf)(array) if isinstance(leaf, (bool, int, float)) else array
-
-
-def _describe(leaf: Any) -> str:
-    if leaf is None:
-        return "absent"
-    shape = jax.eval_shape(lambda: jax.random.key_data(leaf)) if _is_key(leaf) else leaf
-    shape = shape if hasattr(shape, "dtype") else np.asarray(shape)
-    return f"{shape.dtype}[{','.join(map(str, shape.shape))}]"

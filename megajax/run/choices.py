@@ -96,13 +96,13 @@ def _check_merge(task: Task, one: PyTree) -> None:
     if selection.targets is not None:
         few = few._replace(targets=selection.targets[:64])
     fitness = fitness_of(config).replace(racing_examples=None)
-    base = one if config.genome.kind == "task_vectors" and has_base(config) else None
+    by_vectors = config.genome.kind == "task_vectors" and has_base(config)
     problem = problem_for(
         task.apply_fn,
         zeros,
         few,
         calibration=images,
-        base=zeros[0] if base is not None else None,
+        base=zeros[0] if by_vectors else None,
         recalibrate=config.recalibrate.replace(examples=2),
         genome=config.genome,
         fitness=fitness,

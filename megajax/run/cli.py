@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import itertools
 import logging
 import os
@@ -37,7 +36,14 @@ import jax
 from rich.console import Console
 
 from megajax import report
-from megajax.errors import ConfigError, DeviceError, Interrupted, MegajaxError, first_line
+from megajax.errors import (
+    ConfigError,
+    DeviceError,
+    Interrupted,
+    MegajaxError,
+    did_you_mean,
+    first_line,
+)
 from megajax.evaluation.results import aggregate
 from megajax.io import write_json
 from megajax.report.page import show
@@ -223,8 +229,8 @@ def _parse(arguments: list[str]) -> _Order | None:
         print(_help())
         return None
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{n}" for n in _FLAGS], n=1)
-        hint = f"did you mean {near[0]}?" if near else "see --help"
+        flags = [f"--{name}" for name in _FLAGS]
+        hint = did_you_mean(unknown[0].partition("=")[0], flags, "see --help")
         raise ConfigError(f"{unknown[0]!r} is no flag; {hint}")
     if given.config is None:
         raise ConfigError("--config FILE is missing; see --help")

@@ -239,8 +239,7 @@ def to_dict(config: Section) -> dict[str, Any]:
             return {key: plain(item) for key, item in value.items()}
         return _identify(value) if callable(value) else value
 
-    result: dict[str, Any] = plain(config)
-    return result
+    return plain(config)
 
 
 def _identify(function: Callable[..., Any]) -> str:

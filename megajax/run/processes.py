@@ -179,5 +179,4 @@ def _wait_for(coordinator: str, timeout: int) -> None:
 
 
 def _numbers(number: int) -> list[int]:
-    gathered: list[int] = multihost_utils.process_allgather(np.int32(number)).tolist()
-    return gathered
+    return multihost_utils.process_allgather(np.int32(number)).tolist()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from megajax.errors import ConfigError
 from megajax.search import operators
 from megajax.search.genetic import Evaluate, Tools, evaluated
-from megajax.search.loop import Record, State, scored, start
+from megajax.search.loop import FullScoring, Record, State, scored, start
 from megajax.search.operators import Mutation, Population, take
 from megajax.types import Genes, Key, PyTree, bind
 
@@ -22,7 +22,7 @@ __all__ = ["PBIL", "OnePlusOne", "one_plus_one", "pbil"]
 
 
 @dataclass(frozen=True)
-class OnePlusOne:
+class OnePlusOne(FullScoring):
     """The (1 + 1) evolutionary algorithm: a child that is no worse replaces its only parent.
 
     With `num_offspring` above 1 it is (1 + lambda): the best of the children stands against the
@@ -49,7 +49,6 @@ class OnePlusOne:
     evaluate: Evaluate
     mutate: Mutation
     num_offspring: int = 1
-    partial_examples: int = 0
 
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
         """Scores the first population, whose best is the first parent."""
@@ -67,13 +66,9 @@ class OnePlusOne:
         survivor = jax.tree.map(lambda new, old: jnp.where(no_worse, new, old), child, parent)
         return scored(state, survivor, offspring)
 
-    def cost(self, num_examples: int) -> int:
-        """Passes of an example through a network that a generation takes."""
-        return self.num_offspring * num_examples
-
 
 @dataclass(frozen=True)
-class PBIL:
+class PBIL(FullScoring):
     """Population-based incremental learning: probabilities that learn from each generation's best.
 
     The population is what was drawn last. The probabilities of the parents start alike for every
@@ -105,7 +100,6 @@ class PBIL:
     negative_learning_rate: float = 0.075
     mutation_rate: float = 0.02
     mutation_shift: float = 0.05
-    partial_examples: int = 0
 
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
         """Scores the first population and learns from it.
@@ -132,10 +126,6 @@ class PBIL:
         memory = self._learnt(learn_key, state.memory, offspring)
         return scored(state, offspring, offspring, memory)
 
-    def cost(self, num_examples: int) -> int:
-        """Passes of an example through a network that a generation takes."""
-        return self.num_offspring * num_examples
-
     def _drawn(self, key: Key, chance: jax.Array) -> jax.Array:
         shape = (self.num_offspring, *chance.shape[:-1])
         pick = jax.random.categorical(key, jnp.log(chance), shape=shape)
@@ -159,8 +149,7 @@ class PBIL:
             goal = jax.nn.one_hot(pick, chance.shape[-1], dtype=chance.dtype)
             return jnp.where(hit, _towards(chance, goal, self.mutation_shift), chance)
 
-        learnt: PyTree = jax.tree.map(learn, _keys(key, chances), chances, best, worst)
-        return learnt
+        return jax.tree.map(learn, _keys(key, chances), chances, best, worst)
 
 
 def _towards(chance: jax.Array, goal: jax.Array, rate: float) -> jax.Array:
@@ -175,8 +164,7 @@ def _keys(key: Key, tree: PyTree) -> PyTree:
 
 def _alone(one: Population) -> Population:
     """A population of one."""
-    alone: Population = jax.tree.map(lambda leaf: leaf[None], one)
-    return alone
+    return jax.tree.map(lambda leaf: leaf[None], one)
 
 
 def one_plus_one(config: Any, tools: Tools) -> OnePlusOne:
@@ -205,7 +193,6 @@ def pbil(config: Any, tools: Tools) -> PBIL:
 
 
 def _check(config: Any, tools: Tools) -> None:
-    config.require(tools.race is None, "method", "only the genetic algorithm races")
     config.require(
         tools.space.picks, "method", "it is for genes that pick a parent: genome.binary=True"
     )

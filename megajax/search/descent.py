@@ -108,8 +108,7 @@ class Descent:
             mean = optax.incremental_update(free, walk.mean, share)
             return Walk(free, mean, adam, count)
 
-        done: Walk = jax.lax.fori_loop(0, self.steps, step, walk)
-        return done
+        return jax.lax.fori_loop(0, self.steps, step, walk)
 
     def improved(self, key: Key, genes: Genes, problem: PyTree) -> Genes:
         """Genes of one individual after the steps, from a fresh optimizer (Lamarckian)."""

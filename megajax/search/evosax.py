@@ -5,7 +5,6 @@ evosax is imported only when one of them runs (`pip install -e ".[searchers]"`).
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
@@ -19,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from megajax.errors import ConfigError
+from megajax.errors import ConfigError, did_you_mean
 from megajax.search.genetic import Evaluate, Space, Tools, evaluated
-from megajax.search.loop import Counts, Record, State, advance, record, start
+from megajax.search.loop import FullScoring, Record, State, scored, start
 from megajax.search.operators import Population
 from megajax.types import Genes, Key, PyTree
 
@@ -36,7 +35,7 @@ def _as_evosax_counts() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Evosax:
+class Evosax(FullScoring):
     """An algorithm of evosax over a space of genes.
 
     The first population is scored as it is given; a distribution-based algorithm then starts with
@@ -70,7 +69,6 @@ class Evosax:
     scale: float = 0.3
     options: tuple[tuple[str, Any], ...] = ()
     parameters: tuple[tuple[str, Any], ...] = ()
-    partial_examples: int = 0
 
     @_as_evosax_counts()
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
@@ -116,13 +114,7 @@ class Evosax:
         memory = jax.tree.map(
             lambda new, old: jnp.where(finite.any(), new, old).astype(old.dtype), told, state.memory
         )
-        counts = Counts(*map(jnp.int32, (self.num_offspring, self.num_offspring, 0)))
-        state = advance(state, offspring, offspring, counts, memory)
-        return state, record(state, jnp.sum(~finite), jnp.sum(finite))
-
-    def cost(self, num_examples: int) -> int:
-        """Passes of an example through a network that a generation takes."""
-        return self.num_offspring * num_examples
+        return scored(state, offspring, offspring, memory)
 
     def _coordinates(self) -> tuple[Callable[[Genes], Genes], Callable[[Genes], Genes]]:
         """To the numbers that are free to vary, and back."""
@@ -166,7 +158,6 @@ class Evosax:
 
 def from_config(config: Any, tools: Tools, *, algorithm: str) -> Evosax:
     """An algorithm of evosax with the population size of a configuration section."""
-    config.require(tools.race is None, "method", "only the genetic algorithm races")
     _algorithm(algorithm)
     return Evosax(algorithm, tools.evaluate, tools.space, config.population_size)
 
@@ -185,8 +176,7 @@ def _algorithm(name: str) -> type:
         ) from None
     known: dict[str, type] = algorithms
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        hint = did_you_mean(name, known, f"there are {', '.join(known)}")
         raise ConfigError(f"evosax has no algorithm {name!r}; {hint}")
     return known[name]
 
@@ -195,5 +185,4 @@ def _helmert(size: int) -> np.ndarray:
     """An orthonormal basis of the vectors that sum to zero, `[size - 1, size]`."""
     rows = np.tril(np.ones((size, size)), -1)[1:]
     rows -= np.diag(np.arange(size))[1:]
-    basis: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return basis
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from megajax.errors import ConfigError, first_line
 from megajax.search import operators
 from megajax.search.descent import Objective, descent_of
-from megajax.search.loop import Counts, Record, State, advance, record, start
+from megajax.search.loop import Counts, Record, State, scored, start
 from megajax.search.operators import (
     BLENDING,
     CROSSOVERS,
@@ -39,7 +39,8 @@ from megajax.search.operators import (
     Selection,
     Survival,
 )
-from megajax.types import Bound, Genes, Key, Method, PyTree, bind
+from megajax.trees import told
+from megajax.types import Genes, Key, Method, PyTree, bind
 
 __all__ = [
     "GeneticAlgorithm",
@@ -56,7 +57,13 @@ Evaluate: TypeAlias = Callable[[PyTree, Genes], Any]
 
 
 class Space(Protocol):
-    """What a search knows of its genes; see `megajax.merging.genome.Genome`."""
+    """What a search knows of its genes; `megajax.merging.genome.Genome` adds what networks are.
+
+    Attributes:
+        gene_ndim: trailing axes of one gene, for the operators; None if a gene is a whole leaf.
+        num_genes: genes of an individual.
+        picks: whether a gene picks one parent, so that genes cannot be blended.
+    """
 
     @property
     def gene_ndim(self) -> int | None: ...  # noqa: D102
@@ -64,10 +71,18 @@ class Space(Protocol):
     def num_genes(self) -> int: ...  # noqa: D102
     @property
     def picks(self) -> bool: ...  # noqa: D102
-    def init(self, key: Key, size: int, parents: PyTree) -> Genes: ...  # noqa: D102
-    def repair(self, genes: Genes) -> Genes: ...  # noqa: D102
-    def sample(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array: ...  # noqa: D102
-    def noise(self, key: Key, genes: Genes, *, rate: float, scale: float) -> Genes: ...  # noqa: D102
+
+    def init(self, key: Key, size: int, parents: PyTree) -> Genes:
+        """The first population, leaves `[size, ...]`; the parents come first."""
+
+    def repair(self, genes: Genes) -> Genes:
+        """Puts what variation made back into the search space."""
+
+    def sample(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Random genes, for the reset mutation."""
+
+    def noise(self, key: Key, genes: Genes, *, rate: float, scale: float) -> Genes:
+        """The Gaussian mutation."""
 
 
 class Tools(NamedTuple):
@@ -180,9 +195,8 @@ class GeneticAlgorithm:
             offspring = self._raced(self.race, score_key, problem, genes)
             full = self.race.finalists(size)
         counts = Counts(*map(jnp.int32, (size, full, size if self.partial_examples else 0)))
-        valid = jnp.sum(jnp.isfinite(offspring.fitness))
-        state = advance(state, self.survive(survive_key, population, offspring), offspring, counts)
-        return state, record(state, full - valid, valid)
+        survivors = self.survive(survive_key, population, offspring)
+        return scored(state, survivors, offspring, counts=counts)
 
     @property
     def partial_examples(self) -> int:
@@ -259,9 +273,6 @@ def _zeros(shapes: PyTree) -> PyTree:
 
 
 def _check(name: str, call: Callable[[], Any], wanted: PyTree) -> None:
-    def told(tree: PyTree) -> Any:
-        return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree)
-
     try:
         found = jax.eval_shape(call)
     except Exception as error:  # whatever a user's own function raises
@@ -315,8 +326,7 @@ def from_config(config: Any, tools: Tools) -> GeneticAlgorithm:
 
 def _selection(config: Any) -> Selection:
     if not isinstance(config.selection, str):
-        function: Selection = config.selection
-        return function
+        return config.selection
     if config.selection == "tournament":
         return bind(operators.tournament, size=config.tournament_size)
     return SELECTIONS[config.selection]
@@ -324,16 +334,14 @@ def _selection(config: Any) -> Selection:
 
 def _crossover(names: Any, gene_ndim: int | None) -> Crossover:
     if not isinstance(names, tuple):
-        function: Crossover = names
-        return function
-    among = tuple(_with(CROSSOVERS[name], gene_ndim=gene_ndim) for name in names)
+        return names
+    among = tuple(bind(CROSSOVERS[name], gene_ndim=gene_ndim) for name in names)
     return among[0] if len(among) == 1 else bind(operators.choose_one, among=among)
 
 
 def _mutation(mutation: Any, config: Any, space: Space) -> Mutation:
     if callable(mutation):
-        function: Mutation = mutation
-        return function
+        return mutation
     rate = config.mutation_rate
     if rate is None:
         rate = max(0.01, 1 / space.num_genes)
@@ -346,10 +354,3 @@ def _mutation(mutation: Any, config: Any, space: Space) -> Mutation:
     names = (mutation,) if isinstance(mutation, str) else mutation
     chosen = tuple(known[name] for name in names)
     return chosen[0] if len(chosen) == 1 else bind(operators.apply_all, mutations=chosen)
-
-
-def _with(function: Callable[..., Any], **options: Any) -> Bound:
-    """`bind`, also for what is bound already."""
-    if isinstance(function, Bound):
-        return bind(function.function, **(dict(function.options) | options))
-    return bind(function, **options)

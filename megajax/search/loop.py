@@ -10,7 +10,7 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from megajax.types import Genes, Key, PyTree
 
 __all__ = [
     "Counts",
+    "FullScoring",
     "Info",
     "Limits",
     "Record",
@@ -150,6 +151,21 @@ class Search(Protocol):
         """What a generation costs at most, in passes of an example through a network."""
 
 
+class FullScoring:
+    """What searches have in common that score all their offspring on all examples, once.
+
+    Attributes:
+        num_offspring: of a generation.
+    """
+
+    num_offspring: int
+    partial_examples: ClassVar[int] = 0
+
+    def cost(self, num_examples: int) -> int:
+        """Passes of an example through a network that a generation takes."""
+        return self.num_offspring * num_examples
+
+
 class Limits(NamedTuple):
     """When a search ends; None is no limit.
 
@@ -243,8 +259,7 @@ def joined(history: Sequence[Info]) -> Info:
 
 def first_state(search: Search, key: Key, genes: Genes, problem: PyTree) -> State:
     """The scored first population, compiled once for all problems of equal shapes."""
-    state: State = _init(search, key, genes, problem)
-    return state
+    return _init(search, key, genes, problem)
 
 
 def compiled_step(search: Search, per_call: int, key: Key, state: State, problem: PyTree) -> Any:
@@ -327,20 +342,26 @@ def advance(
 
 
 def scored(
-    state: State, survivors: Population, offspring: Population, memory: PyTree = ()
+    state: State,
+    survivors: Population,
+    offspring: Population,
+    memory: PyTree = (),
+    counts: Counts | None = None,
 ) -> tuple[State, Record]:
-    """What `step` returns after a generation whose offspring were all scored on all examples.
+    """What `step` returns after a generation.
 
     Args:
         state: before it.
         survivors: who survived it.
         offspring: whom it scored.
         memory: what the search carries on.
+        counts: what it cost; None if all offspring were scored on all examples.
     """
     size = jnp.int32(offspring.fitness.size)
-    state = advance(state, survivors, offspring, Counts(size, size, jnp.int32(0)), memory)
+    counts = Counts(size, size, jnp.int32(0)) if counts is None else counts
+    state = advance(state, survivors, offspring, counts, memory)
     valid = jnp.sum(jnp.isfinite(offspring.fitness))
-    return state, record(state, size - valid, valid)
+    return state, record(state, counts.full - valid, valid)
 
 
 def record(state: State, invalid: jax.Array, valid: jax.Array) -> Record:
@@ -445,7 +466,4 @@ def _generations(
         state, noted = search.step(jax.random.fold_in(key, state.generation), state, problem)
         return state, jax.tree.map(lambda all_, one: all_.at[i].set(one), records, noted)
 
-    done: tuple[State, Record] = jax.lax.fori_loop(
-        0, last - state.generation, generation, (state, records)
-    )
-    return done
+    return jax.lax.fori_loop(0, last - state.generation, generation, (state, records))

@@ -147,6 +147,8 @@ def make_search(
     Raises:
         ConfigError: the choices do not fit the genes.
     """
+    races = race is None or config.method == "genetic"
+    config.require(races, "method", "only the genetic algorithm races")
     tools = Tools(space, evaluate, race, objective, improve, num_examples)
     return METHODS[config.method](config, tools)
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 
 from megajax.search import genetic, operators
 from megajax.search.genetic import Evaluate, Tools, evaluated
-from megajax.search.loop import Record, State, scored, start
+from megajax.search.loop import FullScoring, Record, State, scored, start
 from megajax.search.operators import Crossover, Mutation, Population, take
 from megajax.types import Genes, Key, PyTree, bind
 
@@ -42,7 +42,7 @@ _NONE = bind(operators.apply_all, mutations=())
 
 
 @dataclass(frozen=True)
-class Niches:
+class Niches(FullScoring):
     """An archive whose members share the examples that they are right on.
 
     A generation: the first of each pair is drawn in proportion to its shared fitness, the second in
@@ -72,7 +72,6 @@ class Niches:
     alpha: float = 1.0
     matchmaker: bool = True
     founders: int | None = None
-    partial_examples: int = 0
     per_example: ClassVar[bool] = True
 
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
@@ -97,10 +96,6 @@ class Niches:
         everyone = operators.concatenate(archive, offspring)
         who = _archived(everyone, archive.fitness.size, self.alpha)
         return scored(state, take(everyone, who), offspring)
-
-    def cost(self, num_examples: int) -> int:
-        """Passes of an example through a network that a generation takes."""
-        return self.num_offspring * num_examples
 
     def _pairs(self, key: Key, archive: Population) -> tuple[jax.Array, jax.Array]:
         """Indices of the first and the second of each pair, `[M]` each."""
@@ -163,8 +158,7 @@ def _worth(right: jax.Array, alpha: float) -> jax.Array:
 
 
 def _right(population: Population) -> jax.Array:
-    right: jax.Array = population.aux.right & jnp.isfinite(population.fitness)[:, None]
-    return right
+    return population.aux.right & jnp.isfinite(population.fitness)[:, None]
 
 
 def _archived(everyone: Population, size: int, alpha: float) -> jax.Array:
@@ -177,8 +171,7 @@ def _archived(everyone: Population, size: int, alpha: float) -> jax.Array:
         place = jnp.where(alive[number], worst, size)
         return who.at[place].set(number, mode="drop")
 
-    who: jax.Array = jax.lax.fori_loop(size, alive.size, enter, jnp.arange(size))
-    return who
+    return jax.lax.fori_loop(size, alive.size, enter, jnp.arange(size))
 
 
 def from_config(config: Any, tools: Tools) -> Niches:
@@ -192,7 +185,6 @@ def from_config(config: Any, tools: Tools) -> Niches:
         ConfigError: see `megajax.search.genetic.from_config`.
     """
     space = tools.space
-    config.require(tools.race is None, "method", "only the genetic algorithm races")
     crossover = config.crossover
     if crossover is None and space.picks:
         crossover = "one_point"

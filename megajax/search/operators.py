@@ -476,8 +476,7 @@ def _on_the_arc(first: Genes, second: Genes, share: jax.Array) -> Genes:
             return (a.astype(jnp.float32) * b.astype(jnp.float32)).sum(axis=range(1, a.ndim))
 
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-        total: jax.Array = sum((of_leaf(a, b) for a, b in pairs), jnp.float32(0))
-        return total
+        return sum((of_leaf(a, b) for a, b in pairs), jnp.float32(0))
 
     lengths = jnp.sqrt(dot(first, first)) * jnp.sqrt(dot(second, second))
     cosine = dot(first, second) / jnp.where(lengths > 0, lengths, 1)
@@ -801,13 +800,11 @@ def best(population: Population, num: int) -> Population:
         [2]
     """
     order = jnp.argsort(-population.fitness, stable=True)[:num]
-    survivors: Population = take(population, order)
-    return survivors
+    return take(population, order)
 
 
 def concatenate(first: Population, second: Population) -> Population:
-    joined: Population = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
-    return joined
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
 
 
 # Pytrees with a population axis ------------------------------------------------------------------

@@ -34,7 +34,7 @@ import numpy as np
 from megajax.errors import ConfigError
 from megajax.search import genetic, operators
 from megajax.search.genetic import Evaluate, Tools, evaluated
-from megajax.search.loop import Record, State, scored, start
+from megajax.search.loop import FullScoring, Record, State, scored, start
 from megajax.search.operators import Crossover, Mutation, Population, take
 from megajax.types import Genes, Key, PyTree
 
@@ -42,7 +42,7 @@ __all__ = ["NSGA2", "crowding", "from_config", "hypervolume", "non_dominated_ran
 
 
 @dataclass(frozen=True)
-class NSGA2:
+class NSGA2(FullScoring):
     """NSGA-II: (mu + lambda) by non-dominated rank and, within a rank, by crowding distance.
 
     Parents win a tournament of two by the same order, equals by chance. Distances are those within
@@ -63,7 +63,6 @@ class NSGA2:
     cross: Crossover = operators.sbx
     mutate: Mutation = operators.gaussian
     repair: Callable[[Genes], Genes] = operators.unchanged
-    partial_examples: int = 0
 
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
         """Scores the first population.
@@ -89,10 +88,6 @@ class NSGA2:
         everyone = operators.concatenate(population, offspring)
         older = jnp.arange(everyone.fitness.size, dtype=jnp.float32)
         return scored(state, take(everyone, _order(everyone, older)[:size]), offspring)
-
-    def cost(self, num_examples: int) -> int:
-        """Passes of an example through a network that a generation takes."""
-        return self.num_offspring * num_examples
 
 
 def non_dominated_rank(scores: jax.Array) -> jax.Array:
@@ -124,8 +119,7 @@ def non_dominated_rank(scores: jax.Array) -> jax.Array:
         return (rank == front).any()
 
     start_ = jnp.zeros(len(scores), jnp.int32), jnp.int32(0)
-    rank: jax.Array = jax.lax.while_loop(unfinished, peel, start_)[0]
-    return rank
+    return jax.lax.while_loop(unfinished, peel, start_)[0]
 
 
 def crowding(scores: jax.Array, rank: jax.Array) -> jax.Array:
@@ -204,6 +198,5 @@ def from_config(config: Any, tools: Tools) -> NSGA2:
     Raises:
         ConfigError: see `megajax.search.genetic.from_config`.
     """
-    config.require(tools.race is None, "method", "only the genetic algorithm races")
     varied = genetic.from_config(config, tools)
     return NSGA2(tools.evaluate, config.population_size, varied.cross, varied.mutate, varied.repair)

@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from megajax.search import operators
 from megajax.search.genetic import Evaluate, Space, Tools, evaluated
-from megajax.search.loop import Counts, Record, State, advance, record, start
+from megajax.search.loop import FullScoring, Record, State, scored, start
 from megajax.types import Genes, Key, PyTree
 
 __all__ = ["RandomSearch", "from_config"]
 
 
 @dataclass(frozen=True)
-class RandomSearch:
+class RandomSearch(FullScoring):
     """Draws anew in each generation from what the first population is drawn from.
 
     What selection and variation add is all that is left between it and a genetic algorithm. Its
@@ -30,7 +29,7 @@ class RandomSearch:
 
     Example:
         >>> from megajax.merging.masks import masks
-        >>> space = masks({"w": jnp.zeros(3)}, 2, granularity="element")
+        >>> space = masks({"w": jax.numpy.zeros(3)}, 2, granularity="element")
         >>> search = RandomSearch(lambda _, genes: genes[:, :, 0].min(axis=1), space, 8)
         >>> state = search.init(jax.random.key(0), space.init(jax.random.key(1), 8), None)
         >>> state, _ = search.step(jax.random.key(2), state, None)
@@ -41,7 +40,6 @@ class RandomSearch:
     evaluate: Evaluate
     space: Space
     num_offspring: int
-    partial_examples: int = 0
 
     def init(self, key: Key, genes: Genes, problem: PyTree) -> State:
         """Scores the first population."""
@@ -54,19 +52,10 @@ class RandomSearch:
         drawn = self.space.init(key, 2 * size, None)  # parents and mean come first
         genes = self.space.repair(jax.tree.map(lambda leaf: leaf[size:], drawn))
         offspring = evaluated(self.evaluate, problem, genes)
-        counts = Counts(*map(jnp.int32, (size, size, 0)))
-        valid = jnp.sum(jnp.isfinite(offspring.fitness))
-        survivors = operators.plus(key, state.population, offspring)
-        state = advance(state, survivors, offspring, counts)
-        return state, record(state, size - valid, valid)
-
-    def cost(self, num_examples: int) -> int:
-        """Passes of an example through a network that a generation takes."""
-        return self.num_offspring * num_examples
+        return scored(state, operators.plus(key, state.population, offspring), offspring)
 
 
 def from_config(config: Any, tools: Tools) -> RandomSearch:
     """Random search with the population size of a configuration section."""
-    config.require(tools.race is None, "method", "only the genetic algorithm races")
     config.require(tools.space.gene_ndim == 1, "method", "weights cannot be drawn at random")
     return RandomSearch(tools.evaluate, tools.space, config.population_size)

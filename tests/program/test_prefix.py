@@ -11,7 +11,7 @@ import pytest
 import megajax as mj
 from megajax.merging.genome import GENOMES, make_genome
 from megajax.program.jaxprs import walk
-from megajax.program.prefix import features_size, own_leaves, split
+from megajax.program.prefix import own_leaves, split
 from megajax.trees import leaf_paths
 from megajax.zoo import networks as models
 
@@ -139,5 +139,3 @@ def test_any_pytrees_and_equal_parts():
     assert len({parts, split(apply_fn, w, x, (False, True))}) == 1
     found = jax.jit(parts.rest)(w, (x, jax.jit(parts.first)(w, x)))
     chex.assert_trees_all_close(found, apply_fn(w, x), rtol=1e-6)
-    batches = jax.tree.map(lambda leaf: leaf.reshape(2, 11, 3), x)
-    assert features_size(apply_fn, w, batches, [False, True]) == 2 * 22 * 3 * 4  # two of them

@@ -13,13 +13,11 @@ import jax
 import numpy as np
 
 from megajax.errors import InterchangeError
-from megajax.formats.arrays import Format, Keyed, Spec, Stored, native, nested
+from megajax.formats.arrays import NOT_AN_ARRAY, Format, Keyed, Spec, Stored, native, nested
 from megajax.formats.disk import one_line, write_whole
 from megajax.trees import leaves_by_path
 
 __all__ = ["FORMAT"]
-
-_NOT_AN_ARRAY = Spec((), np.dtype(object))
 
 
 def _open(path: Path) -> Stored:
@@ -49,7 +47,7 @@ def _spec(value: Any) -> Spec:
     if isinstance(value, (np.ndarray, np.generic, bool, int, float, complex)):
         array = np.asarray(value)
         return Spec(array.shape, array.dtype)
-    return _NOT_AN_ARRAY
+    return NOT_AN_ARRAY
 
 
 _READER = "Flax: `flax.serialization.from_bytes(variables, data)`"

@@ -17,13 +17,12 @@ import jax
 import numpy as np
 
 from megajax.errors import InterchangeError
-from megajax.formats.arrays import Format, Keyed, Spec, Stored, native, nested
+from megajax.formats.arrays import NOT_AN_ARRAY, Format, Keyed, Spec, Stored, native, nested
 from megajax.formats.disk import one_line
 
 __all__ = ["FORMAT"]
 
 _METADATA = "_METADATA"
-_NOT_AN_ARRAY = Spec((), np.dtype(object))
 
 
 def _find(path: Path) -> list[Path]:
@@ -42,7 +41,7 @@ def _open(path: Path) -> Stored:
             if name in specs:
                 raise InterchangeError(f"{path} has two leaves called {name}")
             if kind["value_type"] == "string":
-                specs[name] = _NOT_AN_ARRAY
+                specs[name] = NOT_AN_ARRAY
             elif not kind["skip_deserialize"]:  # an empty container, or None
                 stores[name] = _store(path, ".".join(keys), metadata)
         for name, store in stores.items():

@@ -211,9 +211,8 @@ def _by_tree(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
     nodes = [
         {
             **node._asdict(),
-            "parents": list(node.parents),
             "fitness": result.fitness,
-            "parent_fitness": result.parent_fitness.tolist(),
+            "parent_fitness": result.parent_fitness,
             "evaluations": result.evaluations,
         }
         for node, result in zip(tree.nodes, tree.results, strict=True)
@@ -229,21 +228,11 @@ def _by_tree(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
     return _outcome(tree, figures, earlier)
 
 
-def _outcome(
-    found: MergeResult | TreeResult, figures: Mapping[str, Any], seconds: float
-) -> Outcome:
-    return Outcome(
-        networks={"merged": found.variables},
-        values={
-            "fitness": found.fitness,
-            "parent_fitness": found.parent_fitness.tolist(),
-            "evaluations": found.evaluations,
-            "examples_scored": found.examples_scored,
-            **figures,
-        },
-        files=(METRICS,),
-        seconds=seconds,
-    )
+def _outcome(found: MergeResult | TreeResult, figures: dict[str, Any], seconds: float) -> Outcome:
+    names = ("fitness", "parent_fitness", "evaluations", "examples_scored")
+    values = {name: getattr(found, name) for name in names} | figures
+    networks = {"merged": found.variables}
+    return Outcome(networks, values, files=(METRICS,), seconds=seconds)
 
 
 def _base(config: Config, outcomes: Outcomes) -> PyTree | None:
@@ -253,12 +242,11 @@ def _base(config: Config, outcomes: Outcomes) -> PyTree | None:
     return outcomes["parents"].networks.get("base")
 
 
-def _shares(merged: MergeResult) -> dict[str, Any]:
+def _shares(merged: MergeResult) -> Mapping[str, Any]:
     """For each module, the parents' shares: channel by channel for masks, else one row."""
     if not isinstance(merged.genome, Masks):
         return projected_shares(merged.variables, merged.parents)
-    found = channel_shares(merged.genome, merged.genes, merged.variables)
-    return {name: shares.tolist() for name, shares in found.items()}
+    return channel_shares(merged.genome, merged.genes, merged.variables)
 
 
 def _node_name(node: Node) -> str:
@@ -266,35 +254,19 @@ def _node_name(node: Node) -> str:
 
 
 def _node_outcome(node: Node, result: NodeResult) -> Outcome:
-    history = {name: column.tolist() for name, column in result.history._asdict().items()}
-    return Outcome(
-        networks={_node_name(node): result.variables},
-        values={
-            "fitness": result.fitness,
-            "parent_fitness": result.parent_fitness.tolist(),
-            "evaluations": result.evaluations,
-            "examples_scored": result.examples_scored,
-            "history": history,
-        },
-    )
+    values = {**result._asdict(), "history": result.history._asdict()}
+    return Outcome(networks={_node_name(node): values.pop("variables")}, values=values)
 
 
 def _node_result(stored: Outcome) -> NodeResult:
     (variables,) = stored.networks.values()
-    values = stored.values
-    columns: dict[str, Any] = {}
-    for name, column in values["history"].items():
-        whole = name in COUNTS
-        known = [np.nan if value is None else value for value in column]
-        columns[name] = np.array(known, np.int32 if whole else np.float32)
-    return NodeResult(
-        variables=variables,
-        fitness=values["fitness"],
-        parent_fitness=np.array(values["parent_fitness"], np.float32),
-        history=Info(**columns),
-        evaluations=values["evaluations"],
-        examples_scored=values["examples_scored"],
-    )
+    columns = {  # where a file has null, an array has NaN
+        name: np.array(column, np.int32 if name in COUNTS else np.float32)
+        for name, column in stored.values["history"].items()
+    }
+    fitness = np.array(stored.values["parent_fitness"], np.float32)
+    own = {"variables": variables, "parent_fitness": fitness, "history": Info(**columns)}
+    return NodeResult(**{**stored.values, **own})
 
 
 def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:

@@ -11,14 +11,13 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from flax import linen as nn
 
-from megajax.errors import ConfigError
+from megajax.errors import ConfigError, did_you_mean
 from megajax.sections import Section, one_of
 from megajax.zoo.networks.cnn import CNN
 from megajax.zoo.networks.densenet import DenseNet
@@ -90,12 +89,8 @@ def build(
     for option, value in (options or {}).items():
         field = f"model.options.{option}"
         if option not in parameters:
-            near = difflib.get_close_matches(option, parameters, n=1)
-            hint = (
-                f"did you mean model.options.{near[0]}?"
-                if near
-                else f"it has {', '.join(parameters)}"
-            )
+            there = f"it has {', '.join(parameters)}"
+            hint = did_you_mean(option, parameters, there, "model.options.")
             raise ConfigError(f"{field} is no option of {called}; {hint}")
         kind = type(parameters[option].default)
         if kind in (bool, int, str) and type(value) is not kind:
