@@ -59,7 +59,6 @@ __all__ = [
     "TrainState",
     "TrainingConfig",
     "augment",
-    "begin",
     "begin_finetuning",
     "finetune",
     "init",
@@ -282,46 +281,8 @@ def init(
     init_key, _ = jax.random.split(key)
     sources = [0 if shared_initialization else parent for parent in range(len(shards))]
     image = jnp.zeros_like(split.images[:1])
-    learners = [
-        _init(jax.random.fold_in(init_key, source), image, model, config, steps)
-        for source in sources
-    ]
-    variables, optimizer_state = _stack(learners)
-    return TrainState(variables, optimizer_state, jnp.zeros((), jnp.int32))
-
-
-def begin(
-    variables: Sequence[Variables],
-    split: Split,
-    shards: Sequence[npt.ArrayLike],
-    config: TrainingConfig,
-) -> TrainState:
-    """The state before the first epoch of networks that are given, instead of those of `init`.
-
-    Args:
-        variables: K variables pytrees of a Linen module.
-        split: as for `train`, as the rest.
-        shards: see above.
-        config: see above.
-
-    Returns:
-        The networks, with optimizers that have seen nothing yet.
-
-    Raises:
-        ConfigError: the schedule cannot work.
-        DataError: a shard is empty, or holds what is no index into the split; names the parent.
-
-    Example:
-        >>> split = Split(np.zeros((2, 1), np.float32), np.zeros(2, np.int32))
-        >>> state = begin([{"params": jnp.ones(3)}], split, [[0, 1]], TrainingConfig())
-        >>> state.variables["params"].shape, int(state.epoch)
-        ((1, 3), 0)
-    """
-    optimizer = make_optimizer(config, _steps(_checked(shards, split), config))
-    given = [jax.tree.map(jnp.asarray, one) for one in variables]
-    learners = [_Learner(one, optimizer.init(one["params"])) for one in given]
-    stacked, optimizer_state = _stack(learners)
-    return TrainState(stacked, optimizer_state, jnp.zeros((), jnp.int32))
+    keys = [jax.random.fold_in(init_key, source) for source in sources]
+    return _started([_init(key, image, model, config, steps) for key in keys])
 
 
 def finetune(
@@ -334,7 +295,6 @@ def finetune(
     *,
     state: TrainState | None = None,
     callback: Callable[[TrainState, Metrics], None] | None = None,
-    mapping: str = "auto",
 ) -> tuple[list[Variables], Metrics]:
     """Trains networks further, all of them for as long and on the same images.
 
@@ -350,7 +310,6 @@ def finetune(
         training: the rest; None takes the defaults. There is no warm-up.
         state: where an earlier call got to; None starts from `begin_finetuning`.
         callback: as for `train`.
-        mapping: as for `train`.
 
     Returns:
         The K networks (as they were given, if there are no epochs), and the metrics [epochs, K].
@@ -378,9 +337,7 @@ def finetune(
     longer, shards = _longer(config, training), _all_of(split, networks)
     try:
         state = state or begin_finetuning(split, networks, config, training)
-        return train(
-            key, model, split, shards, longer, state=state, callback=callback, mapping=mapping
-        )
+        return train(key, model, split, shards, longer, state=state, callback=callback)
     except ParentsError as error:
         message = str(error).replace("training.learning_rate", "finetune.learning_rate")
         raise ParentsError(f"finetune: {message}") from None
@@ -393,7 +350,11 @@ def begin_finetuning(
     training: TrainingConfig | None = None,
 ) -> TrainState:
     """The state before the first epoch of `finetune`, of at least one. Arguments as for that."""
-    return begin(networks, split, _all_of(split, networks), _longer(config, training))
+    longer = _longer(config, training)
+    shards = _checked(_all_of(split, networks), split)
+    optimizer = make_optimizer(longer, _steps(shards, longer))
+    given = [jax.tree.map(jnp.asarray, one) for one in networks]
+    return _started([_Learner(one, optimizer.init(one["params"])) for one in given])
 
 
 def _longer(config: FinetuneConfig, training: TrainingConfig | None) -> TrainingConfig:
@@ -644,8 +605,7 @@ def _epoch(
         learner, metrics = jax.lax.scan(step, *parent)
         return learner, _summary(learner, metrics)
 
-    result: tuple[_Learner, Metrics] = jax.lax.map(one, (learners, plans))
-    return result
+    return jax.lax.map(one, (learners, plans))
 
 
 def _by_steps(split: Split, count: int) -> _Run:
@@ -704,10 +664,9 @@ def _steps_of(
         )
 
     each, all_ = PartitionSpec("parent"), PartitionSpec()
-    result: tuple[_Learner, Metrics] = jax.shard_map(
+    return jax.shard_map(
         own, mesh=mesh, in_specs=(all_, each, each, all_), out_specs=each, check_vma=False
     )(data, learners, plans, number)
-    return result
 
 
 _summaries = jax.jit(jax.vmap(_summary))
@@ -716,8 +675,9 @@ _summaries = jax.jit(jax.vmap(_summary))
 _MAPPINGS: dict[str, Callable[[Split, int], _Run]] = {"epochs": _by_epochs, "steps": _by_steps}
 
 
-def _stack(trees: Sequence[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+def _started(learners: Sequence[_Learner]) -> TrainState:
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *learners)
+    return TrainState(stacked.variables, stacked.optimizer, jnp.zeros((), jnp.int32))
 
 
 def _unstack(tree: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from megajax.zoo.networks.layers import kernel_init, norm_layer, pooled_logits
+from megajax.zoo.networks.layers import conv, norm_layer, pooled_logits
 
 __all__ = ["CNN"]
 
@@ -40,15 +40,7 @@ class CNN(nn.Module):
         """Maps images [N, H, W, C] to logits, float32 [N, num_classes]."""
         norm = norm_layer(self.norm, train, dtype=self.dtype)
         for i, stride in enumerate((1, 2, 2)):
-            x = nn.Conv(
-                self.width * 2**i,
-                (3, 3),
-                strides=stride,
-                padding=1,
-                use_bias=self.norm == "none",
-                kernel_init=kernel_init,
-                dtype=self.dtype,
-                name=f"conv{i + 1}",
-            )(x)
+            width, bias = self.width * 2**i, self.norm == "none"
+            x = conv(x, width, 3, f"conv{i + 1}", stride=stride, bias=bias, dtype=self.dtype)
             x = nn.relu(norm(name=f"norm{i + 1}")(x))
         return pooled_logits(x, self.num_classes)

@@ -11,17 +11,18 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from megajax.errors import ConfigError
+from megajax.zoo.networks import layers
 from megajax.zoo.networks.layers import (
-    check_stem,
+    STEMS,
+    check_option,
     halve,
-    kernel_init,
     max_pool,
     norm_layer,
     pooled_logits,
@@ -60,24 +61,11 @@ class DenseNet(nn.Module):
         Raises:
             ConfigError: there is no DenseNet of this depth, no such stem or no such normalisation.
         """
-        if self.blocks is None and self.depth not in BLOCKS:
-            choices = ", ".join(map(str, BLOCKS))
-            raise ConfigError(f"model.options.depth is {self.depth!r}: choose one of {choices}")
-        check_stem(self.stem)
+        if self.blocks is None:
+            check_option("depth", self.depth, BLOCKS)
+        check_option("stem", self.stem, STEMS)
         norm = norm_layer(self.norm, train, epsilon=1.001e-5, dtype=self.dtype)
-
-        def conv(x: jax.Array, features: int, size: int, name: str, stride: int = 1) -> jax.Array:
-            return nn.Conv(
-                features,
-                (size, size),
-                strides=stride,
-                padding=size // 2,
-                use_bias=False,
-                kernel_init=kernel_init,
-                dtype=self.dtype,
-                name=name,
-            )(x)
-
+        conv = partial(layers.conv, dtype=self.dtype)
         if self.stem == "imagenet":
             x = conv(x, 2 * self.growth, 7, "stem_conv", stride=2)
             x = nn.relu(norm(name="stem_norm")(x))
@@ -85,11 +73,11 @@ class DenseNet(nn.Module):
         else:
             x = nn.relu(norm(name="stem_norm")(conv(x, 2 * self.growth, 3, "stem_conv")))
 
-        for b, layers in enumerate(self.blocks or BLOCKS[self.depth]):
+        for b, count in enumerate(self.blocks or BLOCKS[self.depth]):
             if b > 0:
                 x = nn.relu(norm(name=f"transition{b}_norm")(x))
                 x = halve(conv(x, x.shape[-1] // 2, 1, f"transition{b}_conv"))
-            for i in range(layers):
+            for i in range(count):
                 name = f"block{b + 1}_layer{i + 1}"
                 y = nn.relu(norm(name=f"{name}_norm1")(x))
                 y = conv(y, 4 * self.growth, 1, f"{name}_conv1")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -26,7 +26,8 @@ from megajax.errors import ConfigError
 __all__ = [
     "NORMS",
     "STEMS",
-    "check_stem",
+    "check_option",
+    "conv",
     "halve",
     "kernel_init",
     "max_pool",
@@ -85,6 +86,7 @@ def norm_layer(
         >>> norm_layer("none", train=False)(name="norm")(jnp.ones(3)).tolist()
         [1.0, 1.0, 1.0]
     """
+    check_option("norm", norm, NORMS)
     if norm == "batch":
         return functools.partial(
             nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=epsilon, dtype=dtype
@@ -101,25 +103,58 @@ def norm_layer(
                 name=name,
             )(x)
         )
-    if norm == "none":
-        return lambda name: lambda x: x
-    raise ConfigError(f"model.options.norm is {norm!r}: choose one of {', '.join(NORMS)}")
+    return lambda name: lambda x: x
 
 
-def check_stem(stem: str) -> None:
-    """Checks the name of a network's first layers.
-
-    Args:
-        stem: `imagenet` or `cifar`.
+def check_option(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Checks an option of a network that has few choices.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is none of them.
 
     Example:
-        >>> check_stem("cifar")
+        >>> check_option("stem", "cifar", STEMS)
     """
-    if stem not in STEMS:
-        raise ConfigError(f"model.options.stem is {stem!r}: choose one of {', '.join(STEMS)}")
+    if value not in choices:
+        listed = ", ".join(map(str, choices))
+        raise ConfigError(f"model.options.{name} is {value!r}: choose one of {listed}")
+
+
+def conv(
+    x: jax.Array,
+    features: int,
+    size: int,
+    name: str,
+    *,
+    stride: int = 1,
+    padding: int | str | None = None,
+    bias: bool = False,
+    dtype: Any = None,
+) -> jax.Array:
+    """A convolution with a square window, padded alike on both sides.
+
+    To be called inside a compact Linen method.
+
+    Args:
+        x: features [N, H, W, C].
+        features: channels of the result.
+        size: of a side of the window.
+        name: of the layer.
+        stride: between two windows.
+        padding: another one. "SAME" with a stride of 2 is uneven.
+        bias: whether there is one.
+        dtype: of the computation.
+    """
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=stride,
+        padding=size // 2 if padding is None else padding,
+        use_bias=bias,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        name=name,
+    )(x)
 
 
 def pooled_logits(x: jax.Array, num_classes: int) -> jax.Array:

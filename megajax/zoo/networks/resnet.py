@@ -13,6 +13,7 @@ Example:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from megajax.errors import ConfigError
-from megajax.zoo.networks.layers import kernel_init, norm_layer, pooled_logits
+from megajax.zoo.networks import layers
+from megajax.zoo.networks.layers import norm_layer, pooled_logits
 
 __all__ = ["ResNet"]
 
@@ -55,25 +57,13 @@ class ResNet(nn.Module):
             ConfigError: there is no ResNet of this depth, or no such normalisation.
         """
         norm = norm_layer(self.norm, train, dtype=self.dtype)
-
-        def conv(x: jax.Array, features: int, size: int, stride: int, name: str) -> jax.Array:
-            # Padded alike on both sides, as everywhere but in "SAME" with a stride.
-            return nn.Conv(
-                features,
-                (size, size),
-                strides=stride,
-                padding=size // 2,
-                use_bias=self.conv_bias,
-                kernel_init=kernel_init,
-                dtype=self.dtype,
-                name=name,
-            )(x)
+        conv = partial(layers.conv, bias=self.conv_bias, dtype=self.dtype)
 
         def shortcut(x: jax.Array, features: int, stride: int, name: str) -> jax.Array:
             if x.shape[-1] == features and stride == 1:
                 return x
             if self.projection:
-                x = conv(x, features, 1, stride, f"{name}_shortcut")
+                x = conv(x, features, 1, f"{name}_shortcut", stride=stride)
                 return norm(name=f"{name}_shortcut_norm")(x)
             new = features - x.shape[-1]
             return jnp.pad(
@@ -81,13 +71,13 @@ class ResNet(nn.Module):
             )
 
         def block(x: jax.Array, features: int, stride: int, name: str) -> jax.Array:
-            y = conv(x, features, 3, stride, f"{name}_conv1")
+            y = conv(x, features, 3, f"{name}_conv1", stride=stride)
             y = nn.relu(norm(name=f"{name}_norm1")(y))
-            y = conv(y, features, 3, 1, f"{name}_conv2")
+            y = conv(y, features, 3, f"{name}_conv2")
             y = norm(name=f"{name}_norm2")(y)
             return nn.relu(y + shortcut(x, features, stride, name))
 
-        x = nn.relu(norm(name="stem_norm")(conv(x, self.width, 3, 1, "stem_conv")))
+        x = nn.relu(norm(name="stem_norm")(conv(x, self.width, 3, "stem_conv")))
         for stage, blocks in enumerate(_blocks(self.depth)):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1

@@ -18,8 +18,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from megajax.errors import ConfigError
-from megajax.zoo.networks.layers import kernel_init, max_pool, norm_layer, pooled_logits
+from megajax.zoo.networks.layers import check_option, conv, max_pool, norm_layer, pooled_logits
 
 __all__ = ["VGG"]
 
@@ -51,21 +50,13 @@ class VGG(nn.Module):
         Raises:
             ConfigError: there is no VGG of this depth, or no such normalisation.
         """
-        if self.depth not in CONVOLUTIONS:
-            choices = ", ".join(map(str, CONVOLUTIONS))
-            raise ConfigError(f"model.options.depth is {self.depth!r}: choose one of {choices}")
+        check_option("depth", self.depth, CONVOLUTIONS)
         norm = norm_layer(self.norm, train, dtype=self.dtype)
         for block, count in enumerate(CONVOLUTIONS[self.depth]):
             for i in range(count):
                 name = f"block{block + 1}_{{}}{i + 1}"
-                x = nn.Conv(
-                    self.width * min(2**block, 8),
-                    (3, 3),
-                    padding=1,
-                    kernel_init=kernel_init,
-                    dtype=self.dtype,
-                    name=name.format("conv"),
-                )(x)
+                width = self.width * min(2**block, 8)
+                x = conv(x, width, 3, name.format("conv"), bias=True, dtype=self.dtype)
                 x = nn.relu(norm(name=name.format("norm"))(x))
             # "SAME" is the published pooling at even sides, and lets images be smaller than 32.
             x = max_pool(x, (2, 2), strides=(2, 2), padding="SAME")

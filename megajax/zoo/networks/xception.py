@@ -15,7 +15,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from megajax.zoo.networks.layers import check_stem, kernel_init, max_pool, norm_layer, pooled_logits
+from megajax.zoo.networks import layers
+from megajax.zoo.networks.layers import STEMS, check_option, max_pool, norm_layer, pooled_logits
 
 __all__ = ["Xception"]
 
@@ -47,19 +48,13 @@ class Xception(nn.Module):
         Raises:
             ConfigError: there is no such stem or no such normalisation.
         """
-        check_stem(self.stem)
+        check_option("stem", self.stem, STEMS)
         norm = norm_layer(self.norm, train, epsilon=1e-3, dtype=self.dtype)
 
-        def conv(x: jax.Array, features: int, size: int, name: str, **options: Any) -> jax.Array:
-            x = nn.Conv(
-                features,
-                (size, size),
-                use_bias=False,
-                kernel_init=kernel_init,
-                dtype=self.dtype,
-                name=name,
-                **options,
-            )(x)
+        def conv(
+            x: jax.Array, features: int, size: int, name: str, stride: int = 1, pad: str = "SAME"
+        ) -> jax.Array:
+            x = layers.conv(x, features, size, name, stride=stride, padding=pad, dtype=self.dtype)
             return norm(name=f"{name}_norm")(x)
 
         def separable(x: jax.Array, features: int, name: str) -> jax.Array:
@@ -80,11 +75,11 @@ class Xception(nn.Module):
             return published * self.width // 32
 
         cifar = self.stem == "cifar"
-        padding = "SAME" if cifar else "VALID"
-        x = nn.relu(conv(x, channels(32), 3, "stem1", strides=1 if cifar else 2, padding=padding))
-        x = nn.relu(conv(x, channels(64), 3, "stem2", padding=padding))
+        pad = "SAME" if cifar else "VALID"
+        x = nn.relu(conv(x, channels(32), 3, "stem1", stride=1 if cifar else 2, pad=pad))
+        x = nn.relu(conv(x, channels(64), 3, "stem2", pad=pad))
         for i, features in enumerate((128, 256, 728)):
-            residual = conv(x, channels(features), 1, f"entry{i + 1}_shortcut", strides=2)
+            residual = conv(x, channels(features), 1, f"entry{i + 1}_shortcut", stride=2)
             x = nn.relu(x) if i > 0 else x
             x = separable(x, channels(features), f"entry{i + 1}_separable1")
             x = separable(nn.relu(x), channels(features), f"entry{i + 1}_separable2")
@@ -94,7 +89,7 @@ class Xception(nn.Module):
             for j in range(3):
                 x = separable(nn.relu(x), channels(728), f"middle{i + 1}_separable{j + 1}")
             x = x + residual
-        residual = conv(x, channels(1024), 1, "exit_shortcut", strides=2)
+        residual = conv(x, channels(1024), 1, "exit_shortcut", stride=2)
         x = separable(nn.relu(x), channels(728), "exit_separable1")
         x = separable(nn.relu(x), channels(1024), "exit_separable2")
         x = pool(x) + residual
