@@ -67,9 +67,7 @@ def main() -> None:
         *(pair(seed, options.networks) for seed in range(options.seeds)), strict=True
     )
     columns = {size: np.array([one[size] for one in found]) for size in SIZES}
-    print(
-        f"| recalibrated on | test [%] | against {DEFAULT} | images for each of {scored} |"
-    )
+    print(f"| recalibrated on | test [%] | against {DEFAULT} | images for each of {scored} |")
     print("| --- | --- | --- | --- |")
     for size, values in columns.items():
         d = paired_t(values, columns[DEFAULT])

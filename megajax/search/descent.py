@@ -47,13 +47,13 @@ class Walk(NamedTuple):
         mean: exponentially weighted mean of the steps' numbers (Polyak and Juditsky 1992): mini-
             batches throw the last point about, and the mean lies between.
         adam: the optimizer's state.
-        count: steps so far, int32.
+        steps: made so far, int32.
     """
 
     free: Genes
     mean: Genes
     adam: PyTree
-    count: jax.Array
+    steps: jax.Array
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Descent:
             with jax.numpy_dtype_promotion("standard"):  # optax counts in integers
                 updates, adam = self._optimizer.update(slope, walk.adam, walk.free)
             free = optax.apply_updates(walk.free, updates)
-            count = walk.count + 1
+            count = walk.steps + 1
             share = jnp.maximum(1 / count.astype(jnp.float32), 1 - _DECAY)
             mean = optax.incremental_update(free, walk.mean, share)
             return Walk(free, mean, adam, count)

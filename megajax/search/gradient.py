@@ -65,7 +65,6 @@ class GradientSearch:
 
 def from_config(config: Any, tools: Tools) -> GradientSearch:
     """Gradient search, a generation costing what one of the genetic algorithm would."""
-    config.require(tools.race is None, "method", "only the genetic algorithm races")
     cost = descent_of(config, tools, 1).cost
     steps = math.ceil((config.population_size - _POINTS) * tools.num_examples / cost)
     return GradientSearch(tools.evaluate, descent_of(config, tools, max(steps, 1)))
