@@ -6,10 +6,11 @@
 A cell is called DATA/PARENTS/SEARCH. DATA is `digits` (small CNNs) or `cifar10` (ResNet-8, whose
 parents are better trained on a GPU). PARENTS is `same` (both trained on all training images),
 `skewed` (each at home in half of the classes) or `shared` (skewed, and from the same initial
-weights). SEARCH is `paper` (MeGA's algorithm to the letter, but for the evaluations), the
-granularity of masks, `gradient` (channel masks by gradients) or `distill` (the same without labels,
-towards the parents' mean prediction), and ends in `-aligned` where the parents' hidden units are
-aligned. Every candidate's BatchNorm statistics are measured anew, but for `paper`.
+weights). SEARCH is `paper` (MeGA's algorithm to the letter, but for the evaluations) or the
+granularity of masks, behind `gradient-` where gradients search instead of evolution, or `distill-`
+where they do so without labels, towards the parents' mean prediction. It ends in `-aligned` where
+the parents' hidden units are aligned. Every candidate's BatchNorm statistics are measured anew, but
+for `paper`.
 
 Every search passes as many images through networks as 1,920 networks take on the digits, and 115 on
 CIFAR-10. The first search of the data set has the other baselines and the test of robustness.
@@ -22,7 +23,7 @@ GRANULARITIES = ("global", "layer", "channel", "element")
 _MASKS = [f"{name}{how}" for how in ("", "-aligned") for name in ("paper", *GRANULARITIES)]
 SEARCHES = {
     "digits": ("channel-aligned", *(name for name in _MASKS if name != "channel-aligned")),
-    "cifar10": ("distill-aligned", "channel-aligned", "paper"),
+    "cifar10": ("distill-element-aligned", "channel-aligned", "paper"),
 }
 
 
@@ -32,6 +33,7 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
         raise ValueError(f"{cell} is no cell; parents: {PARENTS}, searches: {SEARCHES[data]}")
     kind = search.removesuffix("-aligned")
     aligned = search != kind
+    way, _, masks = kind.rpartition("-")
     config = {"digits": digits, "cifar10": cifar10}[data]().replace(
         parents={
             "shards": "same" if parents == "same" else "skewed",
@@ -50,12 +52,11 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
             evolution=paper.evolution.replace(generations=fewer),
         )
     else:
-        masks = kind if kind in GRANULARITIES else "channel"
         evolution = {"population_size": size, "generations": generations}
         config = config.replace(genome={"granularity": masks}, evolution=evolution)
-    if kind in ("gradient", "distill"):
+    if way:
         config = config.replace(evolution={"method": "gradient"})
-    if kind == "distill":
+    if way == "distill":
         config = config.replace(fitness={"metric": "distill", "distill_examples": 5000})
     if search != SEARCHES[data][0]:
         names = ("random_search",) if kind == "channel" and data == "digits" else ()

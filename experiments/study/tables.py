@@ -40,7 +40,7 @@ ROWS = {
         "aligned_pleas": "PLeaS, aligned",
         "evolved_paper": "MeGA as published (with 115 networks)",
         "evolved_channel_aligned": "evolved, channel masks, aligned",
-        "merged": "gradient without labels, channel masks, aligned",
+        "merged": "gradient without labels, element masks, aligned",
         "ensemble": "ensemble (twice the cost)",
     },
     "digits": {
