@@ -29,7 +29,7 @@ from megajax.merging.metrics import (
 from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Batches", "Task", "as_tasks", "batches", "check_task", "with_teacher"]
+__all__ = ["Batches", "Task", "as_tasks", "batches", "check_task", "examples_in", "with_teacher"]
 
 
 class Task(NamedTuple):
@@ -265,6 +265,16 @@ def batches(task: Task, batch_size: int) -> Batches:
         [5, 5]
     """
     return cut(task.inputs, task.targets, batch_size, counted(task))
+
+
+def examples_in(tasks: Sequence[Task]) -> int:
+    """How many examples of some tasks count.
+
+    Example:
+        >>> examples_in([Task(np.zeros((3, 2)), np.array([1, IGNORED, 0])), Task(np.zeros(4))])
+        6
+    """
+    return sum(int(counted(task).sum()) for task in tasks)
 
 
 def counted(task: Task) -> np.ndarray:
