@@ -103,7 +103,10 @@ def judged(variables: Any, tasks: list[mj.Task]) -> list[float]:
 def rows(seed: int, names: tuple[str, str]) -> dict[str, list[float]]:
     """Each network's figures on the images that nothing was chosen on."""
     base, parents, (choose, test) = fine_tuned(seed, names)
-    found = {"base": base, **{f"fine-tuned, {name}": one for name, one in zip(names, parents)}}
+    found = {
+        "base": base,
+        **{f"fine-tuned, {name}": one for name, one in zip(names, parents, strict=True)},
+    }
     for name, method in ((REFERENCE, task_arithmetic), ("TIES, the best scale", ties)):
         scaled = [method(parents, base, scale=scale) for scale in SCALES]
         found[name] = min(scaled, key=lambda one: judged(one, choose)[-1])
