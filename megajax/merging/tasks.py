@@ -29,7 +29,16 @@ from megajax.merging.metrics import (
 from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Batches", "Task", "as_tasks", "batches", "check_task", "examples_in", "with_teacher"]
+__all__ = [
+    "Batches",
+    "Task",
+    "as_tasks",
+    "batches",
+    "check_task",
+    "examples_in",
+    "score",
+    "with_teacher",
+]
 
 
 class Task(NamedTuple):
@@ -247,6 +256,38 @@ def _check_shapes(metric: Metric, outputs: PyTree, targets: PyTree, count: int, 
     if getattr(value, "shape", None) != ():
         told = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", value)
         raise ConfigError(f"{own} gives {told}: a single number is needed")
+
+
+def score(apply_fn: ApplyFn, variables: PyTree, data: Any) -> dict[str, float]:
+    """A network's score on each task, by the task's own metric: for test data, say.
+
+    Args:
+        apply_fn: the network.
+        variables: its variables.
+        data: as for `megajax.merge`.
+
+    Returns:
+        Task's name -> score, maximised. Examples of which nothing counts are left out.
+
+    Raises:
+        DataError: data that does not fit the network.
+        ConfigError: a metric that does not give a score for each example.
+
+    Example:
+        >>> score(lambda w, x: x @ w, np.eye(2), Task(np.eye(2), np.arange(2), "accuracy"))
+        {'task_0': 1.0}
+    """
+    tasks = [check_task(one, apply_fn, variables, k) for k, one in enumerate(as_tasks(data))]
+    found = {}
+    for task in tasks:
+        outputs = predict(task.apply_fn or apply_fn, variables, task.inputs)
+        found[str(task.name)] = score_of(task, outputs)
+    return found
+
+
+def score_of(task: Task, outputs: PyTree) -> float:
+    """The score of outputs for all examples of a checked task."""
+    return float(task.metric.of(task.metric.statistics(outputs, task.targets), counted(task)))
 
 
 def batches(task: Task, batch_size: int) -> Batches:
