@@ -50,6 +50,7 @@ from megajax.merging.problem import Problem as Problem
 from megajax.merging.problem import RecalibrateConfig as RecalibrateConfig
 from megajax.merging.problem import evaluate as evaluate
 from megajax.merging.tasks import Task as Task
+from megajax.merging.tasks import score as score
 from megajax.merging.tree import HierarchyConfig as HierarchyConfig
 from megajax.merging.tree import TreeResult as TreeResult
 from megajax.merging.tree import merge_tree as merge_tree

@@ -93,6 +93,7 @@ ENTRIES = {
     "diagnose": lambda parents=PARENTS, x=X: mj.diagnose(KEY, network, parents, labelled(x)),
     "recalibrate": lambda parents=PARENTS, x=X: mj.recalibrate(network, parents[0], x),
     "repair": lambda parents=PARENTS, x=X: mj.repair(biased, PARENTS[0], parents, x),
+    "score": lambda parents=PARENTS, x=X: mj.score(network, parents[0], labelled(x)),
     "predict": lambda parents=PARENTS, x=X: mj.predict(network, parents[0], x),
     "fisher_information": lambda parents=PARENTS, x=X: fisher_information(network, parents[0], x),
     "regmean": lambda parents=PARENTS, x=X: regmean(network, parents, x),
@@ -114,7 +115,7 @@ NETWORKS = {
     "one of them": PARENTS[0],
     "words": ["a", "b"],
 }
-OF_ONE = ("recalibrate", "predict", "fisher_information")  # they take a single network
+OF_ONE = ("recalibrate", "score", "predict", "fisher_information")  # they take a single network
 
 
 def one_line(error):

@@ -15,8 +15,11 @@ from megajax.evaluation.batches import cut
 from megajax.program.batchnorm import recalibrate
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Metrics", "ensemble", "measure", "predict", "predictor", "straight_path"]
+__all__ = ["IGNORED", "Metrics", "ensemble", "measure", "predict", "predictor", "straight_path"]
 
+
+IGNORED = -100
+"""The label of a position that does not count."""
 
 TENTHS = tuple(i / 10 for i in range(11))
 
@@ -80,21 +83,39 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> Metrics:
     """Accuracy and negative log-likelihood.
 
     Args:
-        logits: `[N, C]`; log-probabilities (an ensemble's) serve as well.
-        labels: `[N]` integers.
+        logits: `[N, ..., C]`; log-probabilities (an ensemble's) serve as well.
+        labels: `[N, ...]` integers, `IGNORED` where a position does not count.
 
     Returns:
-        The metrics, computed in float64. An example with NaN or plus infinity among its logits is
-        wrong; minus infinity switches a class off.
+        The metrics, computed in float64: means over the examples of the means over an example's
+        positions. A position with NaN or plus infinity among its logits is wrong; minus infinity
+        switches a class off.
+
+    Raises:
+        DataError: there is not one label for each row of logits.
 
     Example:
         >>> measure(np.array([[5.0, 0.0], [5.0, 0.0]]), np.array([0, 1])).accuracy
         0.5
     """
     labels = np.asarray(labels)
-    right = (logits.argmax(axis=-1) == labels) & (logits < np.inf).all(axis=-1)
-    nll = -_log_softmax(logits)[np.arange(len(labels)), labels].mean()
-    return Metrics(float(right.mean()), float(nll))
+    if labels.shape != np.shape(logits)[:-1]:
+        raise DataError(
+            f"labels have shape {list(labels.shape)}, logits {list(np.shape(logits))}: one label "
+            "for each row of logits is needed"
+        )
+    counts = labels != IGNORED
+    true = np.where(counts, labels, 0)
+    right = (logits.argmax(axis=-1) == true) & (logits < np.inf).all(axis=-1)
+    nll = -np.take_along_axis(_log_softmax(logits), true[..., None], axis=-1)[..., 0]
+    return Metrics(*(_mean_of_examples(figures, counts) for figures in (right, nll)))
+
+
+def _mean_of_examples(figures: np.ndarray, counts: np.ndarray) -> float:
+    """The mean over the examples of the mean over those of its positions that count."""
+    rows = counts.reshape(len(counts), -1)
+    totals, there = np.where(counts, figures, 0).reshape(rows.shape).sum(axis=1), rows.sum(axis=1)
+    return float((totals[there > 0] / there[there > 0]).mean())
 
 
 def straight_path(

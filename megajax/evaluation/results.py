@@ -12,6 +12,8 @@ report; `predictions.npz` beside it holds the arrays, see `megajax.evaluation.pr
     seed, generations, evaluations (networks that the search scored on the validation images)
     data         name, train, validation, test (numbers of images) [, classes: their names]
     [metric]     name of the fitness
+    [tasks]      name -> {metric, merged: score, parents: [K] scores}, where the search was scored
+                 on tasks of the user's own
     [settings]   what was run: subject -> words, and fields with their values
     [seconds]    stage -> seconds
     [path]       shares, lines: name -> points {accuracy, nll}, merged: {share, accuracy, nll}

@@ -17,7 +17,7 @@ from megajax.evaluation.measures import ensemble, predict
 from megajax.evaluation.robustness import calibration_error
 from megajax.merging.merge import first_examples
 from megajax.merging.metrics import METRICS, OF_LABELS
-from megajax.merging.tasks import Task, as_tasks, check_task
+from megajax.merging.tasks import as_tasks, check_task, score_of
 from megajax.program.batchnorm import recalibrate
 from megajax.program.roles import find_roles
 from megajax.trees import check_parents, checked_parents, cosine, is_mixable, leaf_paths, on_host
@@ -159,9 +159,9 @@ def diagnose(
     pairs = itertools.combinations(chosen, 2)
     return Diagnosis(
         metric=task.metric.name,
-        parents=tuple(_score(task, one) for one in outputs),
-        ensemble=_score(task, mean),
-        midpoints={name: _score(task, outputs_of(one)) for name, one in middles.items()},
+        parents=tuple(score_of(task, one) for one in outputs),
+        ensemble=score_of(task, mean),
+        midpoints={name: score_of(task, outputs_of(one)) for name, one in middles.items()},
         agreement=float(np.mean([a == b for a, b in pairs])) if classes else None,
         calibration_error=tuple(calibration_error(one, task.targets) for one in outputs)
         if plain
@@ -174,11 +174,6 @@ def diagnose(
 
 def _text(row: Any) -> str:
     return row if isinstance(row, str) else ", ".join(f"{x:.3f}" for x in np.ravel(row))
-
-
-def _score(task: Task, outputs: Any) -> float:
-    metric, count = task.metric, len(jax.tree.leaves(outputs)[0])
-    return float(metric.of(metric.statistics(outputs, task.targets), np.ones(count, bool)))
 
 
 def _mean(networks: Sequence[PyTree]) -> PyTree:

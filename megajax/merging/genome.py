@@ -14,16 +14,17 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import jax
+from jax.dtypes import canonicalize_dtype
 
 from megajax.alignment.units import unit_labels
-from megajax.errors import ConfigError
+from megajax.errors import ConfigError, first_line
 from megajax.merging.masks import GRANULARITIES, Masks, masks, mixed_leaves
 from megajax.merging.task_vectors import TaskVectors
 from megajax.merging.weights import Weights
 from megajax.program.roles import find_layers, find_statistics
 from megajax.search.genetic import Space
 from megajax.sections import Pattern, Section, at_least, between, one_of
-from megajax.trees import Static
+from megajax.trees import Static, leaves_by_path
 from megajax.types import ApplyFn, Genes, PyTree
 
 __all__ = ["GENOMES", "Genome", "GenomeConfig", "make_genome"]
@@ -140,6 +141,62 @@ def make_genome(
     config = config or GenomeConfig()
     frozen = [*freeze] if config.freeze is None else [config.freeze, *freeze]
     return GENOMES[config.kind](config, apply_fn, variables, inputs, num_parents, labels, frozen)
+
+
+def check_genome(genome: Genome, size: int, parents: PyTree, variables: PyTree) -> None:
+    """Checks what a genome of the user's own returns, before anything runs.
+
+    Args:
+        genome: the genome.
+        size: individuals of a population.
+        parents: what its `stack` made.
+        variables: of one parent.
+
+    Raises:
+        ConfigError: names the function, what it gave and what was expected.
+
+    Example:
+        >>> import numpy as np
+        >>> line = masks({"w": np.ones(3)}, 2, granularity="global")
+        >>> check_genome(line, 4, line.stack([{"w": np.ones(3)}] * 2), {"w": np.ones(4)})
+        Traceback (most recent call last):
+        ...
+        megajax.errors.ConfigError: genome.express gives leaf w as float32[3]: float32[4] is needed
+    """
+    key = jax.random.key(0)
+
+    def shapes(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return jax.eval_shape(function, *arguments)
+        except Exception as error:  # whatever a user's own function raises
+            raise ConfigError(f"genome.{name} failed: {first_line(error)}") from error
+
+    genes = shapes("init", lambda parents: genome.init(key, size, parents), parents)
+    for path, leaf in leaves_by_path(genes).items():
+        if leaf.shape[:1] != (size,):
+            of_leaf = f"leaf {path} as " if path else ""
+            raise ConfigError(
+                f"genome.init gives {of_leaf}{_told(leaf)} for {size} individuals: [{size}, ...] "
+                "is needed"
+            )
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), genes)
+    _check_alike("express", shapes("express", genome.express, one, parents), variables)
+    _check_alike("repair", shapes("repair", genome.repair, genes), genes)
+
+
+def _check_alike(name: str, found: PyTree, wanted: PyTree) -> None:
+    there, here = leaves_by_path(found), leaves_by_path(wanted)
+    for path in {**here, **there}:
+        gave, needed = (
+            _told(tree[path]) if path in tree else "no such leaf" for tree in (there, here)
+        )
+        if gave != needed:
+            of_leaf = f"leaf {path} as " if path else ""
+            raise ConfigError(f"genome.{name} gives {of_leaf}{gave}: {needed} is needed")
+
+
+def _told(leaf: Any) -> str:
+    return f"{canonicalize_dtype(leaf.dtype, True)}[{','.join(map(str, leaf.shape))}]"
 
 
 def _masks(

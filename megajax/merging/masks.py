@@ -375,12 +375,32 @@ def _mix(genes: jax.Array, label: np.ndarray, leaf: Any) -> Any:
 
 
 def exact(mixed: jax.Array, coefficients: Iterable[jax.Array], leaves: Any) -> jax.Array:
-    """A mix with the bits of a leaf, -0.0 too, where its coefficient is 1 and all others are 0."""
-    shares = list(coefficients)
+    """A mix with the bits of a leaf, -0.0 too, where its coefficient is 1 and all others are 0.
+
+    Only bits change: derivatives are those of the mix.
+    """
+    shares, found = list(coefficients), mixed
     alone = reduce(jnp.add, [(share != 0).astype(jnp.int32) for share in shares]) == 1
     for share, leaf in zip(shares, leaves, strict=True):
-        mixed = jnp.where(alone & (share == 1), leaf, mixed)
-    return mixed
+        found = jnp.where(alone & (share == 1), leaf, found)
+    return rounded(mixed, found)
+
+
+@jax.custom_jvp
+def rounded(value: jax.Array, bits: jax.Array) -> jax.Array:
+    """The same number in other bits: `bits`, with the derivatives of `value`.
+
+    Example:
+        >>> jax.value_and_grad(lambda x: rounded(2 * x, jnp.float32(7)))(3.5)[1].item()
+        2.0
+    """
+    del value
+    return bits
+
+
+@rounded.defjvp
+def _rounded_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return rounded(*primals), tangents[0]
 
 
 def look_up(genes: jax.Array, label: np.ndarray) -> jax.Array:

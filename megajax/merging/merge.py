@@ -6,9 +6,10 @@ the `Problem` and runs a search on it. It writes no file and prints nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from megajax.alignment import AlignConfig
 from megajax.alignment.workflow import align_checked
 from megajax.entry import check_inputs, output_shapes
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.merging.genome import Genome, GenomeConfig, make_genome
+from megajax.merging.genome import Genome, GenomeConfig, check_genome, make_genome
 from megajax.merging.problem import (
     FitnessConfig,
     Problem,
@@ -33,7 +34,9 @@ from megajax.merging.problem import (
     scores_of,
 )
 from megajax.merging.tasks import Task, as_tasks, check_task, with_teacher
+from megajax.merging.weights import Weights
 from megajax.program.memory import check_fits
+from megajax.program.roles import find_read, find_statistics
 from megajax.search.genetic import check_operators
 from megajax.search.loop import (
     Info,
@@ -63,6 +66,8 @@ from megajax.trees import (
 from megajax.types import ApplyFn, Genes, Key, PyTree
 
 __all__ = ["Front", "MergeResult", "merge", "problem_for"]
+
+_log = logging.getLogger(__name__)
 
 
 class Front(NamedTuple):
@@ -227,6 +232,8 @@ def merge(
         keep=keep,
         population_size=evolution.population_size,
     )
+    if recalibrate is None or not recalibrate.enabled:
+        _warn_of_statistics(problem, given[0], tasks)
     problem, parent_fitness, parent_scores = with_reference(problem, given, fitness)
     search = search_of(problem, evolution, fitness)
     problem = _asked(problem, search)
@@ -378,8 +385,8 @@ def problem_of(
     if recalibrate.enabled:
         examples = _calibration(calibration, apply_fn, checked[0], "recalibrate", 2)
         examples = jax.tree.map(lambda leaf: leaf[: recalibrate.examples], examples)
-    _check_unmixed(checked, chosen)
-    return make_problem(
+    _check_unmixed(checked, chosen, tasks)
+    problem = make_problem(
         checked,
         tasks,
         chosen,
@@ -388,6 +395,9 @@ def problem_of(
         config=fitness,
         population_size=population_size,
     )
+    if own:
+        check_genome(chosen, population_size, problem.parents, checked[0])
+    return problem
 
 
 def search_of(
@@ -506,8 +516,11 @@ def aligned_parents(
     return [on_host(parent) for parent in aligned]
 
 
-def _check_unmixed(parents: list[PyTree], genome: Genome) -> None:
-    """Leaves that cannot be mixed must be equal; those that are left to one parent are."""
+def _check_unmixed(parents: list[PyTree], genome: Genome, tasks: Sequence[Task]) -> None:
+    """Leaves that cannot be mixed must be equal, or nothing that a network computes.
+
+    Those that are left to one parent are equal. What no task's program reads is parent 0's.
+    """
     labels = jax.tree.leaves(genome.labels.tree)
     rows = zip(leaf_paths(parents[0]), labels, *map(jax.tree.leaves, parents), strict=True)
     differ = [
@@ -517,12 +530,36 @@ def _check_unmixed(parents: list[PyTree], genome: Genome) -> None:
         and not is_mixable(first)
         and not all(_same(first, other) for other in others)
     ]
+    if not differ:
+        return
+    networks = [(task.apply_fn, first_examples(task.inputs)) for task in tasks]
+    read = [find_read(apply_fn, parents[0], few) for apply_fn, few in networks if apply_fn]
+    differ = [path for path in differ if any(path in of_one for of_one in read)]
     if differ:
         kind = leaves_by_path(parents[0])[differ[0]].dtype
         raise ParentsError(
             f"leaf {', '.join(differ)}: {kind} cannot be mixed, and the parents differ in it; "
             f"keep={{{differ[0]!r}: 0}} takes parent 0's for every network"
         )
+
+
+def _warn_of_statistics(problem: Problem, variables: PyTree, tasks: Sequence[Task]) -> None:
+    """Says what mixed BatchNorm statistics cost; a genome of weights evolves its own."""
+    if isinstance(problem.genome, Weights):
+        return
+    found = find_statistics(problem.networks[0], variables, first_examples(tasks[0].inputs))
+    if found:
+        _warn_once(leaf_paths(variables)[found[0].variance])
+
+
+@lru_cache(maxsize=256)
+def _warn_once(example: str) -> None:
+    _log.warning(
+        "the network has BatchNorm statistics (such as %s) and recalibrate is off: mixed networks "
+        "normalise by statistics of other activations, and many score far below their parents; "
+        "recalibrate=RecalibrateConfig(enabled=True), with calibration inputs, measures them anew",
+        example,
+    )
 
 
 def _same(first: Any, other: Any) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from megajax.errors import ConfigError, DataError
+from megajax.evaluation.measures import IGNORED
 from megajax.trees import told
 from megajax.types import PyTree, bind
 
@@ -38,9 +39,6 @@ __all__ = [
     "perplexity",
     "r2",
 ]
-
-IGNORED = -100
-"""The label of a position that does not count."""
 
 Statistics: TypeAlias = Callable[[Any, Any], PyTree]
 

@@ -67,6 +67,9 @@ class FitnessConfig(Section):
             The search then chooses the network that happens to suit the test images, no figure is
             held out any more, and the report says so. For the command line: `merge` scores on the
             data that it is given.
+        tasks: for the command line: functions of the run's data set (`megajax.zoo.data.Dataset`)
+            that return a `Task` each, or a pair of inputs and targets. The search is scored on them
+            instead of the validation images, and the report has the score on each.
         distill_examples: for the command line: training images that the metric `distill` takes,
             without their labels; None takes all.
         racing_examples: score each child on so many validation examples first, drawn anew for each
@@ -83,16 +86,19 @@ class FitnessConfig(Section):
     devices: Annotated[int, at_least(1)] | Literal["auto", "all"] = "auto"
     devices_per_network: Annotated[int, at_least(1)] = 1
     select_on_test: bool = False
+    tasks: tuple[Callable[..., Any], ...] = ()
     distill_examples: Annotated[int, at_least(1)] | None = 20_000
     racing_examples: Annotated[int, at_least(1)] | None = None
     racing_finalists: Annotated[float, between(1e-9, 1)] = 0.125
 
     def _check(self) -> None:
-        """Raises ConfigError where the numbers of devices do not divide."""
+        """Raises ConfigError for devices that do not divide, and choices that exclude others."""
         divides = isinstance(self.devices, str) or self.devices % self.devices_per_network == 0
         self.require(
             divides, "devices_per_network", f"it must divide the {self.devices} of fitness.devices"
         )
+        alone = not (self.tasks and self.select_on_test)
+        self.require(alone, "select_on_test", "fitness.tasks are what the search is scored on")
 
 
 class RecalibrateConfig(Section):

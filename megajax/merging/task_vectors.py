@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megajax.errors import ConfigError
-from megajax.merging.masks import FROZEN, exact, look_up, mixed_leaves
+from megajax.merging.masks import FROZEN, exact, look_up, mixed_leaves, rounded
 from megajax.search import operators
 from megajax.trees import Static
 from megajax.types import Genes, Key, PyTree
@@ -160,7 +160,7 @@ class TaskVectors:
             total = total + scale * (other - base)
         result = exact(total.astype(networks.dtype), scales, networks[1:])
         nothing = reduce(jnp.logical_and, [scale == 0 for scale in scales])
-        result = jnp.where(nothing, networks[0], result)
+        result = rounded(result, jnp.where(nothing, networks[0], result))
         frozen = label == FROZEN
         return jnp.where(frozen, networks[1], result) if frozen.any() else result
 

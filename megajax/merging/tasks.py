@@ -29,7 +29,16 @@ from megajax.merging.metrics import (
 from megajax.trees import leaves_by_path, told
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["Batches", "Task", "as_tasks", "batches", "check_task", "with_teacher"]
+__all__ = [
+    "Batches",
+    "Task",
+    "as_tasks",
+    "batches",
+    "check_task",
+    "examples_in",
+    "score",
+    "with_teacher",
+]
 
 
 class Task(NamedTuple):
@@ -248,6 +257,38 @@ def _check_shapes(metric: Metric, outputs: PyTree, targets: PyTree, count: int, 
         raise ConfigError(f"{own} gives {told(value)}: a single number is needed")
 
 
+def score(apply_fn: ApplyFn, variables: PyTree, data: Any) -> dict[str, float]:
+    """A network's score on each task, by the task's own metric: for test data, say.
+
+    Args:
+        apply_fn: the network.
+        variables: its variables.
+        data: as for `megajax.merge`.
+
+    Returns:
+        Task's name -> score, maximised. Examples of which nothing counts are left out.
+
+    Raises:
+        DataError: data that does not fit the network.
+        ConfigError: a metric that does not give a score for each example.
+
+    Example:
+        >>> score(lambda w, x: x @ w, np.eye(2), Task(np.eye(2), np.arange(2), "accuracy"))
+        {'task_0': 1.0}
+    """
+    tasks = [check_task(one, apply_fn, variables, k) for k, one in enumerate(as_tasks(data))]
+    found = {}
+    for task in tasks:
+        outputs = predict(task.apply_fn or apply_fn, variables, task.inputs)
+        found[str(task.name)] = score_of(task, outputs)
+    return found
+
+
+def score_of(task: Task, outputs: PyTree) -> float:
+    """The score of outputs for all examples of a checked task."""
+    return float(task.metric.of(task.metric.statistics(outputs, task.targets), counted(task)))
+
+
 def batches(task: Task, batch_size: int) -> Batches:
     """Cuts the examples of a checked task into batches, evenly, so that little is padded.
 
@@ -264,6 +305,16 @@ def batches(task: Task, batch_size: int) -> Batches:
         [5, 5]
     """
     return cut(task.inputs, task.targets, batch_size, counted(task))
+
+
+def examples_in(tasks: Sequence[Task]) -> int:
+    """How many examples of some tasks count.
+
+    Example:
+        >>> examples_in([Task(np.zeros((3, 2)), np.array([1, IGNORED, 0])), Task(np.zeros(4))])
+        6
+    """
+    return sum(int(counted(task).sum()) for task in tasks)
 
 
 def counted(task: Task) -> np.ndarray:

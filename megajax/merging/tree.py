@@ -25,7 +25,7 @@ from megajax.entry import check_inputs
 from megajax.errors import ConfigError, ParentsError
 from megajax.merging.devices import Layout
 from megajax.merging.merge import MergeResult, merge
-from megajax.merging.tasks import Task, as_tasks, counted
+from megajax.merging.tasks import Task, as_tasks, examples_in
 from megajax.program.roles import find_statistics
 from megajax.search.loop import Info, State
 from megajax.search.methods import EvolutionConfig
@@ -247,7 +247,7 @@ def merge_tree(
     tasks = as_tasks(data)
     for task in tasks:
         check_inputs(task.inputs, "inputs")
-    num_examples = sum(int(counted(task).sum()) for task in tasks)
+    num_examples = examples_in(tasks)
     count = len(parents)
     left = sum(map(len, plan(count, hierarchy.odd)))
     budget = evolution.evaluation_budget

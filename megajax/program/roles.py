@@ -241,6 +241,35 @@ def find_statistics(
     return find_roles(apply_fn, variables, inputs, statistics).statistics
 
 
+def find_read(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> frozenset[str]:
+    """The paths of the leaves that a network's outputs depend on.
+
+    What goes into a loop or a branch counts as read by all that comes out of it.
+
+    Args:
+        apply_fn: the network.
+        variables: of one network, or their shapes and dtypes.
+        inputs: a batch of inputs, or its shapes and dtypes.
+
+    Example:
+        >>> w = {"kernel": np.ones((3, 2)), "steps_trained": np.int32(7)}
+        >>> sorted(find_read(lambda w, x: x @ w["kernel"], w, np.ones((1, 3))))
+        ['kernel']
+    """
+    program, paths = trace(apply_fn, variables, inputs), leaf_paths(variables)
+    arguments = [frozenset([path]) for path in paths]
+    arguments += [frozenset()] * (len(program.closed.jaxpr.invars) - len(paths))
+
+    def visit(
+        number: int, equation: core.JaxprEqn, operands: Sequence[frozenset[str]]
+    ) -> list[frozenset[str]]:
+        del number
+        return [frozenset().union(*operands)] * len(equation.outvars)
+
+    results = walk(program.closed, arguments, visit, lambda constant: frozenset())
+    return frozenset().union(*results)
+
+
 class _Moment(NamedTuple):
     """A leaf, as it is where the program uses it.
 

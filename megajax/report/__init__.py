@@ -235,6 +235,13 @@ def _blocks(results: Mapping[str, Any], found: Comparison, pictures: Sequence[st
         blocks.append(Paragraph(searched))
     blocks += [Paragraph(note) for note in text.notes(found)]
     blocks += picture("accuracy") + picture("per_class")
+    tasks = text.task_table(results)
+    if tasks:
+        blocks += [
+            Heading("Tasks"),
+            Paragraph("What the search was scored on: examples that no parent was trained on."),
+            Table(tasks, _STRONG),
+        ]
     agreement = text.agreement_table(found, _entries(results))
     if agreement:
         blocks += [

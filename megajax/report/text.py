@@ -187,6 +187,30 @@ def agreement_table(
     return _table(found, [agreement(k) for k in range(count)]) if count else []
 
 
+def task_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Everybody's score on the tasks that the search was scored on, the header first.
+
+    Args:
+        results: of one run; no rows where it was scored on none of the user's own.
+
+    Example:
+        >>> tasks = {"noisy": {"metric": "accuracy", "merged": 0.875, "parents": [0.75, 0.5]}}
+        >>> task_table({"tasks": tasks})[1:]
+        [('parent 0', '0.7500'), ('parent 1', '0.5000'), ('merged', '0.8750')]
+    """
+    tasks = results.get("tasks") or {}
+    if not tasks:
+        return []
+    columns = [
+        (f"{name}: {of['metric'].replace('_', ' ')}", *of["parents"], of["merged"])
+        for name, of in tasks.items()
+    ]
+    count = len(columns[0]) - 2
+    names = ("network", *(f"parent {k}" for k in range(count)), "merged")
+    cells = [[x if isinstance(x, str) else f"{x:.4f}" for x in column] for column in columns]
+    return list(zip(names, *cells, strict=True))
+
+
 def run_table(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What was run: a row for each choice or fact; the header first."""
     data = results["data"]

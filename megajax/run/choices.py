@@ -90,17 +90,14 @@ def _check_merge(task: Task, one: PyTree) -> None:
     config, images = task.config, task.dataset.train.images[:2]
     met = 2 if config.hierarchy.enabled else config.parents.count
     zeros = [jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), one)] * met
-    evolution = config.evolution
-    selection = task.selection
-    few = selection._replace(inputs=selection.inputs[:64])
-    if selection.targets is not None:
-        few = few._replace(targets=selection.targets[:64])
+    evolution, selection = config.evolution, task.selection
+    few = [one._replace(inputs=_few(one.inputs), targets=_few(one.targets)) for one in selection]
     fitness = fitness_of(config).replace(racing_examples=None)
     by_vectors = config.genome.kind == "task_vectors" and has_base(config)
     problem = problem_for(
         task.apply_fn,
         zeros,
-        few,
+        list(task.tasks) or few,
         calibration=images,
         base=zeros[0] if by_vectors else None,
         recalibrate=config.recalibrate.replace(examples=2),
@@ -120,12 +117,18 @@ def _check_merge(task: Task, one: PyTree) -> None:
     reference = config.align.reference
     if isinstance(reference, int) and reference >= met:
         raise ConfigError(f"align.reference is {reference}: the parents are 0 to {met - 1}")
-    there = len(selection.inputs)
+    there = sum(len(jax.tree.leaves(one.inputs)[0]) for one in selection)
     racing = config.fitness.racing_examples
+    if racing is not None and len(selection) > 1:
+        raise ConfigError(f"fitness.racing_examples is {racing}: races are for one task")
     if racing is not None and racing > there:
         raise ConfigError(
             f"fitness.racing_examples is {racing}: there are only {there} validation examples"
         )
+
+
+def _few(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[:64], tree)
 
 
 def _check_budgets(config: Config) -> None:

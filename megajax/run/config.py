@@ -237,6 +237,8 @@ def to_dict(config: Section) -> dict[str, Any]:
             return {name: plain(getattr(value, name)) for name in type(value).model_fields}
         if isinstance(value, Mapping):
             return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(plain, value))
         return _identify(value) if callable(value) else value
 
     return plain(config)

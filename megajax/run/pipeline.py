@@ -90,6 +90,7 @@ STAGES: Mapping[str, Stage] = {
             "genome",
             "fitness.metric",
             "fitness.select_on_test",
+            "fitness.tasks",
             "evolution.population_size",
         ),
         lighter=("fitness.population_chunk", "fitness.batch_size", "evolution.population_size"),

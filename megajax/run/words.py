@@ -107,6 +107,11 @@ def _genome(config: Config, genes: int | None) -> str:
 
 def _fitness(config: Config) -> str:
     fitness = config.fitness
+    if fitness.tasks:
+        scores = (
+            "scores in units of the best parent's" if fitness.combine == "relative" else "scores"
+        )
+        return f"weighted mean of the {scores} on the tasks {_names(fitness.tasks)}"
     name = "cross_entropy" if fitness.metric is None else _names(fitness.metric)
     if name == "distill":
         return "agreement with the parents' mean prediction on training images, without labels"

@@ -65,6 +65,28 @@ def test_metrics_are_numpys():
     np.testing.assert_allclose(found.nll, expected)
 
 
+def test_positions_count_within_their_examples_and_ignored_ones_not_at_all():
+    rng = np.random.default_rng(4)
+    logits, labels = rng.normal(size=(6, 5, 2, 3)), rng.integers(0, 3, (6, 5, 2))
+    labels[rng.random(labels.shape) < 0.4] = -100
+    labels[2] = -100  # an example of which nothing counts
+    right, nll = [], []
+    for row, wanted in zip(logits, labels, strict=True):
+        places = np.argwhere(wanted != -100)
+        if len(places):
+            each = [(row[*place], wanted[*place]) for place in places]
+            right.append(np.mean([one.argmax() == label for one, label in each]))
+            nll.append(np.mean([-log_softmax(one)[label] for one, label in each]))
+    found = measure(logits, labels)
+    np.testing.assert_allclose(found, [np.mean(right), np.mean(nll)], rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(49,), (50, 1), (50, 3), (50, 50)])
+def test_labels_of_another_shape_are_refused(shape):
+    with pytest.raises(DataError, match="one label for each row of logits is needed"):
+        measure(np.zeros((50, 3)), np.zeros(shape, int))
+
+
 def test_logits_that_are_not_finite_are_never_right_and_minus_infinity_is_no_class():
     inf, nan = np.inf, np.nan
     logits = np.array([[inf, 0.0], [1.0, 0.0], [nan, 0.0], [0.0, -inf]])

@@ -61,6 +61,28 @@ NUM_GENES = {"global": 1, "layer": 2, "leaf": 8, "channel": 4 + 3, "element": 72
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_gradients_are_those_of_the_mix_at_one_hot_masks_too(granularity):
+    K, genome = 3, genome_of(3, granularity)
+    parents, direction = parents_of(K), random_parent(9)
+
+    def along(genes):
+        rows = jax.tree.map(lambda a, b: (a * b).sum(), genome.express(genes, parents), direction)
+        return sum(jax.tree.leaves(rows))
+
+    inside = jax.random.dirichlet(KEY, jnp.ones(K), (genome.num_genes,))
+    one_hot = jnp.zeros((genome.num_genes, K)).at[:, 1].set(1.0)
+    gradients = jax.jit(jax.vmap(jax.grad(along)))(jnp.stack([inside, one_hot]))
+    expected = np.zeros((genome.num_genes, K))  # the mix is linear: the same everywhere
+    pairs = zip(*map(jax.tree.leaves, (genome.labels.tree, parents, direction)), strict=True)
+    for label, rows, toward in pairs:
+        whole = np.broadcast_to(label, toward.shape)
+        for k in range(K):
+            np.add.at(expected[:, k], whole, np.float64(rows[k]) * toward)
+    np.testing.assert_allclose(gradients[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradients[1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("K", [2, 5])
 def test_one_hot_masks_give_back_a_parent_bit_for_bit(granularity, K):
     parents = parents_of(K)

@@ -366,6 +366,56 @@ def test_a_genome_of_ones_own():
     chex.assert_trees_all_close(result.variables, turned, atol=1e-6)
 
 
+class Short(Dial):
+    def express(self, genes, parents):
+        del genes
+        return jax.tree.map(lambda leaf: leaf[0, :-1], parents)
+
+
+class Lacking(Dial):
+    def express(self, genes, parents):
+        return super().express(genes, parents)[:2]
+
+
+class Wide(Dial):
+    def express(self, genes, parents):
+        found = super().express(genes, parents)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), found)
+
+
+class Failing(Dial):
+    def express(self, genes, parents):
+        return parents["no such leaf"]
+
+
+class Few(Dial):
+    def init(self, key, size, parents):
+        return super().init(key, size - 1, parents)
+
+
+class Flat(Dial):
+    def repair(self, genes):
+        return genes[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Short, r"genome.express gives leaf 0/0 as float32\[5,16\]: float32\[6,16\] is needed"),
+        (Lacking, r"genome.express gives leaf 2/0 as no such leaf: float32\[16,3\] is needed"),
+        (Wide, r"genome.express gives leaf 0/0 as bfloat16\[6,16\]: float32\[6,16\] is needed"),
+        (Failing, "genome.express failed: list indices must be integers"),
+        (Few, r"genome.init gives float32\[9,1\] for 10 individuals: \[10, ...\] is needed"),
+        (Flat, r"genome.repair gives float32\[10\]: float32\[10,1\] is needed"),
+    ],
+)
+def test_an_own_genome_that_returns_something_else_is_refused_by_name(kind, message):
+    labels = Static(jax.tree.map(lambda leaf: np.zeros([1] * leaf.ndim, int), PARENTS[0]))
+    with pytest.raises(mj.ConfigError, match=f"^{message}") as error:
+        merge(genome=kind(labels))
+    assert "\n" not in str(error.value)
+
+
 def test_masks_may_be_given_as_the_genome(whole):
     genome = make_genome(apply_fn, PARENTS[0], INPUTS[:8], 2)
     assert isinstance(genome, Masks)
@@ -492,3 +542,61 @@ def test_first_genes_that_do_not_fit_are_one_line():
             merge(first=first)
     with pytest.raises(mj.ConfigError, match=r"evolution\.parents_only"):
         merge(first=good, evolution=SMALL.replace(method="niches", parents_only=True))
+
+
+# BatchNorm and half precision -----------------------------------------------------------------
+
+
+def normalised(w, x):
+    """A hidden layer with BatchNorm, in the weights' own precision."""
+    z = (x.astype(w["in"].dtype) @ w["in"] - w["mean"]) / jnp.sqrt(w["variance_of_z"] + 1e-3)
+    return jnp.maximum(z * w["scale"], 0) @ w["out"]
+
+
+def normalised_parent(seed, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    w = {"in": rng.normal(size=(6, 16)), "out": rng.normal(size=(16, 3)) / 4}
+    z = INPUTS @ w["in"]
+    w |= {"mean": z.mean(0), "variance_of_z": z.var(0), "scale": rng.uniform(0.5, 1.5, 16)}
+    return {name: leaf.astype(dtype) for name, leaf in w.items()}
+
+
+def merge_normalised(parents, **options):
+    return mj.merge(KEY, normalised, parents, (INPUTS, LABELS), evolution=SMALL, **options)
+
+
+def test_mixed_statistics_are_one_warning_that_says_what_to_do(caplog):
+    parents = [normalised_parent(0), normalised_parent(1)]
+    for _ in range(2):
+        merge_normalised(parents)
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "BatchNorm statistics (such as variance_of_z) and recalibrate is off" in message
+    assert "recalibrate=RecalibrateConfig(enabled=True)" in message
+    assert "\n" not in message
+    caplog.clear()
+    on = mj.RecalibrateConfig(enabled=True)
+    merge_normalised(parents, recalibrate=on, calibration=INPUTS)
+    merge()  # there are no statistics
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("recalibrated", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_half_precision_is_aligned_merged_and_recalibrated(dtype, recalibrated):
+    one, two = (normalised_parent(seed, dtype) for seed in (0, 1))
+    options = {}
+    if recalibrated:
+        on = mj.RecalibrateConfig(enabled=True)
+        options = {"recalibrate": on, "calibration": INPUTS}
+    order = np.random.default_rng(5).permutation(16)
+    shuffled = {name: leaf[..., order] for name, leaf in one.items() if name != "out"}
+    result = merge_normalised([one, {**shuffled, "out": one["out"][order]}], **options)
+    chex.assert_trees_all_equal(result.parents[1], one)
+    result = merge_normalised([one, two], **options)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result.variables)} == {np.dtype(dtype)}
+    assert result.fitness >= result.parent_fitness.max() - 1e-5
+    for w, fitness in ((one, result.parent_fitness[0]), (result.variables, result.fitness)):
+        wide = {name: np.float64(leaf) for name, leaf in w.items()}
+        found = -mj.measure(np.asarray(normalised(wide, np.float64(INPUTS))), LABELS).nll
+        assert fitness == pytest.approx(found, rel=0.03)

@@ -145,6 +145,25 @@ def test_all_leaves_that_differ_are_listed_and_frozen_weights_need_nothing():
     assert genome.num_genes == 3  # of 6 without bfloat16, float and float16
 
 
+def test_leaves_that_no_program_reads_may_differ():
+    """Counters of training steps, say; one task's program reading them is enough to refuse."""
+
+    def blind(w, x):
+        return network({**w, "steps": np.uint8(200)}, x)
+
+    parents = [PARENTS[0], {**PARENTS[1], "int": 8, "steps": np.uint8(201)}]
+    with pytest.raises(mj.ParentsError, match=r"^leaf int: int64 cannot be mixed, and the parents"):
+        merge(parents, blind)
+    parents[1]["int"] = 7
+    result = merge(parents, blind)
+    assert result.variables["steps"] == 200  # parent 0's
+    one = blind(jax.tree.map(jnp.asarray, parents[1]), X)
+    np.testing.assert_allclose(result.parent_fitness[1], -mj.measure(one, LABELS).nll, rtol=1e-4)
+    tasks = [mj.Task(X, LABELS), mj.Task(X, LABELS, apply_fn=network)]
+    with pytest.raises(mj.ParentsError, match=r"^leaf steps: uint8 cannot be mixed"):
+        mj.problem_for(blind, parents, tasks, genome=mj.GenomeConfig(granularity="leaf"))
+
+
 def test_a_kept_leaf_is_its_owners_in_the_result():
     other = {**PARENTS[1], "big": BIG + 7, "key": jax.random.key(9)}
     result = merge([PARENTS[0], other], keep={"big": 1, "^key": 0})

@@ -75,6 +75,25 @@ def test_any_genes_scale_the_vectors_as_the_labels_say(granularity):
     assert found["steps"] == 7
 
 
+@pytest.mark.parametrize("granularity", ["global", "channel", "element"])
+@pytest.mark.parametrize("scales", [[0.3, 0.0, 1.4], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+def test_gradients_are_those_of_the_sum_at_a_parent_and_at_the_base_too(granularity, scales):
+    genome = genome_of(granularity)
+    stacked = genome.stack(PARENTS, BASE)
+
+    def total(genes):
+        found = genome.express(genes, stacked)
+        return found["kernel"].sum() + found["bias"].sum()
+
+    found = jax.grad(total)(constant(genome, scales))
+    expected = np.zeros((genome.num_genes, K))
+    for name in ("kernel", "bias"):
+        label = np.broadcast_to(genome.labels.tree[name], BASE[name].shape)
+        for k, parent in enumerate(PARENTS):
+            np.add.at(expected[:, k], label, np.float64(parent[name]) - BASE[name])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("density", [0.04, 0.2, 0.5, 0.97, 1.0])
 def test_trimming_keeps_the_largest_of_each_leaf(density):
     """TIES' first step, leaf by leaf, and the plain sum in place of its election."""

@@ -307,6 +307,24 @@ def test_scores_are_those_of_each_task_with_its_own_head_and_metric(relative):
     assert each.shape == (6, 2)
 
 
+def test_any_networks_score_on_any_tasks_is_the_merges(relative):
+    tasks = [FIRST, SECOND]
+    for k, parent in enumerate(PARENTS):
+        found = mj.score(linear, parent, tasks)
+        assert list(found) == ["classes", "values"]
+        expected = [relative.parent_scores[name][k] for name in found]
+        np.testing.assert_allclose(list(found.values()), expected, rtol=1e-5)
+    for metric in ("macro_f1", "perplexity", "accuracy"):  # a sum over the examples, or a mean
+        task = mj.Task(X, np.where(np.arange(N) == 2, -100, LABELS), metric)
+        problem = mj.problem_for(linear, PARENTS, task, population_size=4)
+        genes = problem.genome.init(jax.random.key(0), 4)
+        fitness = mj.evaluate(problem, genes)[0]
+        found = [mj.score(linear, parent, task)["task_0"] for parent in PARENTS]
+        np.testing.assert_allclose(found, fitness[:2], rtol=1e-5)
+    with pytest.raises(DataError, match="labels run from 1 to 3"):
+        mj.score(linear, PARENTS[0], (X, LABELS + 1))
+
+
 def test_relative_scores_are_in_units_of_the_best_parents(relative):
     best = np.max([scores_by_hand(parent) for parent in PARENTS], axis=0)
 

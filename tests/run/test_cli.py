@@ -232,6 +232,60 @@ def test_parents_from_files_with_a_head_of_their_own(finished, tmp_path):
     chex.assert_trees_all_equal(merged["params"]["head"], first["params"]["head"])
 
 
+def as_it_is(dataset):
+    return dataset.validation.images, dataset.validation.labels
+
+
+def shifted(dataset):
+    images, labels = dataset.validation[:2]
+    return mj.Task(np.roll(images, 1, axis=2), labels, "accuracy", weight=3.0, name="by a pixel")
+
+
+@pytest.mark.slow
+def test_a_search_is_scored_on_the_tasks_that_a_config_lists(tmp_path):
+    quiet = {"baselines": {"names": ("random_search",)}, "robustness": {"enabled": False}}
+    config = from_dict(SMALL | quiet | {"fitness": {"tasks": (as_it_is, shifted)}})
+    results = pipeline.run(config, tmp_path / "run")
+    tasks = results["tasks"]
+    assert {name: task["metric"] for name, task in tasks.items()} == {
+        "as_it_is": "cross_entropy",
+        "by a pixel": "accuracy",
+    }
+    dataset = data.load(stream(config, "data"), config.data)
+    network = mj.from_linen(models.build("cnn", 10, config.model.options), {}, train=False)
+    for place, name in (("merged", "merged"), ("parents", "parents/0"), ("parents", "parents/1")):
+        variables = mj.load_network(tmp_path / "run" / name)
+        scores = [
+            mj.measure(mj.predict(network.apply_fn, variables, images), dataset.validation.labels)
+            for images in (dataset.validation.images, shifted(dataset).inputs)
+        ]
+        found = [tasks[task][place] for task in ("as_it_is", "by a pixel")]
+        if place == "parents":
+            found = [of_task[int(name[-1])] for of_task in found]
+        assert found == pytest.approx([-scores[0].nll, scores[1].accuracy], rel=1e-4)
+    best = [max(task["parents"]) for task in tasks.values()]
+    merged = [task["merged"] for task in tasks.values()]
+    each = [(score - most) / abs(most) for score, most in zip(merged, best, strict=True)]
+    assert results["merged"]["fitness"] == pytest.approx(0.25 * each[0] + 0.75 * each[1], rel=1e-3)
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| network | as_it_is: cross entropy | by a pixel: accuracy |" in report
+    assert "on the tasks as_it_is and shifted" in report
+    again = pipeline.run(config, tmp_path / "run")
+    assert again["tasks"] == tasks
+
+
+def test_tasks_that_cannot_be_are_one_line(tmp_path):
+    for function, message in (
+        (lambda dataset: dataset.validation.images, "the data is a ndarray: a pair"),
+        (lambda dataset: [shifted(dataset)] * 2, r"fitness.tasks: <lambda>\(\) returned 2 tasks"),
+    ):
+        config = from_dict(SMALL | {"fitness": {"tasks": (function,)}})
+        with pytest.raises(mj.DataError, match=message):
+            pipeline.run(config, tmp_path / "run")
+    with pytest.raises(mj.ConfigError, match=r"select_on_test is True: fitness\.tasks are what"):
+        from_dict({"fitness": {"tasks": (shifted,), "select_on_test": True}})
+
+
 @pytest.mark.slow
 def test_the_command_runs_with_overrides(tmp_path):
     command = [

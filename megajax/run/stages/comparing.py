@@ -9,6 +9,7 @@ from megajax.baselines import BASELINES, run_baselines
 from megajax.baselines.registry import BaselinesConfig
 from megajax.errors import Interrupted
 from megajax.io import digest
+from megajax.merging.tasks import examples_in
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.choices import baseline_names, fitness_of
 from megajax.run.config import Config, to_dict
@@ -122,7 +123,7 @@ def _run(task: Task, outcomes: Outcomes, entry: _Entry) -> Outcome:
         genome=config.genome,
         fitness=fitness_of(config),
         evolution=config.evolution,
-        budget=round(outcomes["search"].values["examples_scored"] / task.selection.inputs.shape[0]),
+        budget=round(outcomes["search"].values["examples_scored"] / examples_in(task.selection)),
     )
     if entry.method not in results:  # a search without a budget
         return Outcome()

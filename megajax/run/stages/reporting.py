@@ -102,6 +102,9 @@ def _results(
         results["metric"] = metric
     if config.fitness.select_on_test:
         results["not_held_out"] = True
+    if found.get("tasks"):
+        results["tasks"] = found["tasks"]
+        results["metric"] = "tasks"
     if "nodes" in found:
         results["nodes"] = found["nodes"]
     if stored.get("forked_from") is not None:

@@ -131,6 +131,7 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
         "shares": _shares(merged),
         "genes": merged.genome.num_genes,
         "plan": merged.problem.layout.plain(),
+        "tasks": _of_tasks(merged) if config.fitness.tasks else {},
     }
     return _outcome(merged, figures, here.clock.seconds())
 
@@ -247,6 +248,18 @@ def _shares(merged: MergeResult) -> Mapping[str, Any]:
     if not isinstance(merged.genome, Masks):
         return projected_shares(merged.variables, merged.parents)
     return channel_shares(merged.genome, merged.genes, merged.variables)
+
+
+def _of_tasks(merged: MergeResult) -> dict[str, Any]:
+    """What `results.json` says of each task: its metric, and everybody's score on it."""
+    return {
+        name: {
+            "metric": merged.metrics[name],
+            "merged": score,
+            "parents": merged.parent_scores[name].tolist(),
+        }
+        for name, score in merged.scores.items()
+    }
 
 
 def _node_name(node: Node) -> str:

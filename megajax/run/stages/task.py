@@ -17,7 +17,7 @@ from flax import linen as nn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megajax.errors import Interrupted, WorkdirError
+from megajax.errors import DataError, Interrupted, WorkdirError
 from megajax.formats import from_linen
 from megajax.keys import named_key
 from megajax.merging import tasks as merging
@@ -61,6 +61,7 @@ class Task:
         stopping: says whether the run was asked to stop, once its state is saved.
         dataset: the images, split.
         shards: for each parent, indices of its training images.
+        tasks: what the search is scored on, where the configuration lists tasks.
         model: the network of the zoo.
         apply_fn: the same in inference mode.
     """
@@ -72,6 +73,7 @@ class Task:
     stopping: Callable[[], bool]
     dataset: data.Dataset
     shards: Sequence[np.ndarray]
+    tasks: Sequence[merging.Task]
     model: nn.Module
     apply_fn: ApplyFn
 
@@ -81,14 +83,16 @@ class Task:
         return jnp.asarray(self.dataset.train.images[: self.config.recalibrate.examples])
 
     @property
-    def selection(self) -> merging.Task:
+    def selection(self) -> list[merging.Task]:
         """What the search is scored on; without labels, the training images."""
         fitness = self.config.fitness
+        if self.tasks:
+            return list(self.tasks)
         if fitness.metric == "distill":
             images = self.dataset.train.images[: fitness.distill_examples]
-            return merging.Task(images, metric="distill")
+            return [merging.Task(images, metric="distill")]
         split = self.dataset.test if fitness.select_on_test else self.dataset.validation
-        return merging.Task(split.images, split.labels)
+        return [merging.Task(split.images, split.labels)]
 
 
 def prepare(
@@ -117,9 +121,19 @@ def prepare(
         stream(config, "shards"), dataset.train.labels, dataset.num_classes, config.parents
     )
     apply_fn = from_linen(model, {}, train=False).apply_fn
+    tasks = [_task_of(function, dataset) for function in config.fitness.tasks]
     return Task(
-        config, folder, source or folder, console, stopping, dataset, shards, model, apply_fn
+        config, folder, source or folder, console, stopping, dataset, shards, tasks, model, apply_fn
     )
+
+
+def _task_of(function: Callable[..., Any], dataset: data.Dataset) -> merging.Task:
+    """What a user's function makes of the data, called by its name if the task has none."""
+    name = getattr(function, "__name__", repr(function))
+    found = merging.as_tasks(function(dataset))
+    if len(found) != 1:
+        raise DataError(f"fitness.tasks: {name}() returned {len(found)} tasks: one is needed")
+    return found[0]._replace(name=found[0].name or name)
 
 
 def stream(config: Config, name: str) -> Key:
