@@ -206,7 +206,7 @@ def merge(
         >>> bool(result.fitness > result.parent_fitness.max())
         True
 
-    Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
+    Source: Yun, "MeGA: Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607; `megajax.mega_paper` is its algorithm to the letter. The search
     over masks is megajax's own.
     """

@@ -238,7 +238,7 @@ def merge_tree(
         >>> [node.parents for node in result.nodes], result.evaluations
         ([(0, 1), (2, 3), (4, 5)], 36)
 
-    Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
+    Source: Yun, "MeGA: Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607.
     """
     hierarchy, evolution = hierarchy or HierarchyConfig(), evolution or EvolutionConfig()
