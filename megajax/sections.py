@@ -314,12 +314,15 @@ def _words(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         choices = [getattr(getattr(check, "func", None), "choices", None) for check in inner[1:]]
-        named = [" or ".join(map(repr, choice())) for choice in choices if choice is not None]
+        named = [_either(choice()) for choice in choices if choice is not None]
         return named[0] if named else _words(inner[0])
     if origin is typing.Literal:
-        return " or ".join(map(repr, inner))
+        return _either(inner)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_words, inner))
+        first, *parts = map(_words, inner)
+        again = [one.endswith(", ...)") and first.endswith(one[1:-6]) for one in parts]
+        rest = ("several of them" if a else one for one, a in zip(parts, again, strict=True))
+        return " or ".join([first, *rest])
     if origin is tuple:
         return f"({', '.join('...' if one is Ellipsis else _words(one) for one in inner)})"
     names = {
@@ -331,4 +334,11 @@ def _words(annotation: Any) -> str:
         Callable: "a function",
         Mapping: "a dictionary",
     }
-    return names.get(origin or annotation, str(annotation))
+    name = getattr(annotation, "__name__", str(annotation))
+    return names.get(origin or annotation, f"a {name}")
+
+
+def _either(choices: Iterable[Any]) -> str:
+    """Choices in words: `'a', 'b' or 'c'`."""
+    *most, last = map(repr, choices)
+    return f"{', '.join(most)} or {last}" if most else last

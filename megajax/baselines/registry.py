@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from megajax.alignment import AlignConfig, align
+from megajax.alignment.workflow import as_align
 from megajax.baselines.given import BASELINES, NEEDS, Given, Result
 from megajax.entry import check_inputs
 from megajax.errors import ConfigError, ParentsError
-from megajax.keys import named_key
+from megajax.keys import as_key, named_key
 from megajax.merging.genome import Genome, GenomeConfig, make_genome
 from megajax.merging.merge import (
     first_examples,
@@ -38,9 +39,9 @@ class BaselinesConfig(Section):
     """What the merged network is compared with.
 
     Attributes:
-        names: methods of `megajax.baselines.BASELINES`, an error where one cannot be applied; or
-            one name; or `default` (a few that tell most) or `all`, of which those that need
-            something that is not there (a base network, exactly two parents) are left out.
+        names: methods of `megajax.baselines.BASELINES`, where one that cannot be applied is an
+            error; or one name; or `default` (the few most telling ones) or `all`, without those
+            that need something that is missing (a base network, exactly two parents).
         budget: networks that a search over masks or the straight line may score; None takes as many
             as the evolution did.
         examples: training inputs of each parent that Fisher and RegMean measure on.
@@ -53,7 +54,7 @@ class BaselinesConfig(Section):
 
 
 def run_baselines(
-    key: Key,
+    key: Key | int,
     apply_fn: ApplyFn,
     parents: Sequence[PyTree],
     data: Any,
@@ -62,7 +63,7 @@ def run_baselines(
     parent_inputs: Sequence[PyTree] | None = None,
     base: PyTree | None = None,
     config: BaselinesConfig | None = None,
-    align: AlignConfig | None = None,
+    align: AlignConfig | str | None = None,
     recalibrate: RecalibrateConfig | None = None,
     genome: GenomeConfig | Genome | None = None,
     fitness: FitnessConfig | None = None,
@@ -83,7 +84,7 @@ def run_baselines(
     Leaves that are not floating stay as in parent 0.
 
     Args:
-        key: PRNG key; what a method draws does not depend on which others run.
+        key: PRNG key, or a whole number; what a method draws does not depend on which others run.
         apply_fn: `apply_fn(variables, inputs) -> outputs`, in inference mode.
         parents: K >= 2 variable pytrees of one structure.
         data: validation data, as for `megajax.merge`.
@@ -93,8 +94,8 @@ def run_baselines(
         base: the network that all parents were trained from. Its hidden units must be in the order
             of the parents', so that it goes with parents as they were trained, not aligned ones.
         config: which baselines; None takes the defaults, here and below.
-        align: align the parents first; None takes them as they are (`MergeResult.parents` are
-            aligned already).
+        align: align the parents first, as for `megajax.merge`; None takes them as they are
+            (`MergeResult.parents` are aligned already).
         recalibrate: whether statistics are measured anew.
         genome: what a gene is.
         fitness: how a network is scored.
@@ -126,10 +127,11 @@ def run_baselines(
         >>> results["line"].detail["weights"]
         [0.5, 0.5]
     """
+    key = as_key(key)
     config, evolution = config or BaselinesConfig(), evolution or EvolutionConfig()
     tasks = as_tasks(data)
     networks = checked_parents(parents, keep)
-    if align is not None and align.method != "none":
+    if align is not None and as_align(align).method != "none":
         check_inputs(tasks[0].inputs, "inputs")
         networks, _ = _align(
             named_key(key, "align"),

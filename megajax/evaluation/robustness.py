@@ -181,7 +181,7 @@ class RobustnessConfig(Section):
         enabled: measure it, once, after the search.
         published: take the published CIFAR-10-C (`cifar10_corrupted` of TFDS, in `data.data_dir`)
             instead of corrupting the test images here.
-        corruptions: names of corruptions; none means all that there are, here or published.
+        corruptions: names of corruptions; empty means all of them.
         severities: from 1 to 5.
         examples: at most this many test images, the first ones; None takes all.
     """

@@ -97,7 +97,7 @@ class Diagnosis:
 
 
 def diagnose(
-    key: Key,
+    key: Key | int,
     apply_fn: ApplyFn,
     parents: Sequence[PyTree],
     data: Any,
@@ -108,7 +108,7 @@ def diagnose(
     """Tells whether parents fit together, and which method of merging fits them.
 
     Args:
-        key: PRNG key.
+        key: PRNG key, or a whole number.
         apply_fn: the network, in inference mode; this and the others as for `megajax.merge`.
         parents: K >= 2 variable pytrees of one structure.
         data: validation inputs and targets, or one `Task`.
