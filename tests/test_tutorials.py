@@ -60,7 +60,7 @@ def test_a_page_and_a_notebook_show_what_was_printed_and_drawn(tutorials, tmp_pa
     assert made["small-0.png"].startswith(b"\x89PNG")
     page = made["small.md"]
     assert page.startswith("# A title\n\nWords.")
-    order = ["print(numbers)", "[1, 2]", "plt.plot(numbers)", "(small-0.png)", "The end."]
+    order = ["print(numbers)", "\n[1, 2]\n", "plt.plot(numbers)", "(small-0.png)", "The end."]
     places = [page.index(part) for part in order]
     assert places == sorted(places)
     kinds = [cell["cell_type"] for cell in json.loads(made["small.ipynb"])["cells"]]
