@@ -79,8 +79,10 @@ for node, found in zip(tree.nodes, tree.results, strict=True):
     print(f"  round {node.round}: {met} -> {node.number}: {accuracy(found.variables):.1%}")
 
 # %% [markdown]
-# `HierarchyConfig(pairing="similarity")` pairs the networks whose aligned weights are most alike,
-# instead of neighbours.
+# A node of the tree has a seventh of the budget, and what an early round loses, no later one can
+# bring back. So the tree is not a way to get more out of a budget; it is for parents too many to
+# hold in memory at once, and it is what MeGA does. `HierarchyConfig(pairing="similarity")` pairs
+# the networks whose aligned weights are most alike, instead of neighbours.
 #
 # ## The cheap ways
 
@@ -116,8 +118,9 @@ for name, task in ways.items():
     print(f"gradient {name}: {accuracy(found.variables):.1%}")
 
 # %% [markdown]
-# The ensemble of all eight is what no single network of this size has to reach: eight times the
-# cost.
+# And the ensemble of all eight, at eight times the cost of one network. It takes the mean of their
+# predictions, half of which or more come from networks that have never seen the digit, so a search
+# with labels can do better.
 
 # %%
 logits = np.stack([mj.predict(model.apply, parent, x[test]) for parent in parents])
