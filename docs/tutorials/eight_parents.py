@@ -63,7 +63,7 @@ print("parents:", ", ".join(f"{accuracy(parent):.0%}" for parent in parents))
 # %%
 options = {
     "calibration": x[train],
-    "align": mj.AlignConfig(method="activations"),
+    "align": "activations",
     "evolution": mj.EvolutionConfig(
         population_size=24, generations=1_000, evaluation_budget=2_000, generations_per_chunk=10
     ),

@@ -105,7 +105,7 @@ for name, task in {
         parents,
         task,
         calibration=x[train],
-        align=mj.AlignConfig(method="activations"),
+        align="activations",
         evolution=mj.EvolutionConfig(method="gradient", generations=300, generations_per_chunk=50),
     )
     print(f"merged {name}: {accuracy(results[name].variables):.1%}")

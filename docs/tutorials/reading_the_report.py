@@ -32,7 +32,7 @@ command = [sys.executable, "-m", "megajax", "run", "--config", "small.py", "--wo
 print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 # %% [markdown]
-# ## The sentences on top
+# ## The sentences at the top
 #
 # They are the answer, and the same ones open `report.md` and `report.html`. Read them in this
 # order.

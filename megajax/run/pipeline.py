@@ -290,8 +290,7 @@ def _fork(task: Task, origin: Path) -> dict[str, Any]:
         before = workdir.read_config(origin).get("forked_from")
     changed = ", ".join(f"{name} is {here!r}" for name, (_, here) in changes.items())
     task.console.print(
-        f"forked from {origin}{f', but {changed}' if changed else ''}: "
-        f"{_taken(task, changes)}",
+        f"forked from {origin}{f', but {changed}' if changed else ''}: {_taken(task, changes)}",
         soft_wrap=True,
         highlight=False,
     )
