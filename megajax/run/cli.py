@@ -328,8 +328,8 @@ def _help(about: str) -> str:
     parts += ["", indented(_ABOUT_FIELDS, 0)]
     for section, own in itertools.groupby(fields(Config), key=lambda f: f.name.partition(".")[0]):
         kind = Config.model_fields[section].annotation
-        about = [] if kind in (int, bool) or not hasattr(kind, "section") else [kind.__doc__ or ""]
-        parts += ["", *(indented(text.splitlines()[0], 0) for text in about)]
+        head = [] if kind in (int, bool) or not hasattr(kind, "section") else [kind.__doc__ or ""]
+        parts += ["", *(indented(text.splitlines()[0], 0) for text in head)]
         for field in own:
             parts.append(f"  --config.{field.name}={field.default}")
             parts.append(indented(f"{field.meaning} Takes {field.kind}.", 6))
