@@ -44,7 +44,7 @@ def _command(word: str, *rest: str) -> int:
         code: int = importlib.import_module(COMMANDS[word]).main()
         return code
     else:
-        print(f"error: {word!r} is no command; see megajax --help", file=sys.stderr)
+        print(f"error: {word!r} is not a command; see megajax --help", file=sys.stderr)
         return 2
     return 0
 

@@ -61,7 +61,7 @@ class Section(BaseModel):
         >>> Tea(minuets=5)
         Traceback (most recent call last):
         ...
-        megajax.errors.ConfigError: tea.minuets is no field of the configuration; did you mean
+        megajax.errors.ConfigError: tea.minuets is not a field of the configuration; did you mean
         tea.minutes?
     """
 
@@ -165,7 +165,7 @@ def _compiles(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
     return pattern
 
 
@@ -230,7 +230,7 @@ def _read(kind: type[Section], name: str, value: Any) -> Any:
         hint = f"there are {', '.join(kind.model_fields)}"
         if near:
             hint = f"did you mean {_full(kind, near[0])}?"
-        raise ConfigError(f"{_full(kind, name)} is no field of the configuration; {hint}")
+        raise ConfigError(f"{_full(kind, name)} is not a field of the configuration; {hint}")
     field = kind.model_fields[name]
     if (inner := _section_of(field)) is not None:
         if isinstance(value, Mapping):

@@ -220,7 +220,7 @@ def corrupt(key: Key, images: npt.ArrayLike, name: str, severity: int) -> Images
         np.float32(0.1)
     """
     if name not in CORRUPTIONS:
-        raise DataError(f"{name!r} is no corruption: there are {', '.join(CORRUPTIONS)}")
+        raise DataError(f"{name!r} is not a corruption: there are {', '.join(CORRUPTIONS)}")
     apply, constants = CORRUPTIONS[name]
     if not 1 <= severity <= len(constants):
         raise DataError(f"severity is {severity}: they run from 1 to {len(constants)}")

@@ -124,7 +124,7 @@ def diagnose(
     """
     networks, tasks = checked_parents(parents), as_tasks(data)
     if len(tasks) > 1:
-        raise ConfigError(f"data holds {len(tasks)} tasks: a diagnosis is of one")
+        raise ConfigError(f"data holds {len(tasks)} tasks: a diagnosis takes one")
     task = check_task(tasks[0], apply_fn, networks[0])
     apply_fn, metric = task.apply_fn or apply_fn, METRICS.get(_ACCURACIES.get(task.metric.name, ""))
     task = task if metric is None or tasks[0].metric else task._replace(metric=metric)

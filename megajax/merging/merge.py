@@ -488,7 +488,7 @@ def _tasks(
     names = [task.name for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"two tasks are called {twice!r}: a name is for one")
+        raise ConfigError(f"two tasks are called {twice!r}: names must differ")
     if not any(task.weight for task in tasks):
         raise ConfigError("the weights of all tasks are 0: nothing counts")
     return tasks

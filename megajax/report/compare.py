@@ -63,10 +63,10 @@ def load_run(folder: Path) -> Run:
         >>> load_run(Path("nowhere"))
         Traceback (most recent call last):
         ...
-        megajax.errors.WorkdirError: nowhere is no folder
+        megajax.errors.WorkdirError: nowhere is not a folder
     """
     if not folder.is_dir():
-        raise WorkdirError(f"{folder} is no folder")
+        raise WorkdirError(f"{folder} is not a folder")
     if _is_workdir(folder):
         folders = [folder]
     else:
@@ -263,7 +263,7 @@ def _check(path: Path, results: Any) -> None:
         _ = results["seed"], results["data"]["name"]
     except (KeyError, TypeError, IndexError, AttributeError, DataError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise WorkdirError(f"{path} is no result of a run: {missing}") from None
+        raise WorkdirError(f"{path} is not a result of a run: {missing}") from None
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

@@ -230,7 +230,7 @@ def _parse(arguments: list[str], about: str) -> _Order | None:
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], [f"--{n}" for n in _FLAGS], n=1)
         hint = f"did you mean {near[0]}?" if near else "see --help"
-        raise ConfigError(f"{unknown[0]!r} is no flag; {hint}")
+        raise ConfigError(f"{unknown[0]!r} is not a flag; {hint}")
     if given.config is None:
         raise ConfigError("--config FILE is missing; see --help")
     config = override(load_config(given.config), changes)

@@ -480,7 +480,7 @@ def _load_own(function: Callable[[], Any]) -> _Source:
         told = ", ".join(map(str, parts)) if isinstance(parts, dict) else type(parts).__name__
         raise DataError(f"data.name: {name}() returned {told}: {wanted}")
     if not all(isinstance(part, tuple) and len(part) == 2 for part in parts.values()):
-        raise DataError(f"data.name: {name}() returned parts that are no pairs: {wanted}")
+        raise DataError(f"data.name: {name}() returned parts that are not pairs: {wanted}")
     parts = {part: (np.asarray(x), np.asarray(y)) for part, (x, y) in parts.items()}
     most = max((y.max(initial=0) for _, y in parts.values()), default=0)
     return _Source(parts, int(most) + 1, name)
@@ -548,7 +548,7 @@ def _opened(config: DataConfig) -> Any:
     image, label = (features[key] for key in keys) if len(keys) == 2 else (None, None)
     shape, num_classes = getattr(image, "shape", ()), getattr(label, "num_classes", None)
     if len(shape) != 3 or num_classes is None:
-        raise DataError(f"{config.name} is no set of labelled images: its keys are {keys}")
+        raise DataError(f"{config.name} is not a set of labelled images: its keys are {keys}")
     if None in shape and config.image_size is None:
         raise DataError(
             f"{config.name} holds images of several sizes: give the one to resize to as "
@@ -564,7 +564,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
         # The format must always be given: with a data_dir alone it is not the default.
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        raise DataError(f"{name} is no data set of tensorflow-datasets, and not digits") from None
+        raise DataError(f"{name} is not a data set of tensorflow-datasets, nor digits") from None
     except (ValueError, AssertionError) as error:
         if "File format is already set" in str(error):
             raise DataError(

@@ -146,7 +146,9 @@ def test_the_package_is_a_command_with_words():
     done = run("-m", "megajax", "--version")
     assert done.stdout == f"{mj.__version__}\n"
     assert "megajax compare" in run("-m", "megajax").stdout
-    assert run("-m", "megajax", "fly").stderr == "error: 'fly' is no command; see megajax --help\n"
+    assert (
+        run("-m", "megajax", "fly").stderr == "error: 'fly' is not a command; see megajax --help\n"
+    )
     done = run("-m", "megajax", "run")
     assert done.returncode == 2
     assert done.stderr == "error: --config FILE is missing; see --help\n"
