@@ -208,7 +208,7 @@ def test_norm_option(name, norm):
         ("lenet", {}, "model.name is 'lenet': choose one of cnn, "),
         ("cnn", {"widht": 3}, "did you mean model.options.width"),
         ("cnn", {"zzz": 3}, "model.options.zzz is not an option of cnn; it has width, norm, dtype"),
-        ("cnn", {"name": "x"}, "model.options.name is no option"),
+        ("cnn", {"name": "x"}, "model.options.name is not an option"),
         ("cnn", {"width": 2.5}, "model.options.width is 2.5: int is needed"),
         ("cnn", {"width": True}, "model.options.width is True: int is needed"),
         ("cnn", {"width": 0}, "model.options.width is 0: it must be at least 1"),
