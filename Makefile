@@ -16,7 +16,7 @@ test-slow: .venv/installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # PYTHON:WHAT IT INSTALLS BESIDE MEGAJAX; the corners of what is supported.
-MATRIX ?= 3.11:jax==0.10.0,flax==0.12.1 3.12:jax==0.11.2 3.13:
+MATRIX ?= 3.11:-r,.ci/oldest.txt 3.12:jax==0.11.2 3.13:
 MATRIX_TESTS ?= tests megajax
 
 test-matrix:  ## the fast suite on the oldest and the newest JAX, where there are these Pythons

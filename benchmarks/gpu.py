@@ -518,7 +518,7 @@ def page(results: dict[str, Any]) -> str:
         if "note" in found:
             lines += [found["note"], ""]
         if found["state"] != "done":
-            lines += [f"(The part did not come to its end: {found['state'][:100]}.)", ""]
+            lines += [f"(This part was not finished: {found['state'][:100]}.)", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Pages of the site that are made from something else: the README, the sections, the modules.
+"""Pages of the site that are made: from the README, sections, modules, and tutorials that are run.
 
 `mkdocs.yml` names this file as its hook.
 """
@@ -9,6 +9,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import _tutorials
 from mkdocs.structure.files import File
 
 import megajax
@@ -32,8 +33,10 @@ def on_files(files, config):
     }
     for room in ROOMS:
         pages[f"reference/{room}.md"] = _reference(room, _modules(room))
-    for path, text in pages.items():
-        files.append(File.generated(config, path, content=text))
+    for tutorial in sorted((ROOT / "docs" / "tutorials").glob("*.py")):
+        pages |= {f"tutorials/{name}": one for name, one in _tutorials.made(tutorial).items()}
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
     return files
 
 
@@ -50,10 +53,12 @@ def configuration():
     for kind in sections:
         first = inspect.cleandoc(kind.__doc__).split("\n\n")[0]
         lines += ["", f"## {kind.section or 'The run itself'}: `{kind.__name__}`", "", first, ""]
+        lines += ['<div class="fields" markdown>', ""]
         lines += ["| field | takes | default | meaning |", "| --- | --- | --- | --- |"]
         for entry in own if kind is Config else fields(kind):
             cells = (f"`{entry.name}`", entry.kind, f"`{entry.default!r}`", entry.meaning)
             lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        lines += ["", "</div>"]
     return "\n".join(lines) + "\n"
 
 
@@ -69,7 +74,7 @@ def _moved(text):
     """A page of the root, whose links lead to what is on the site; other files are named."""
     text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
     text = text.replace("](CONTRIBUTING.md)", "](contributing.md)")
-    return re.sub(r"\[([^]]+)\]\((?!https?:|[a-z_]+\.(?:md|png))([^)]+)\)", r"`\2`", text)
+    return re.sub(r"\[([^]]+)\]\((?!https?:|#|[a-z_]+\.(?:md|png))([^)]+)\)", r"`\2`", text)
 
 
 def _modules(room):

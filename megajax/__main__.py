@@ -1,14 +1,16 @@
-"""The command `megajax`: one word for each command of the package, and what it is given.
+"""The command `megajax`, followed by what to do.
 
     megajax run --config exp.py       train, merge, measure           python -m megajax.run
-    megajax diagnose --config exp.py  whether its parents fit         python -m megajax.run.diagnose
+    megajax diagnose --config exp.py  do the parents fit together?    python -m megajax.run.diagnose
     megajax compare RUN RUN           finished runs side by side      python -m megajax.compare
     megajax data prepare NAME         download an image set, once     python -m megajax.data
 
-Each says more with --help; `megajax --version` says which release this is.
+Each of them explains itself with --help; `megajax --version` prints the version.
 """
 
 import importlib
+import os
+import signal
 import sys
 
 import megajax
@@ -23,7 +25,16 @@ COMMANDS = {
 
 def main() -> int:
     """Runs a command; its exit code is ours."""
-    word, *rest = sys.argv[1:] or ["--help"]
+    try:
+        code = _command(*(sys.argv[1:] or ["--help"]))
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _command(word: str, *rest: str) -> int:
     if word in ("--version", "-V"):
         print(megajax.__version__)
     elif word in ("--help", "-h"):
@@ -32,7 +43,7 @@ def main() -> int:
         sys.argv = [f"megajax {word}", *rest]
         return importlib.import_module(COMMANDS[word]).main()
     else:
-        print(f"error: {word!r} is no command; see megajax --help", file=sys.stderr)
+        print(f"error: {word!r} is not a command; see megajax --help", file=sys.stderr)
         return 2
     return 0
 

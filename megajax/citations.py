@@ -38,7 +38,7 @@ def citation(*sections: Section) -> str:
         misc{pbil,
           author = {Baluja, Shumeet},
           title = {{Population-Based Incremental Learning: ...}},
-          howpublished = {Technical report CMU-CS-94-163},
+          howpublished = {Carnegie Mellon University, technical report CMU-CS-94-163},
           year = {1994},
         }
     """

@@ -5,10 +5,21 @@ from __future__ import annotations
 import zlib
 
 import jax
+import numpy as np
 
 from megajax.types import Key
 
-__all__ = ["named_key"]
+__all__ = ["as_key", "named_key"]
+
+
+def as_key(key: Key | int) -> Key:
+    """A key as it is, or that of a whole number.
+
+    Example:
+        >>> bool(as_key(3) == jax.random.key(3))
+        True
+    """
+    return jax.random.key(key) if isinstance(key, (int, np.integer)) else key
 
 
 def named_key(key: Key, name: str) -> Key:

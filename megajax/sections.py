@@ -60,7 +60,7 @@ class Section(BaseModel):
         >>> Tea(minuets=5)
         Traceback (most recent call last):
         ...
-        megajax.errors.ConfigError: tea.minuets is no field of the configuration; did you mean
+        megajax.errors.ConfigError: tea.minuets is not a field of the configuration; did you mean
         tea.minutes?
     """
 
@@ -164,7 +164,7 @@ def _compiles(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
     return pattern
 
 
@@ -227,7 +227,7 @@ def _read(kind: type[Section], name: str, value: Any) -> Any:
     if name not in kind.model_fields:
         there, section = f"there are {', '.join(kind.model_fields)}", _full(kind, "")
         hint = did_you_mean(name, kind.model_fields, there, section)
-        raise ConfigError(f"{_full(kind, name)} is no field of the configuration; {hint}")
+        raise ConfigError(f"{_full(kind, name)} is not a field of the configuration; {hint}")
     field = kind.model_fields[name]
     if (inner := _section_of(field)) is not None:
         if isinstance(value, Mapping):
@@ -311,12 +311,15 @@ def _words(annotation: Any) -> str:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         choices = [getattr(getattr(check, "func", None), "choices", None) for check in inner[1:]]
-        named = [" or ".join(map(repr, choice())) for choice in choices if choice is not None]
+        named = [_either(choice()) for choice in choices if choice is not None]
         return named[0] if named else _words(inner[0])
     if origin is typing.Literal:
-        return " or ".join(map(repr, inner))
+        return _either(inner)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_words, inner))
+        first, *parts = map(_words, inner)
+        again = [one.endswith(", ...)") and first.endswith(one[1:-6]) for one in parts]
+        rest = ("several of them" if a else one for one, a in zip(parts, again, strict=True))
+        return " or ".join([first, *rest])
     if origin is tuple:
         return f"({', '.join('...' if one is Ellipsis else _words(one) for one in inner)})"
     names = {
@@ -328,4 +331,11 @@ def _words(annotation: Any) -> str:
         Callable: "a function",
         Mapping: "a dictionary",
     }
-    return names.get(origin or annotation, str(annotation))
+    name = getattr(annotation, "__name__", str(annotation))
+    return names.get(origin or annotation, f"a {name}")
+
+
+def _either(choices: Iterable[Any]) -> str:
+    """Choices in words: `'a', 'b' or 'c'`."""
+    *most, last = map(repr, choices)
+    return f"{', '.join(most)} or {last}" if most else last

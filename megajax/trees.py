@@ -66,9 +66,9 @@ def check_parents(parents: Sequence[PyTree]) -> None:
 
     Raises:
         ParentsError: fewer than two parents, or none of a form that is one; a parent without
-            leaves; a leaf that is no array; leaves that are missing, or that have another shape or
-            dtype than in parent 0 (all such leaves are named, with shapes and dtypes); a leaf with
-            a value that is not finite.
+            leaves; a leaf that is not an array; leaves that are missing, or that have another shape
+            or dtype than in parent 0 (all such leaves are named, with shapes and dtypes); a leaf
+            with a value that is not finite.
 
     Example:
         >>> check_parents([{"w": np.zeros((2, 3))}, {"w": np.zeros((2, 4))}])
@@ -313,7 +313,7 @@ def leaf_owners(paths: Sequence[str], keep: Mapping[str, int], num: int) -> dict
         try:
             matches = [path for path in paths if re.search(pattern, path)]
         except re.error as error:
-            raise ParentsError(f"keep {pattern!r} is no regular expression: {error}") from None
+            raise ParentsError(f"keep {pattern!r} is not a regular expression: {error}") from None
         if not matches:
             example = f", such as {paths[0]}" if paths else ""
             raise ParentsError(f"keep {pattern!r} matches no leaf{example}")

@@ -2,8 +2,10 @@
 
 import html
 import importlib.util
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -21,6 +23,7 @@ from megajax.sections import fields
 from megajax.zoo import networks
 
 ROOT = Path(__file__).parent.parent
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text() for page in PAGES}
 REGISTRIES = [
@@ -94,14 +97,22 @@ def test_every_message_that_is_explained_is_one_of_the_librarys():
             assert message in plain, message
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="MkDocs is not installed")
-def test_the_site_is_built_without_a_warning_and_has_every_name_and_field(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The documentation, built as `make docs` does; minutes, most of them for the tutorials."""
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("MkDocs is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    pages = {page.name: html.unescape(page.read_text()) for page in tmp_path.glob("*.html")}
-    names = (tmp_path / "reference" / "index.html").read_text()
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_has_every_name_and_field(site):
+    pages = {page.name: html.unescape(page.read_text()) for page in site.glob("*.html")}
+    names = (site / "reference" / "index.html").read_text()
     for name in dir(megajax):
         home = getattr(getattr(megajax, name), "__module__", "")
         if home.startswith("megajax") and name[0] != "_":
@@ -109,6 +120,35 @@ def test_the_site_is_built_without_a_warning_and_has_every_name_and_field(tmp_pa
     for one in fields(Config):
         assert f"<code>{one.name}<" in pages["configuration.html"], one.name
         assert one.meaning, one.name
-    for page in pages.values():
-        for image in re.findall(r'<img [^>]*src="(?!data:)([^"]+)"', page):
-            assert (tmp_path / image).exists(), image
+    for page in site.rglob("*.html"):
+        for image in re.findall(r'<img [^>]*src="(?!data:)([^"]+)"', page.read_text()):
+            assert (page.parent / image).exists(), image
+    for tutorial in (ROOT / "docs" / "tutorials").glob("*.py"):
+        page = (site / "tutorials" / f"{tutorial.stem}.html").read_text()
+        assert f'href="{tutorial.stem}.ipynb"' in page
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", ["index", "configuration", "method", "tutorials/own_model"])
+def test_no_page_of_the_site_is_wider_than_the_screen(site, tmp_path, name, width):
+    """Code and other tables may scroll in boxes of their own; the tables of fields never do."""
+    page = (site / f"{name}.html").as_uri()
+    (tmp_path / "frame.html").write_text(
+        f'<body><iframe src="{page}" style="border: 0; width: {width}px; height: 800px"></iframe>'
+        "<script>onload = () => setTimeout(() => {"
+        "const page = document.querySelector('iframe').contentDocument;"
+        "const cut = [...page.querySelectorAll('.fields .md-typeset__scrollwrap')]"
+        ".filter(e => e.scrollWidth > e.clientWidth + 1).length;"
+        "document.body.textContent = `[${page.documentElement.scrollWidth}, ${cut}]`"
+        "}, 1000)</script>"
+    )
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += ["--disable-web-security", "--allow-file-access-from-files", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=6000"]
+    command += ["--window-size=1400,900", (tmp_path / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    widest, cut = json.loads(re.search(r"<body>(.*)</body>", done.stdout)[1])
+    assert widest <= width
+    assert cut == 0

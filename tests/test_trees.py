@@ -116,7 +116,7 @@ def test_kept_leaves_are_their_parents_everywhere():
         ({"tail": 0}, "keep 'tail' matches no leaf, such as body"),
         ({"head": 2}, "keep 'head' is 2: the parents are 0 to 1"),
         ({"head": True}, "keep 'head' is True"),
-        ({"head(": 0}, "keep 'head\\(' is no regular expression"),
+        ({"head(": 0}, "keep 'head\\(' is not a regular expression"),
         ({"head": 0, "ea": 1}, "keep gives leaf head to both parent 0 and 1"),
         ({"only": 0}, "leaf only is left to parent 0, which has no such leaf"),
     ],

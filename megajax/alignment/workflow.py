@@ -12,11 +12,12 @@ from megajax.alignment.symmetries import find_symmetries
 from megajax.alignment.verification import verify
 from megajax.entry import taken
 from megajax.errors import ConfigError, DataError
+from megajax.keys import as_key
 from megajax.sections import Section, at_least, one_of
 from megajax.trees import checked_parents, keep_leaves, leaf_owners, leaf_paths
 from megajax.types import ApplyFn, Key, PyTree
 
-__all__ = ["AlignConfig", "align"]
+__all__ = ["AlignConfig", "align", "as_align"]
 
 METHODS = ("weights", "activations", "both", "none")
 _ON_ACTIVATIONS = ("activations", "both")
@@ -41,14 +42,24 @@ class AlignConfig(Section):
         self.require(ok, "reference", "only weights can be matched to a mean")
 
 
+def as_align(align: AlignConfig | str) -> AlignConfig:
+    """A section as it is, or that of a method.
+
+    Example:
+        >>> as_align("both") == AlignConfig(method="both")
+        True
+    """
+    return AlignConfig(method=align) if isinstance(align, str) else align
+
+
 def align(
-    key: Key,
+    key: Key | int,
     apply_fn: ApplyFn,
     parents: Sequence[PyTree],
     inputs: Any,
     *,
     calibration: Any | None = None,
-    config: AlignConfig | None = None,
+    config: AlignConfig | str | None = None,
     keep: Mapping[str, int] | None = None,
 ) -> tuple[list[PyTree], Alignment | None]:
     """Finds a network's symmetries and brings the parents' hidden units into correspondence.
@@ -57,12 +68,12 @@ def align(
     move along and do not count.
 
     Args:
-        key: PRNG key.
+        key: PRNG key, or a whole number.
         apply_fn: the network.
         parents: K variable pytrees of one structure.
         inputs: one batch.
         calibration: training inputs, to match activations on.
-        config: method and reference; None takes the defaults.
+        config: method and reference, or a method alone; None takes the defaults.
         keep: regular expression -> number of a parent: leaves that all parents have from this one.
             They do not count, and come out in the order of their own parent's hidden units.
 
@@ -87,7 +98,7 @@ def align(
         >>> back["u"].tolist()
         [[1.0, -1.0]]
     """
-    config = config or AlignConfig()
+    key, config = as_key(key), as_align(config or AlignConfig())
     parents = checked_parents(parents, keep)
     _, inputs = taken(apply_fn, parents[0], inputs)
     if config.method in _ON_ACTIVATIONS and calibration is not None:

@@ -13,7 +13,7 @@ from megajax.baselines.given import BASELINES, NEEDS, Given, Result
 from megajax.baselines.leaves import statistic_paths
 from megajax.entry import check_inputs
 from megajax.errors import ConfigError, ParentsError
-from megajax.keys import named_key
+from megajax.keys import as_key, named_key
 from megajax.merging.genome import Genome, GenomeConfig, make_genome
 from megajax.merging.merge import (
     aligned_parents,
@@ -40,9 +40,9 @@ class BaselinesConfig(Section):
     """What the merged network is compared with.
 
     Attributes:
-        names: methods of `megajax.baselines.BASELINES`, an error where one cannot be applied; or
-            one name; or `default` (a few that tell most) or `all`, of which those that need
-            something that is not there (a base network, exactly two parents) are left out.
+        names: methods of `megajax.baselines.BASELINES`, where one that cannot be applied is an
+            error; or one name; or `default` (the few most telling ones) or `all`, without those
+            that need something that is missing (a base network, exactly two parents).
         budget: networks that a search over masks or the straight line may score; None takes as many
             as the evolution did.
         examples: training inputs of each parent that Fisher and RegMean measure on.
@@ -55,7 +55,7 @@ class BaselinesConfig(Section):
 
 
 def run_baselines(
-    key: Key,
+    key: Key | int,
     apply_fn: ApplyFn,
     parents: Sequence[PyTree],
     data: Any,
@@ -64,7 +64,7 @@ def run_baselines(
     parent_inputs: Sequence[PyTree] | None = None,
     base: PyTree | None = None,
     config: BaselinesConfig | None = None,
-    align: AlignConfig | None = None,
+    align: AlignConfig | str | None = None,
     recalibrate: RecalibrateConfig | None = None,
     genome: GenomeConfig | Genome | None = None,
     fitness: FitnessConfig | None = None,
@@ -85,7 +85,7 @@ def run_baselines(
     Leaves that are not floating stay as in parent 0.
 
     Args:
-        key: PRNG key; what a method draws does not depend on which others run.
+        key: PRNG key, or a whole number; what a method draws does not depend on which others run.
         apply_fn: `apply_fn(variables, inputs) -> outputs`, in inference mode.
         parents: K >= 2 variable pytrees of one structure.
         data: validation data, as for `megajax.merge`.
@@ -95,8 +95,8 @@ def run_baselines(
         base: the network that all parents were trained from. Its hidden units must be in the order
             of the parents', so that it goes with parents as they were trained, not aligned ones.
         config: which baselines; None takes the defaults, here and below.
-        align: align the parents first; None takes them as they are (`MergeResult.parents` are
-            aligned already).
+        align: align the parents first, as for `megajax.merge`; None takes them as they are
+            (`MergeResult.parents` are aligned already).
         recalibrate: whether statistics are measured anew.
         genome: what a gene is.
         fitness: how a network is scored.
@@ -128,6 +128,7 @@ def run_baselines(
         >>> results["line"].detail["weights"]
         [0.5, 0.5]
     """
+    key = as_key(key)
     config, evolution = config or BaselinesConfig(), evolution or EvolutionConfig()
     networks = checked_parents(parents, keep)
     tasks = tasks_of(apply_fn, networks, data, fitness)

@@ -181,7 +181,7 @@ class RobustnessConfig(Section):
         enabled: measure it, once, after the search.
         published: take the published CIFAR-10-C (`cifar10_corrupted` of TFDS, in `data.data_dir`)
             instead of corrupting the test images here.
-        corruptions: names of corruptions; none means all that there are, here or published.
+        corruptions: names of corruptions; empty means all of them.
         severities: from 1 to 5.
         examples: at most this many test images, the first ones; None takes all.
     """
@@ -220,7 +220,7 @@ def corrupt(key: Key, images: npt.ArrayLike, name: str, severity: int) -> Images
         np.float32(0.1)
     """
     if name not in CORRUPTIONS:
-        raise DataError(f"{name!r} is no corruption: there are {', '.join(CORRUPTIONS)}")
+        raise DataError(f"{name!r} is not a corruption: there are {', '.join(CORRUPTIONS)}")
     apply, constants = CORRUPTIONS[name]
     if not 1 <= severity <= len(constants):
         raise DataError(f"severity is {severity}: they run from 1 to {len(constants)}")

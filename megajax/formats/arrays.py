@@ -64,7 +64,7 @@ class Stored(NamedTuple):
 
     Attributes:
         path: of the file.
-        specs: what it says it holds; what is no array has the dtype `object`.
+        specs: what it says it holds; what is not an array has the dtype `object`.
         read: `read(names) -> {name: array}`.
     """
 
@@ -107,7 +107,7 @@ def specs_of(variables: PyTree) -> dict[str, Spec]:
     """Path -> shape and dtype of each leaf, in flattening order; Python numbers are arrays too.
 
     Raises:
-        InterchangeError: a leaf is no array of numbers, or two leaves have one path.
+        InterchangeError: a leaf is not an array of numbers, or two leaves have one path.
 
     Example:
         >>> {path: str(spec) for path, spec in specs_of({"w": np.ones((2, 3)), "step": 4}).items()}

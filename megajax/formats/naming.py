@@ -81,7 +81,7 @@ def _compiled(what: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise InterchangeError(f"{what} {pattern!r} is no regular expression: {error}") from None
+        raise InterchangeError(f"{what} {pattern!r} is not a regular expression: {error}") from None
 
 
 def _renamed(
@@ -154,7 +154,7 @@ def _by_name(
         lacks = [f"leaf {leaf} ({wanted[leaf]})" for leaf in missing]
         has = [f"{name} ({stored.specs[name]})" for name in extra]
         parts = [f"lacks {some(lacks)}"] if lacks else []
-        parts += [f"has {some(has)}, which the network has not"] if has else []
+        parts += [f"has {some(has)}, which the network does not have"] if has else []
         hint = _hint(missing, extra, [*found.values()])
         raise InterchangeError(f"{stored.path} {' and '.join(parts)}{hint}")
     return [Entry(found[leaf], leaf, as_is(wanted[leaf].shape)) for leaf in wanted if leaf in found]

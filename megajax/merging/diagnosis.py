@@ -97,7 +97,7 @@ class Diagnosis:
 
 
 def diagnose(
-    key: Key,
+    key: Key | int,
     apply_fn: ApplyFn,
     parents: Sequence[PyTree],
     data: Any,
@@ -108,7 +108,7 @@ def diagnose(
     """Tells whether parents fit together, and which method of merging fits them.
 
     Args:
-        key: PRNG key.
+        key: PRNG key, or a whole number.
         apply_fn: the network, in inference mode; this and the others as for `megajax.merge`.
         parents: K >= 2 variable pytrees of one structure.
         data: validation inputs and targets, or one `Task`.
@@ -124,7 +124,7 @@ def diagnose(
     """
     networks, tasks = checked_parents(parents), as_tasks(data)
     if len(tasks) > 1:
-        raise ConfigError(f"data holds {len(tasks)} tasks: a diagnosis is of one")
+        raise ConfigError(f"data holds {len(tasks)} tasks: a diagnosis takes one")
     task = check_task(tasks[0], apply_fn, networks[0])
     apply_fn, metric = task.apply_fn or apply_fn, METRICS.get(_ACCURACIES.get(task.metric.name, ""))
     task = task if metric is None or tasks[0].metric else task._replace(metric=metric)

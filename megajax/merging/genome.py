@@ -62,10 +62,10 @@ class GenomeConfig(Section):
             itself, as in MeGA; a gene is a whole leaf).
         freeze: regular expression; leaves whose path it matches stay as in parent 0.
         granularity: of masks and task vectors: `global` (one gene), `layer`, `leaf`, `channel` (one
-            for each hidden unit: all that writes it moves together) or `element`.
+            for each hidden unit: all the weights that compute it) or `element`.
         binary: for masks: each gene picks one parent, instead of mixing them.
-        low: for masks: least coefficient; below 0, genes may lie beyond a parent. For task vectors
-            likewise.
+        low: for masks and task vectors: smallest coefficient; below 0, genes may lie beyond a
+            parent.
         high: for task vectors: largest coefficient.
         trim: for task vectors: a density for each gene and parent is searched too (TIES' trimming).
         parents_first: for weights: the parents are in the first population, so that the result
@@ -74,9 +74,9 @@ class GenomeConfig(Section):
             deviation of the leaf that the noise hits. Leaves differ in size by orders of magnitude,
             so that one absolute scale drowns some and does nothing to others.
         noise_on_statistics: for weights: noise hits BatchNorm's moving statistics too. They are
-            measurements of activations; noise makes them wrong and can bring nothing.
-        clip_variances: for weights: negative variances are set to zero. Otherwise a network with
-            one gives no number, and is lost.
+            measurements of activations; noise can only make them wrong.
+        clip_variances: for weights: negative variances are set to zero. Otherwise a network with a
+            negative variance outputs NaN and is lost.
     """
 
     section = "genome"

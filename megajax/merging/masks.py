@@ -266,7 +266,7 @@ def mask_labels(variables: PyTree, granularity: str, layers: PyTree | None = Non
     if layers is None:
         layers = jax.tree.unflatten(treedef, range(len(leaves)))
     if str(jax.tree.structure(layers)) != str(treedef):
-        raise ConfigError("layers has not the structure of the variables")
+        raise ConfigError("layers does not have the structure of the variables")
 
     next_gene = 0
     first_gene: dict[Any, int] = {}
@@ -297,7 +297,7 @@ def _broadcastable(labels: PyTree, variables: PyTree) -> PyTree:
     try:
         full = jax.tree.broadcast(labels, variables)
     except ValueError as error:
-        raise ConfigError(f"labels is no prefix of the variables: {first_line(error)}") from None
+        raise ConfigError(f"labels is not a prefix of the variables: {first_line(error)}") from None
     paths, leaves = leaf_paths(variables), jax.tree.leaves(variables)
     result = []
     for path, label, leaf in zip(paths, jax.tree.leaves(full), leaves, strict=True):

@@ -1,7 +1,7 @@
 """The main job: parents and validation data in, one merged network out.
 
 `merge` puts the pieces together as the configuration sections say: it aligns the parents, builds
-the `Problem` and runs a search on it. It writes no file and prints nothing.
+the `Problem` and runs a search on it. It writes no file, and prints nothing unless it is asked to.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from megajax.alignment import AlignConfig
-from megajax.alignment.workflow import align_checked
+from megajax.alignment.workflow import align_checked, as_align
 from megajax.entry import check_inputs, output_shapes
 from megajax.errors import ConfigError, DataError, ParentsError
+from megajax.keys import as_key
 from megajax.merging.genome import Genome, GenomeConfig, check_genome, make_genome
 from megajax.merging.problem import (
     FitnessConfig,
@@ -33,6 +34,7 @@ from megajax.merging.problem import (
     race_of,
     scores_of,
 )
+from megajax.merging.progress import ProgressLine
 from megajax.merging.tasks import Task, as_tasks, check_task, with_teacher
 from megajax.merging.weights import Weights
 from megajax.program.memory import check_fits
@@ -132,16 +134,24 @@ class MergeResult(NamedTuple):
     state: State
     front: Front | None = None
 
+    def __repr__(self) -> str:
+        of_parents = ", ".join(f"{value:.4g}" for value in self.parent_fitness)
+        return (
+            f"MergeResult(fitness={self.fitness:.4g}, parent_fitness=[{of_parents}], "
+            f"metrics={self.metrics}, num_genes={self.genome.num_genes}, "
+            f"generations={len(self.history.generation) - 1}, evaluations={self.evaluations})"
+        )
+
 
 def merge(
-    key: Key,
+    key: Key | int,
     apply_fn: ApplyFn,
     parents: Sequence[PyTree],
     data: Any,
     *,
     calibration: PyTree | None = None,
     base: PyTree | None = None,
-    align: AlignConfig | None = None,
+    align: AlignConfig | str | None = None,
     recalibrate: RecalibrateConfig | None = None,
     genome: GenomeConfig | Genome | None = None,
     fitness: FitnessConfig | None = None,
@@ -151,6 +161,7 @@ def merge(
     first: Genes | None = None,
     state: State | Mapping[str, Any] | None = None,
     callback: Callable[[State, Info], bool | None] | None = None,
+    progress: bool = False,
 ) -> MergeResult:
     """Merges networks of one architecture by a search over mixing masks (or other genes).
 
@@ -160,7 +171,7 @@ def merge(
     one compiled program, whatever their parents, keys and data.
 
     Args:
-        key: PRNG key; the same key gives the same result.
+        key: PRNG key, or a whole number; the same one gives the same result.
         apply_fn: `apply_fn(variables, inputs) -> outputs`, in inference mode.
         parents: K >= 2 variable pytrees of one structure.
         data: validation inputs and targets, which no parent was trained on; or a `Task`, or several
@@ -169,8 +180,9 @@ def merge(
         calibration: training inputs `[n, ...]`, without labels: what activations are matched and
             statistics measured on. Needed only where `align` or `recalibrate` ask for it.
         base: the network that the parents were trained from, for `genome.kind="task_vectors"`.
-        align: how hidden units are brought into correspondence; None takes the defaults, here and
-            below. Not for task vectors, whose parents have their base's order.
+        align: how hidden units are brought into correspondence: a section, or a method by name;
+            None takes the defaults, here and below. Not for task vectors, whose parents have their
+            base's order.
         recalibrate: whether BatchNorm statistics are measured anew for every candidate.
         genome: what a gene is: a section, or a genome of your own.
         fitness: how an individual is scored.
@@ -187,6 +199,7 @@ def merge(
         callback: called with the state and the infos after each compiled call of some generations,
             and, for a search that starts anew, once before the first; a true result stops the
             search.
+        progress: say on the standard error how far the search is.
 
     Returns:
         The merged network and how it was found.
@@ -208,12 +221,19 @@ def merge(
         >>> bool(result.fitness > result.parent_fitness.max())
         True
 
-    Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
+    Source: Yun, "MeGA: Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607; `megajax.mega_paper` is its algorithm to the letter. The search
     over masks is megajax's own.
     """
     evolution = evolution or EvolutionConfig()
-    align_key, genes_key, init_key, run_key = jax.random.split(key, 4)
+    line = ProgressLine(evolution.generations) if progress else None
+
+    def called(state: State, info: Info) -> bool:
+        if line is not None:
+            line.show(info)
+        return bool(callback is not None and callback(state, info))
+
+    align_key, genes_key, init_key, run_key = jax.random.split(as_key(key), 4)
     given = checked_parents(parents, keep)
     tasks = tasks_of(apply_fn, given, data, fitness)
     aligned = aligned_parents(
@@ -255,7 +275,7 @@ def merge(
         state = first_state(search, init_key, genes, problem)
         info = first_info(state)
         history.append(info)
-        stopped = bool(callback is not None and callback(state, info))
+        stopped = called(state, info)
         check_alive(info)
     if not stopped:
         state, infos = run(
@@ -265,9 +285,11 @@ def merge(
             problem,
             limits,
             num_examples=problem.num_examples,
-            callback=callback,
+            callback=called,
         )
         history.append(infos)
+    if line is not None:
+        line.close()
     counts = jax.device_get(state.counts)
     variables = with_unmixed(expressed(problem, state.best.genes), problem.genome, aligned[0])
     _, aux = scores_of(problem, variables) if len(tasks) > 1 else (None, None)
@@ -473,7 +495,7 @@ def tasks_of(
     names = [task.name for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ConfigError(f"two tasks are called {twice!r}: a name is for one")
+        raise ConfigError(f"two tasks are called {twice!r}: names must differ")
     if not any(task.weight for task in tasks):
         raise ConfigError("the weights of all tasks are 0: nothing counts")
     return tasks
@@ -500,13 +522,14 @@ def aligned_parents(
     parents: list[PyTree],
     inputs: PyTree,
     calibration: PyTree | None,
-    config: AlignConfig | None,
+    config: AlignConfig | str | None,
     keep: Mapping[str, int] | None,
     base: PyTree | None = None,
 ) -> list[PyTree]:
     """Checked parents, their hidden units brought into correspondence, on the host."""
     if config is None:
-        config = AlignConfig(method="none") if base is not None else AlignConfig()
+        config = "none" if base is not None else AlignConfig()
+    config = as_align(config)
     if config.method in ("activations", "both"):
         calibration = _calibration(calibration, apply_fn, parents[0], "align", 2)
     few = first_examples(inputs)

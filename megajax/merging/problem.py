@@ -50,19 +50,20 @@ class FitnessConfig(Section):
     """How an individual is scored on the validation data. Fitness is always maximised.
 
     Attributes:
-        metric: a name in `megajax.merging.metrics.METRICS`, a function
-            `(outputs, targets) -> scores [b]` whose mean over the examples is the fitness, or a
-            `Metric`. None is told by the targets: the negative cross-entropy for class labels.
+        metric: a name in `megajax.merging.metrics.METRICS`, a function `(outputs, targets) ->
+            scores [b]` whose mean over the examples is the fitness, or a `Metric`. None follows
+            from the targets: the negative cross-entropy for class labels.
         combine: what several tasks' scores become: the weighted mean of `relative` scores (each in
             units of the best parent's) or of the `raw` ones.
         batch_size: examples per forward pass, or `auto` for a choice by backend and network.
         population_chunk: individuals evaluated side by side by `vmap` (the rest in turn by
             `lax.map`), or `auto`.
-        devices: devices that share the population, or `all` for those of all processes. How many
-            there are does not change the search, up to float rounding. `auto` is one for `merge`,
-            and all in a run, for which the command line makes every core of a CPU one.
-        devices_per_network: how many of them share the weights of one network; it divides
-            `devices`. Needed only where one device has no room for a network, or all the parents.
+        devices: devices that share the population, or `all` for those of all processes. Their
+            number does not change the search, up to float rounding. `auto` means one for `merge`,
+            and all of them in a run, where every core of a CPU is made a device.
+        devices_per_network: how many of them share the weights of one network; a divisor of
+            `devices`. Only needed where a single device has no room for a network or for all the
+            parents.
         select_on_test: score on the test images instead, as MeGA's reference does for many parents.
             The search then chooses the network that happens to suit the test images, no figure is
             held out any more, and the report says so. For the command line: `merge` scores on the
@@ -72,8 +73,8 @@ class FitnessConfig(Section):
             instead of the validation images, and the report has the score on each.
         distill_examples: for the command line: training images that the metric `distill` takes,
             without their labels; None takes all.
-        racing_examples: score each child on so many validation examples first, drawn anew for each
-            generation with every label's share, and only the best children on all of them; the
+        racing_examples: score each child on this many validation examples first, drawn anew for
+            each generation with every label's share, and only the best children on all of them; the
             others are out. None scores every child on all.
         racing_finalists: with `racing_examples`, the share of the offspring scored on all examples.
     """

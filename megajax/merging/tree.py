@@ -20,9 +20,10 @@ import jax
 import numpy as np
 
 from megajax.alignment import AlignConfig
-from megajax.alignment.workflow import align_checked
+from megajax.alignment.workflow import align_checked, as_align
 from megajax.entry import check_inputs
 from megajax.errors import ConfigError, ParentsError
+from megajax.keys import as_key
 from megajax.merging.devices import Layout
 from megajax.merging.merge import MergeResult, merge
 from megajax.merging.tasks import Task, as_tasks, examples_in
@@ -58,8 +59,8 @@ class HierarchyConfig(Section):
         pairing: who merges with whom: `order` (neighbours, as given), `similarity` (those whose
             aligned weights are most alike, chosen anew in each round), or a function
             `(networks) -> similarities [n, n]` in its place.
-        odd: what becomes of the one that is left when a round has an odd number: `carry` it to the
-            next round, or `drop` it, as MeGA's reference does.
+        odd: what happens to the network left over in a round with an odd number of them: `carry` it
+            to the next round, or `drop` it, as MeGA's reference does.
     """
 
     section = "hierarchy"
@@ -130,6 +131,13 @@ class TreeResult(NamedTuple):
     num_genes: int | None
     layout: Layout | None
 
+    def __repr__(self) -> str:
+        of_parents = ", ".join(f"{value:.4g}" for value in self.parent_fitness)
+        return (
+            f"TreeResult(fitness={self.fitness:.4g}, parent_fitness=[{of_parents}], "
+            f"nodes={len(self.nodes)}, evaluations={self.evaluations})"
+        )
+
 
 def plan(num_parents: int, odd: Literal["carry", "drop"] = "carry") -> tuple[tuple[Node, ...], ...]:
     """Who meets whom when neighbours meet: 8 -> 4 -> 2 -> 1.
@@ -184,7 +192,7 @@ def node_key(key: Key, node: Node) -> Key:
 
 
 def merge_tree(
-    key: Key,
+    key: Key | int,
     apply_fn: ApplyFn,
     parents: Sequence[PyTree],
     data: Any,
@@ -204,7 +212,7 @@ def merge_tree(
     dropped.
 
     Args:
-        key: PRNG key; the same key gives the same result.
+        key: PRNG key, or a whole number; the same one gives the same result.
         apply_fn: `apply_fn(variables, inputs) -> outputs`, in inference mode.
         parents: N >= 2 variable pytrees of one structure.
         data: validation data, as for `megajax.merge`.
@@ -238,9 +246,10 @@ def merge_tree(
         >>> [node.parents for node in result.nodes], result.evaluations
         ([(0, 1), (2, 3), (4, 5)], 36)
 
-    Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
+    Source: Yun, "MeGA: Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607.
     """
+    key = as_key(key)
     hierarchy, evolution = hierarchy or HierarchyConfig(), evolution or EvolutionConfig()
     keep = options.get("keep") or {}
     check_parents(keep_leaves(parents, keep) if keep else parents)
@@ -317,7 +326,7 @@ def weight_similarity(
     inputs: PyTree,
     *,
     calibration: PyTree | None = None,
-    config: AlignConfig | None = None,
+    config: AlignConfig | str | None = None,
     keep: Mapping[str, int] | None = None,
 ) -> np.ndarray:
     """How alike the weights of networks are, two by two, once their hidden units are aligned.
@@ -353,7 +362,7 @@ def weight_similarity(
     ignore |= {paths.index(path) for path in leaf_owners(paths, keep or {}, 2)}
     leaves = enumerate(jax.tree.leaves(networks[0]))
     places = [i for i, leaf in leaves if i not in ignore and is_mixable(leaf)]
-    config, similarity = config or AlignConfig(), np.eye(len(networks))
+    config, similarity = as_align(config or AlignConfig()), np.eye(len(networks))
     for i, j in itertools.combinations(range(len(networks)), 2):
         own_key = jax.random.fold_in(jax.random.fold_in(key, i), j)
         pair = [networks[i], networks[j]]

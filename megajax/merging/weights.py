@@ -42,7 +42,7 @@ class Weights:
         order: numbers of the leaves that evolve, among themselves, in the order in which the
             network's program uses them, for crossovers that cut it; empty for that of the tree.
 
-    Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
+    Source: Yun, "MeGA: Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607; `megajax.mega_paper` sets all its choices.
     """
 

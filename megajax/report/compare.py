@@ -1,11 +1,11 @@
-"""The command line that puts finished runs side by side.
+"""Puts finished runs side by side, with tests of their differences.
 
     python -m megajax.compare runs/digits-seed0 runs/wide-seed0
     python -m megajax.compare runs/digits runs/wide --out comparison
 
 A RUN is a workdir, or a folder whose subfolders are the workdirs of its seeds. The merged networks
 are tested against the first run's: image by image where two workdirs share their test images, and
-by seed where there are several of the same. Nothing is written unless --out names a folder.
+by seed where they have seeds in common. Nothing is written unless --out names a folder.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def load_run(folder: Path) -> Run:
         >>> load_run(Path("nowhere"))
         Traceback (most recent call last):
         ...
-        megajax.errors.WorkdirError: nowhere is no folder
+        megajax.errors.WorkdirError: nowhere is not a folder
     """
     if not folder.is_dir():
-        raise WorkdirError(f"{folder} is no folder")
+        raise WorkdirError(f"{folder} is not a folder")
     if _is_workdir(folder):
         folders = [folder]
     else:
@@ -188,10 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "runs", nargs="*", metavar="RUN", type=Path, help="workdir, or folder of some"
+        "runs", nargs="*", metavar="RUN", type=Path, help="a workdir, or a folder of workdirs"
     )
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="write comparison.md and .json there"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="write comparison.md and comparison.json to this folder",
     )
     options = parser.parse_args(arguments)
     try:
@@ -260,7 +263,7 @@ def _check(path: Path, results: Any) -> None:
         _ = results["seed"], results["data"]["name"]
     except (KeyError, TypeError, IndexError, AttributeError, DataError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise WorkdirError(f"{path} is no result of a run: {missing}") from None
+        raise WorkdirError(f"{path} is not a result of a run: {missing}") from None
 
 
 def _config(folder: Path) -> Mapping[str, Any]:

@@ -345,7 +345,14 @@ def plot_path(path: Mapping[str, Any]) -> Figure:
         merged = path["merged"]
         if merged[name] is not None:
             panel.plot(
-                merged["share"], unit * merged[name], "*", color=_MERGED, ms=13, label="merged"
+                merged["share"],
+                unit * merged[name],
+                "*",
+                color=_MERGED,
+                ms=13,
+                label="merged",
+                clip_on=False,
+                zorder=4,
             )
         panel.set_xlabel("share of parent 1 in the weights")
         panel.set_ylabel(label)

@@ -259,8 +259,8 @@ def budgets(found: Comparison) -> str | None:
         equal = abs(_cost(row) - _cost(merged)) <= one
         (same if equal else different).append(row.name if equal else f"{row.name} {_budget(row)}")
     parts = [f"The merged network's search scored {_budget(merged)} networks x images"]
-    parts += [f"the same budget had {', '.join(same)}"] if same else []
-    parts += [f"another one had {', '.join(different)}"] if different else []
+    parts += [f"{_and(same)} had the same budget"] if same else []
+    parts += [f"other budgets: {', '.join(different)}"] if different else []
     return "; ".join(parts) + "."
 
 
@@ -269,8 +269,8 @@ def notes(found: Comparison) -> Iterator[str]:
     best, merged = _row(found, found.best), _row(found, "merged")
     if found.held_out:
         yield (
-            "Choosing on validation images flatters what was chosen: from validation to test the "
-            f"merged network goes {_change(merged)}, the best parent {_change(best)}."
+            "Choosing on validation images flatters what was chosen: from validation to test, the "
+            f"merged network goes {_change(merged)} and the best parent {_change(best)}."
         )
     if found.by_seed:
         yield (
@@ -280,13 +280,13 @@ def notes(found: Comparison) -> Iterator[str]:
     elif found.seeds > 1:
         yield (
             f"Means over {found.seeds} seeds with 95 % intervals of Student's t; differences are "
-            "paired by seed. The best parent is chosen on validation for each seed anew."
+            "paired by seed. The best parent is chosen on validation anew for each seed."
         )
     elif any(row.difference is not None for row in found.rows):
         yield (
-            "Intervals hold with 95 %: Wilson's for an accuracy; Bonett and Price's for a "
-            "difference on the same images, which McNemar's exact test is about. They know of the "
-            "choice of test images alone, not of the seed."
+            "All intervals are 95 % intervals: Wilson's for an accuracy, Bonett and Price's for a "
+            "difference on the same images, which is what McNemar's exact test is about. They "
+            "account for the choice of test images, but not for that of the seed."
         )
     tested = [row for row in found.rows if row.difference and row.adjusted is not None]
     if not tested:
@@ -294,9 +294,9 @@ def notes(found: Comparison) -> Iterator[str]:
     odd = [row.name for row in tested if _excludes_zero(row) != ((row.adjusted or 0) <= 0.05)]
     yield (
         f"The p-values of the table are adjusted by Holm's method for its {len(tested)} "
-        "comparisons. Its intervals are not, nor is anything in the sentences on top, which ask "
-        "one question each."
-        + (f" That is why interval and p-value disagree for {', '.join(odd)}." if odd else "")
+        "comparisons. Its intervals are not, and neither is anything in the sentences at the top, "
+        "each of which asks one question."
+        + (f" That is why the interval and the p-value disagree for {_and(odd)}." if odd else "")
     )
 
 
@@ -342,6 +342,11 @@ def p_value(value: float | None, name: str = "p") -> str:
     if name:
         return f"{name} {relation} {digits}"
     return digits if relation == "=" else f"{relation} {digits}"
+
+
+def _and(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _limits(low: float, high: float) -> str:

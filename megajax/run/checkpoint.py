@@ -37,8 +37,9 @@ class CheckpointConfig(Section):
     epoch of training, and once more when the search ends or the run is asked to stop.
 
     Attributes:
-        every_generations: save after so many generations (for training: epochs); None never does.
-        every_seconds: save after so many seconds; None never does.
+        every_generations: save every so many generations (in training: epochs); None switches it
+            off.
+        every_seconds: save every so many seconds; None switches it off.
         keep: newest checkpoints to keep; with more than one, a damaged one costs little.
     """
 

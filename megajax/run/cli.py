@@ -1,4 +1,4 @@
-"""The command line: flags and a config file in, one run out, every mistake one line.
+"""Trains networks, merges them and measures the result, as a config file says.
 
     python -m megajax.run --config experiments/digits.py
     python -m megajax.run --config exp.py --config.evolution.population_size=64 --workdir DIR
@@ -7,9 +7,9 @@
     python -m megajax.run --config exp.py --distributed
 
 A config file is a Python program with a function get_config() that returns a megajax.Config; run
-only those that you trust. `exp.py:word` calls get_config("word"). The same command goes on where an
-interrupted one stopped; Ctrl-C stops it as soon as its state is saved. A mistake in a flag, in the
-config file or in the data is one line on the standard error and exit code 2.
+only files that you trust. `exp.py:word` calls get_config("word"). Ctrl-C stops a run as soon as its
+state is saved, and the same command continues it. A mistake in a flag, in the config file or in the
+data is reported in one line on the standard error, with exit code 2.
 """
 
 from __future__ import annotations
@@ -57,18 +57,21 @@ __all__ = ["load_config", "main", "make_cores_devices"]
 
 _FLAGS = {
     "config": ("FILE[:WORD]", "the config file, and an argument for its get_config()"),
-    "workdir": ("DIR", "folder of the run; otherwise runs/NAME-seedSEED"),
+    "workdir": ("DIR", "folder of the run; runs/NAME-seedSEED if it is not given"),
     "fork": ("NEW", "start another run, in NEW, from the state of the one in --workdir"),
     "seeds": ("SEEDS", "a run for each seed, in DIR/seedSEED: FIRST:END (without END) or A,B,C"),
     "distributed": (None, "this is one of several processes that do one run together"),
-    "coordinator": ("HOST:PORT", "of process 0, where the cluster's environment does not say it"),
-    "processes": ("N", "how many processes there are; likewise"),
-    "process": ("I", "the number of this one, from 0; the only flag that differs among them"),
+    "coordinator": (
+        "HOST:PORT",
+        "address of process 0, if the cluster's environment does not give it",
+    ),
+    "processes": ("N", "number of processes, if the cluster's environment does not give it"),
+    "process": ("I", "number of this process, from 0; the only flag that differs between them"),
     "help": (None, "show this text"),
 }
 _ABOUT_FIELDS = (
     "Fields of the configuration, as --config.SECTION.FIELD=VALUE, with their defaults. A value is "
-    "read as its field takes it: None, a number, a name, or several names as a,b."
+    "read according to its field: None, a number, a name, or several names as a,b."
 )
 _RUNS_PER_CACHE = 20  # a process can hold the compiled programs of about a hundred
 
@@ -101,12 +104,14 @@ class _Order(NamedTuple):
 def main(
     argv: Sequence[str] | None = None,
     do: Callable[[Any, Callable[[], bool]], None] | None = None,
+    about: str = "",
 ) -> int:
     """The command `python -m megajax.run`.
 
     Args:
         argv: program name and arguments; None takes the command line's.
         do: what else to do with the runs that are asked for, and a function that says when to stop.
+        about: the text above the flags that `--help` shows for it.
 
     Returns:
         The exit code: 0; 2 for a mistake that could be named; 130 or 143 when interrupted.
@@ -121,7 +126,7 @@ def main(
 
     try:
         with _one_line_warnings(errors):
-            order = _parse(list(sys.argv if argv is None else argv)[1:])
+            order = _parse(list(sys.argv if argv is None else argv)[1:], about or __doc__)
             if order is None:
                 return 0
             if order.cluster is not None:
@@ -214,7 +219,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see --help")
 
 
-def _parse(arguments: list[str]) -> _Order | None:
+def _parse(arguments: list[str], about: str) -> _Order | None:
     """What is asked for; None if it was help, which is given."""
     changes, rest = _overrides(arguments)
     parser = _Parser(prog="python -m megajax.run", add_help=False, allow_abbrev=False)
@@ -226,12 +231,12 @@ def _parse(arguments: list[str]) -> _Order | None:
         parser.add_argument(f"--{name}", *short, **kind)
     given, unknown = parser.parse_known_args(rest)
     if given.help:
-        print(_help())
+        print(_help(about))
         return None
     if unknown:
         flags = [f"--{name}" for name in _FLAGS]
         hint = did_you_mean(unknown[0].partition("=")[0], flags, "see --help")
-        raise ConfigError(f"{unknown[0]!r} is no flag; {hint}")
+        raise ConfigError(f"{unknown[0]!r} is not a flag; {hint}")
     if given.config is None:
         raise ConfigError("--config FILE is missing; see --help")
     config = override(load_config(given.config), changes)
@@ -317,20 +322,20 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _help() -> str:
+def _help(about: str) -> str:
     width = min(shutil.get_terminal_size((80, 24)).columns, 100)
 
     def indented(text: str, by: int) -> str:
         return textwrap.fill(text, width, initial_indent=" " * by, subsequent_indent=" " * by)
 
-    parts = [__doc__.rstrip(), "", "Flags:"]
+    parts = [about.rstrip(), "", "Flags:"]
     for name, (value, meaning) in _FLAGS.items():
         parts += [f"  --{name} {value or ''}".rstrip(), indented(meaning + ".", 6)]
     parts += ["", indented(_ABOUT_FIELDS, 0)]
     for section, own in itertools.groupby(fields(Config), key=lambda f: f.name.partition(".")[0]):
         kind = Config.model_fields[section].annotation
-        about = [] if kind in (int, bool) or not hasattr(kind, "section") else [kind.__doc__ or ""]
-        parts += ["", *(indented(text.splitlines()[0], 0) for text in about)]
+        head = [] if kind in (int, bool) or not hasattr(kind, "section") else [kind.__doc__ or ""]
+        parts += ["", *(indented(text.splitlines()[0], 0) for text in head)]
         for field in own:
             parts.append(f"  --config.{field.name}={field.default}")
             parts.append(indented(f"{field.meaning} Takes {field.kind}.", 6))

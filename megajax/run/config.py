@@ -118,8 +118,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         >>> from_dict({"evolution": {"generation": 5}})
         Traceback (most recent call last):
         ...
-        megajax.errors.ConfigError: evolution.generation is no field of the configuration; did you
-        mean evolution.generations?
+        megajax.errors.ConfigError: evolution.generation is not a field of the configuration; did
+        you mean evolution.generations?
     """
     if not isinstance(values, Mapping):
         raise ConfigError(f"config is {values!r}: it is made of sections with fields")

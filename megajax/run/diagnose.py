@@ -1,7 +1,10 @@
-"""`python -m megajax.run.diagnose --config exp.py`: whether a run's parents fit together.
+"""Says whether the parents of a run fit together, and which method of merging suits them.
 
-Takes what `megajax.run` takes. The parents are trained or loaded into the run's workdir, from where
-the run goes on.
+    python -m megajax.run.diagnose --config experiments/digits.py
+    python -m megajax.run.diagnose --config exp.py --workdir DIR
+
+The parents are trained, or loaded, into the workdir of the run; a `megajax.run` with the same flags
+takes them from there.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ __all__ = ["main"]
 def main() -> int:
     """The command."""
     cli.make_cores_devices()
-    return cli.main(do=_diagnose)
+    return cli.main(do=_diagnose, about=__doc__)
 
 
 def _diagnose(order: Any, stopping: Callable[[], bool]) -> None:

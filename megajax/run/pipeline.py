@@ -228,18 +228,26 @@ def _identity(config: Config, fields: Sequence[str], outcomes: Outcomes) -> str:
 
 def _finished(config: Config, folder: Path) -> dict[str, Any] | None:
     """The results, if every stage is stored and whole."""
-    outcomes = {"data": Outcome()}
+    if len(_stored(config, folder)) < len(STAGES):
+        return None
     try:
-        for name, stage in STAGES.items():
-            key = _identity(config, stage.depends, outcomes)
-            outcome = workdir.load_outcome(folder, name, key)
-            if outcome is None:
-                return None
-            outcomes[name] = outcome
         results: dict[str, Any] = read_json(folder / workdir.RESULTS)
     except WorkdirError:
         return None
     return results
+
+
+def _stored(config: Config, folder: Path) -> list[str]:
+    """The stages whose outcomes are stored and whole, up to the first that is not."""
+    outcomes = {"data": Outcome()}
+    with contextlib.suppress(WorkdirError):
+        for name, stage in STAGES.items():
+            key = _identity(config, stage.depends, outcomes)
+            outcome = workdir.load_outcome(folder, name, key)
+            if outcome is None:
+                break
+            outcomes[name] = outcome
+    return [*outcomes][1:]
 
 
 def _open(task: Task, origin: Path | None) -> None:
@@ -283,11 +291,22 @@ def _fork(task: Task, origin: Path) -> dict[str, Any]:
         before = workdir.read_config(origin).get("forked_from")
     changed = ", ".join(f"{name} is {here!r}" for name, (_, here) in changes.items())
     task.console.print(
-        f"forked from {origin}{f', where now {changed}' if changed else ''}",
+        f"forked from {origin}{f', but {changed}' if changed else ''}: {_taken(task, changes)}",
         soft_wrap=True,
         highlight=False,
     )
     return {"workdir": str(origin), "changes": changes, "forked_from": before}
+
+
+def _taken(task: Task, changes: Mapping[str, Any]) -> str:
+    """What a copied workdir saves the run that goes on in it, in words."""
+    done = _stored(task.config, task.folder)
+    words = [f"{', '.join(done)} taken from there"] if done else []
+    fields = STAGES["search"].state_depends or ()
+    same = not any({name, name.partition(".")[0]} & {*fields} for name in changes)
+    if "search" not in done and same and any((task.folder / "checkpoints").glob("search/*")):
+        words.append("the search goes on from its last checkpoint")
+    return "; ".join([*words, "the rest is done anew"])
 
 
 @contextlib.contextmanager

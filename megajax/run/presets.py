@@ -54,7 +54,7 @@ def mega_paper() -> Config:
         >>> mega_paper().evolution.survival, mega_paper().genome.kind
         ('generational', 'weights')
 
-    Source: Yun, "Merging Multiple Independently Trained Neural Networks Based on Genetic
+    Source: Yun, "MeGA: Merging Multiple Independently Trained Neural Networks Based on Genetic
     Algorithm", arXiv 2406.04607, and its public code, of which none is used here.
     """
     return Config(

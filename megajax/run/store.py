@@ -99,7 +99,9 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     if not is_workdir(folder):
         there = folder.iterdir() if folder.is_dir() else iter(())
         if not is_half_copied(folder) and any(path.name[0] != "." for path in there):
-            raise WorkdirError(f"{folder} holds other things than a run: choose an empty --workdir")
+            raise WorkdirError(
+                f"{folder} is neither empty nor the workdir of a run: choose another --workdir"
+            )
         return
     changed = config_changes(folder, config) if is_started(folder) else {}
     if changed:

@@ -27,8 +27,8 @@ _SEARCHES = {
 }
 _SHARDS = {
     "same": "each on all training images",
-    "disjoint": "each on a part of the training images of its own",
-    "skewed": "each at home in classes of its own, of which it gets {skew:.0f} % of the images",
+    "disjoint": "each on its own part of the training images",
+    "skewed": "each at home in its own classes, of which it gets {skew:.0f} % of the images",
 }
 _ALIGNMENTS = {
     "weights": "by their weights",
@@ -89,7 +89,7 @@ def _settings(config: Config, parameters: int, genes: int | None) -> Iterator[tu
     if evolution.evaluation_budget is not None:
         yield "budget of the search", f"{evolution.evaluation_budget:,} networks"
     if config.finetune.epochs:
-        yield "fine-tuning", f"{config.finetune.epochs} epochs, the best parent likewise"
+        yield "fine-tuning", f"{config.finetune.epochs} epochs, as for the best parent"
 
 
 def _genome(config: Config, genes: int | None) -> str:

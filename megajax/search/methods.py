@@ -55,22 +55,26 @@ class EvolutionConfig(Section):
             least one gene of a child on average.
         mutation_scale: standard deviation of the `gaussian` mutation.
         survival: `plus` (the best of parents and children) or `generational`, or a function.
-        generations_per_chunk: generations in one compiled call, between two looks of the host.
-        patience: stop after so many generations without a better best; None never does.
-        time_budget: stop after so many seconds; None never does. Not reproducible by nature.
-        learning_rate: of Adam on the genes, for `gradient`; of the probabilities, for `pbil`.
-        gradient_examples: of the mini-batch of a gradient. A gradient costs three passes of it.
-        gradient_steps: steps that each child takes before it is scored, for `genetic` (memetic
-            evolution); its genes keep what it learnt.
-        offspring: children of a generation, for `niches` and `one_plus_one`; None is as many as the
-            population.
+        generations_per_chunk: generations in one compiled call; between calls the host sees how far
+            the search is.
+        patience: stop after this many generations without an improvement; None never does.
+        time_budget: stop after this many seconds; None never does. What it finds depends on the
+            machine's speed.
+        learning_rate: for `gradient`: of Adam on the genes; for `pbil`: of the probabilities.
+        gradient_examples: size of the mini-batch of a gradient step, which costs three passes of
+            it.
+        gradient_steps: for `genetic`: gradient steps that each child takes before it is scored
+            (memetic evolution); its genes keep what it has learnt.
+        offspring: for `niches` and `one_plus_one`: children of a generation; None makes as many as
+            the population has members.
         sharing: for `niches`: an example that n members are right on is worth 1 / n^sharing to each
-            of them; 0 is no competition.
-        matchmaker: for `niches`: draw the second of a pair by where the first is wrong.
+            of them; 0 switches the competition off.
+        matchmaker: for `niches`: draw the second parent of a pair from those that are right where
+            the first is wrong.
         parents_only: for `niches`: only the parents are scored at first, and children fill the
             other places of the population.
-        evaluation_budget: stop before more than so many networks are scored; None never does. What
-            counts is the cost: a network scored on a tenth of the examples is a tenth of a network.
+        evaluation_budget: score at most this many networks; None sets no limit. What counts is the
+            cost: a network scored on a tenth of the examples is a tenth of a network.
     """
 
     section = "evolution"

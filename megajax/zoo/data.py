@@ -68,15 +68,16 @@ class DataConfig(Section):
 
     Attributes:
         name: `digits` (scikit-learn's, bundled) or the name of a TFDS image classification set; or
-            a function of your own without arguments that returns a dictionary of pairs (images
-            `[N, H, W, C]`, labels `[N]`): `train` and, if there are such, `validation` and `test`.
+            a function of your own without arguments that returns a dictionary of pairs (images `[N,
+            H, W, C]`, labels `[N]`): `train` and, optionally, `validation` and `test`.
         data_dir: TFDS directory that holds the prepared set; None takes TFDS's own default.
         validation_fraction: share of the training images set aside for validation.
         test_fraction: share of all images set aside for the test, for sets without a test split.
         limit: at most this many images in each split (for quick trials); None takes all.
         standardize: subtract each channel's mean over the training images and divide by its
             standard deviation; otherwise pixels stay in [0, 1].
-        image_size: resize the images of a TFDS set to so many pixels a side; None keeps them.
+        image_size: resize the images of a TFDS set to this many pixels on each side; None keeps
+            their size.
     """
 
     section = "data"
@@ -330,8 +331,8 @@ class ParentsConfig(Section):
     """How many parents there are, and what each one saw or where it comes from.
 
     Attributes:
-        paths: files or folders of trained parents, at least two (see `load_parents`); they are then
-            loaded and none is trained. Empty: `count` parents are trained.
+        paths: files or folders of trained parents, at least two (see `load_parents`); these are
+            loaded, and none is trained. Empty: `count` parents are trained.
         keep: pairs (regular expression for leaf paths, number of a parent): those leaves come from
             that parent alone, and may have other shapes in the others.
         rename: pairs (name in a file, or regular expression for it; path of the leaf), where the
@@ -479,7 +480,7 @@ def _load_own(function: Callable[[], Any]) -> _Source:
         told = ", ".join(map(str, parts)) if isinstance(parts, dict) else type(parts).__name__
         raise DataError(f"data.name: {name}() returned {told}: {wanted}")
     if not all(isinstance(part, tuple) and len(part) == 2 for part in parts.values()):
-        raise DataError(f"data.name: {name}() returned parts that are no pairs: {wanted}")
+        raise DataError(f"data.name: {name}() returned parts that are not pairs: {wanted}")
     parts = {part: (np.asarray(x), np.asarray(y)) for part, (x, y) in parts.items()}
     most = max((y.max(initial=0) for _, y in parts.values()), default=0)
     return _Source(parts, int(most) + 1, name)
@@ -547,7 +548,7 @@ def _opened(config: DataConfig) -> Any:
     image, label = (features[key] for key in keys) if len(keys) == 2 else (None, None)
     shape, num_classes = getattr(image, "shape", ()), getattr(label, "num_classes", None)
     if len(shape) != 3 or num_classes is None:
-        raise DataError(f"{config.name} is no set of labelled images: its keys are {keys}")
+        raise DataError(f"{config.name} is not a set of labelled images: its keys are {keys}")
     if None in shape and config.image_size is None:
         raise DataError(
             f"{config.name} holds images of several sizes: give the one to resize to as "
@@ -563,7 +564,7 @@ def _builder(name: str, data_dir: str | None) -> Any:
         # The format must always be given: with a data_dir alone it is not the default.
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        raise DataError(f"{name} is no data set of tensorflow-datasets, and not digits") from None
+        raise DataError(f"{name} is not a data set of tensorflow-datasets, nor digits") from None
     except (ValueError, AssertionError) as error:
         if "File format is already set" in str(error):
             raise DataError(
@@ -689,8 +690,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after one line on the standard error that names what is wrong.
     """
-    parser = argparse.ArgumentParser(prog="python -m megajax.data", description=prepare.__doc__)
-    commands = parser.add_subparsers(required=True, metavar="prepare")
+    parser = argparse.ArgumentParser(
+        prog="python -m megajax.data",
+        description="Downloads a TFDS image set and prepares it for megajax. Needs TensorFlow.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("prepare", help="download and prepare a TFDS set, once")
     command.add_argument("name", help="name of the TFDS set, for example cifar10")
     command.add_argument("--data_dir", help="TFDS directory (default: TFDS's own)")

@@ -129,7 +129,7 @@ def test_contrast_and_pixelation_by_hand(photographs):
 def test_what_cannot_be_corrupted_is_refused():
     images = np.zeros((1, 8, 8, 1))
     for arguments, message in [
-        ((images, "rain", 1), "'rain' is no corruption: there are gaussian_noise"),
+        ((images, "rain", 1), "'rain' is not a corruption: there are gaussian_noise"),
         ((images, "contrast", 6), "severity is 6"),
         ((images - 0.5, "contrast", 1), r"run from -0\.5 to -0\.5"),
         ((images * np.nan, "contrast", 1), "run from nan"),

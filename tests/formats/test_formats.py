@@ -302,7 +302,7 @@ def test_everything_that_does_not_fit_is_named(tmp_path):
         mj.load_network(path, {"a": np.ones(2), "d": np.ones(1)})
     assert str(error.value) == (
         f"{path} lacks leaf d (float64[1]) and has b (float64[2,3]), c (int32[4]), which the "
-        "network has not"
+        "network does not have"
     )
     loaded = mj.load_network(path, {"a": np.ones(2, np.float16)}, ignore="b|c", cast=True)
     assert loaded["a"].dtype == np.float16
@@ -315,7 +315,7 @@ def test_everything_that_does_not_fit_is_named(tmp_path):
 
 def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(
-        mj.InterchangeError, match="leaf w is complex128, which safetensors has not"
+        mj.InterchangeError, match="leaf w is complex128, which safetensors cannot hold"
     ):
         save(tmp_path, "safetensors", {"w": np.ones(2, complex)})
     with pytest.raises(mj.InterchangeError, match="leaf w is a key<fry>"):

@@ -239,7 +239,7 @@ def test_a_user_may_contradict_the_numbers():
         ({"fc9.weight": "0"}, "matches nothing in net; did you mean fc"),
         ({"fc1.weight": "5"}, "there is no such leaf"),
         ({"fc1.weight": "0", "fc2.weight": "0"}, "gives leaf 0 to both fc1.weight and fc2.weight"),
-        ({"fc(": "0"}, "is no regular expression"),
+        ({"fc(": "0"}, "is not a regular expression"),
         ({"fc1.weight": "2"}, "leaf 2 is float32.8,4. ..4,8. in PyTorch. but fc1.weight is .8,8."),
     ],
 )

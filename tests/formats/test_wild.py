@@ -168,5 +168,6 @@ def test_no_argument_is_advised_where_none_would_do(tmp_path):
     with pytest.raises(mj.InterchangeError) as error:
         mj.load_network(path, {"body": np.ones(2), "head": np.ones(3)})
     assert str(error.value) == (
-        f"{path} lacks leaf head (float64[3]) and has tail (float64[3]), which the network has not"
+        f"{path} lacks leaf head (float64[3]) and has tail (float64[3]), which the network does "
+        "not have"
     )

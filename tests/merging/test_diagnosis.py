@@ -117,7 +117,7 @@ def test_scores_of_other_tasks_have_no_classes():
 
 
 def test_what_cannot_be_is_one_line():
-    with pytest.raises(mj.ConfigError, match="data holds 2 tasks: a diagnosis is of one"):
+    with pytest.raises(mj.ConfigError, match="data holds 2 tasks: a diagnosis takes one"):
         mj.diagnose(KEY, mlp, [NETWORK] * 2, [mj.Task(*DATA)] * 2)
     with pytest.raises(mj.ParentsError):
         mj.diagnose(KEY, mlp, [NETWORK] * 2, DATA, base={"u": NETWORK["u"]})

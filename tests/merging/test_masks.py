@@ -299,8 +299,8 @@ def test_several_patterns_freeze_and_genes_are_numbered_anew():
         ({"labels": {"w": np.zeros((2, 2), int)}}, "labels of leaf w have shape \\(2, 2\\)"),
         ({"labels": {"w": -2}}, "labels of leaf w go down to -2"),
         ({"labels": {"w": np.array([0, 0, 2])}}, "labels skip gene 1"),
-        ({"labels": {"v": 0}}, "labels is no prefix"),
-        ({"granularity": "layer", "layers": {"v": 0}}, "layers has not the structure of the"),
+        ({"labels": {"v": 0}}, "labels is not a prefix"),
+        ({"granularity": "layer", "layers": {"v": 0}}, "layers does not have the structure of the"),
     ],
 )
 def test_choices_that_cannot_work_are_named(options, message):

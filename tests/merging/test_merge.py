@@ -162,6 +162,31 @@ def test_the_state_of_another_search_is_refused(whole, seen):
         merge(state=state, evolution=SMALL.replace(method="cma_es"))
 
 
+def test_a_whole_number_is_a_key_and_a_name_a_method(whole):
+    again = merge(0, align="none")
+    np.testing.assert_array_equal(again.genes, whole.genes)
+    with pytest.raises(mj.ConfigError, match=r"align.method is 'wieghts': choose"):
+        merge(align="wieghts")
+
+
+def test_a_result_is_printed_as_a_summary(whole):
+    assert repr(whole) == (
+        f"MergeResult(fitness={whole.fitness:.4g}, parent_fitness="
+        f"[{whole.parent_fitness[0]:.4g}, {whole.parent_fitness[1]:.4g}], "
+        "metrics={'task_0': 'cross_entropy'}, num_genes=35, generations=6, "
+        f"evaluations={whole.evaluations})"
+    )
+
+
+def test_progress_is_said_on_the_standard_error_when_asked(whole, capsys):
+    merge(evolution=SMALL.replace(generations=2))
+    assert capsys.readouterr() == ("", "")
+    found = merge(evolution=SMALL.replace(generations=2), progress=True)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"generation 2 of 2, fitness {found.fitness:.4g}\n"
+
+
 def test_limits_end_a_search():
     assert merge(evolution=SMALL.replace(evaluation_budget=35)).evaluations == 30
     assert merge(evolution=SMALL.replace(time_budget=0.0)).evaluations == 10

@@ -153,12 +153,12 @@ def test_each_mistake_is_one_line_and_exit_code_2(root, capsys, tmp_path):
     plain = root / "plain"
     for arguments, message in [
         ([plain], "at least two runs"),
-        ([plain, tmp_path / "nowhere"], "nowhere is no folder"),
+        ([plain, tmp_path / "nowhere"], "nowhere is not a folder"),
         ([plain, unfinished], "unfinished holds no finished run: there is no results.json of one"),
         ([plain, broken], "broken/results.json is damaged"),
         (
             [plain, incomplete],
-            "incomplete/results.json is no result of a run: 'parents' is missing",
+            "incomplete/results.json is not a result of a run: 'parents' is missing",
         ),
         ([plain, twice], "seed 0 is there twice"),
         ([plain, plain, "--out", blocked / "out"], "cannot be written"),

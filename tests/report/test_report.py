@@ -146,13 +146,13 @@ def test_the_full_table_and_the_budgets(run, found):
         "networks x images scored": "96 x 200",
     }
     assert text.budgets(found) == (
-        "The merged network's search scored 96 x 200 networks x images; the same budget had "
-        "random search."
+        "The merged network's search scored 96 x 200 networks x images; random search "
+        "had the same budget."
     )
     results = json.loads(json.dumps(run[0]))
     results["baselines"]["random_search"]["images_scored"] = 100
     assert text.budgets(comparison(results)) == (
-        "The merged network's search scored 96 x 200 networks x images; another one had "
+        "The merged network's search scored 96 x 200 networks x images; other budgets: "
         "random search 96 x 100."
     )
     # Paid for by the image and by the network, budgets are the same up to one network.
@@ -162,9 +162,9 @@ def test_the_full_table_and_the_budgets(run, found):
         assert text.budgets(comparison(results)) == (
             f"The merged network's search scored {said} networks x images; "
             + (
-                "the same budget had random search."
+                "random search had the same budget."
                 if evaluations == 400
-                else "another one had random search 96 x 200."
+                else "other budgets: random search 96 x 200."
             )
         )
     del results["baselines"]["random_search"]["evaluations"]

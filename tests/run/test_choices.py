@@ -74,7 +74,7 @@ def test_a_choice_that_cannot_work_is_refused_before_training(
 
 def test_a_folder_of_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(mj.WorkdirError, match="holds other things than a run: choose an empty"):
+    with pytest.raises(mj.WorkdirError, match="is neither empty nor the workdir of a run: choose"):
         pipeline.run(config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

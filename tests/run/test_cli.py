@@ -330,7 +330,7 @@ BROKEN = {
     "field": (
         "import megajax as mj\n\n\n"
         "def get_config():\n    return mj.Config(evolution={'populaton_size': 3})\n",
-        "evolution.populaton_size is no field of the configuration; did you mean "
+        "evolution.populaton_size is not a field of the configuration; did you mean "
         "evolution.population_size?",
     ),
 }
@@ -360,14 +360,17 @@ def test_a_broken_config_file_is_one_line(name, capsys, tmp_path):
     [
         (["--config", "nowhere.py"], "config file nowhere.py does not exist"),
         ([], "--config FILE is missing"),
-        (["--config", DIGITS, "--colour"], "'--colour' is no flag"),
-        (["--config", DIGITS, "--seed", "0:2"], "'--seed' is no flag; did you mean --seeds?"),
+        (["--config", DIGITS, "--colour"], "'--colour' is not a flag"),
+        (["--config", DIGITS, "--seed", "0:2"], "'--seed' is not a flag; did you mean --seeds?"),
         (["--config"], "argument --config: expected one argument"),
-        (["--config", DIGITS, "--config.evolutoin.generations=3"], "evolutoin is no field of the "),
+        (
+            ["--config", DIGITS, "--config.evolutoin.generations=3"],
+            "evolutoin is not a field",
+        ),
         (["--config", DIGITS, "--config.align=3"], "align is '3': it is a section with fields"),
         (["--config", f"{DIGITS}:word"], "TypeError: get_config() takes 0 positional arguments"),
-        (["--config", DIGITS, "extra"], "'extra' is no flag"),
-        (["--config", DIGITS, "--config.evolution.size=3"], "evolution.size is no field"),
+        (["--config", DIGITS, "extra"], "'extra' is not a flag"),
+        (["--config", DIGITS, "--config.evolution.size=3"], "evolution.size is not a field"),
         (
             ["--config", DIGITS, "--config.evolution.population_size=many"],
             "is 'many': a whole",
@@ -393,8 +396,8 @@ def test_a_broken_config_file_is_one_line(name, capsys, tmp_path):
             "validation split: it is e",
         ),
         (["--config", DIGITS, "--config.model.name=x"], "model.name is 'x'"),
-        (["--config", DIGITS, "--config.model.options.x=1"], "model.options.x is no option"),
-        (["--config", DIGITS, "--config.data.name=x"], "x is no data set"),
+        (["--config", DIGITS, "--config.model.options.x=1"], "model.options.x is not an option"),
+        (["--config", DIGITS, "--config.data.name=x"], "x is not a data set"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_behind(arguments, message, capsys, tmp_path):

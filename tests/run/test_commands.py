@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import megajax as mj
-from megajax.run import cli, pipeline
+from megajax import data
+from megajax.run import cli, diagnose, pipeline
 
 ROOT = Path(__file__).parents[2]
 NEIGHBOUR = "import megajax as mj\n\n\nSIZES = {'small': 4, 'large': 64}\n"
@@ -107,6 +108,27 @@ def test_help_has_every_field_in_plain_words(capsys, monkeypatch):
     assert "typing" not in text
 
 
+def test_other_commands_explain_themselves(capsys):
+    assert cli.main(["diagnose", "--help"], about=diagnose.__doc__) == 0
+    assert capsys.readouterr().out.startswith("Says whether the parents of a run fit together")
+    with pytest.raises(SystemExit):
+        data.main(["--help"])
+    said = capsys.readouterr().out
+    assert "Downloads a TFDS image set" in said
+    assert "Args:" not in said
+
+
+def test_a_closed_pipe_is_no_error():
+    """As in `megajax --help | head -1`, with one who has closed it before anything is said."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "megajax", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == ""
+
+
 def run(*arguments, **environment):
     command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, **environment}
@@ -124,7 +146,9 @@ def test_the_package_is_a_command_with_words():
     done = run("-m", "megajax", "--version")
     assert done.stdout == f"{mj.__version__}\n"
     assert "megajax compare" in run("-m", "megajax").stdout
-    assert run("-m", "megajax", "fly").stderr == "error: 'fly' is no command; see megajax --help\n"
+    assert (
+        run("-m", "megajax", "fly").stderr == "error: 'fly' is not a command; see megajax --help\n"
+    )
     done = run("-m", "megajax", "run")
     assert done.returncode == 2
     assert done.stderr == "error: --config FILE is missing; see --help\n"

@@ -82,7 +82,7 @@ def test_options_of_the_network_are_added_one_by_one():
     ):
         override(config, {"evolution.population_size": "many"})
     with pytest.raises(
-        ConfigError, match=r"model.option.width is no field|did you mean model.opti"
+        ConfigError, match=r"model.option.width is not a field|did you mean model.opti"
     ):
         override(config, {"model.option.width": "4"})
 
@@ -108,8 +108,8 @@ def test_every_field_says_what_it_means():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"evolutoin": {}}, "evolutoin is no field .* did you mean evolution?"),
-        ({"evolution": {"population": 3}}, "evolution.population is no field"),
+        ({"evolutoin": {}}, "evolutoin is not a field .* did you mean evolution?"),
+        ({"evolution": {"population": 3}}, "evolution.population is not a field"),
         ({"evolution": 3}, "evolution is 3: it is a section"),
         (
             {"evolution": {"population_size": "64x"}},
@@ -154,7 +154,7 @@ def test_every_field_says_what_it_means():
             {"parents": {"keep": [["head", "0"]]}},
             "keep is .* \\(\\(a text, a whole number\\), ...\\) is needed",
         ),
-        ({"parents": {"keep": [["(", 0]]}}, "parents.keep is .* is no regular expression"),
+        ({"parents": {"keep": [["(", 0]]}}, "parents.keep is .* is not a regular expression"),
         ({"parents": {"rename": [["a", "b"]]}}, "parents.rename is .* parents.paths is empty"),
         ({"parents": {"skew": -0.1}}, "parents.skew is -0.1"),
         ({"training": {"augment": ("blur",)}}, "training.augment is \\('blur',\\)"),

@@ -334,7 +334,12 @@ def test_a_fork_goes_on_from_the_old_state(undisturbed, no_plots, tmp_path, monk
     pipeline.run(longer, tmp_path / "straight")
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     monkeypatch.setattr(training, "train", None)  # would fail if called
-    pipeline.run(longer, tmp_path / "fork", origin=folder)
+    console = Console(file=io.StringIO(), width=80)
+    pipeline.run(longer, tmp_path / "fork", console, origin=folder)
+    assert console.file.getvalue().splitlines()[0] == (
+        f"forked from {folder}, but evolution.generations is 5: parents, align taken from there; "
+        "the search goes on from its last checkpoint; the rest is done anew"
+    )
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
     assert after == before
     results, lines, networks = outcome(tmp_path / "fork")

@@ -377,7 +377,7 @@ def test_resizing_takes_the_central_square():
 
 def test_a_set_without_labels_is_an_error(small_set, monkeypatch):
     small_set.shape = ()
-    with pytest.raises(DataError, match="set is no set of labelled images"):
+    with pytest.raises(DataError, match="set is not a set of labelled images"):
         load(0, small_set.config)
 
 
@@ -464,7 +464,7 @@ def test_a_function_of_the_users_own_is_a_set():
     [
         ([1, 2], r"data.name: own\(\) returned list: a dictionary of pairs"),
         ({"train": (1, 2), "valid": (1, 2)}, "returned train, valid: a dictionary of pairs"),
-        ({"train": np.zeros(3)}, "returned parts that are no pairs"),
+        ({"train": np.zeros(3)}, "returned parts that are not pairs"),
         ({"test": own()["test"]}, "own has no train split"),
         ({"train": (np.zeros((9, 4)), np.zeros(9, int))}, "images must be floats"),
     ],

@@ -207,8 +207,8 @@ def test_norm_option(name, norm):
     [
         ("lenet", {}, "model.name is 'lenet': choose one of cnn, "),
         ("cnn", {"widht": 3}, "did you mean model.options.width"),
-        ("cnn", {"zzz": 3}, "model.options.zzz is no option of cnn; it has width, norm, dtype"),
-        ("cnn", {"name": "x"}, "model.options.name is no option"),
+        ("cnn", {"zzz": 3}, "model.options.zzz is not an option of cnn; it has width, norm, dtype"),
+        ("cnn", {"name": "x"}, "model.options.name is not an option"),
         ("cnn", {"width": 2.5}, "model.options.width is 2.5: int is needed"),
         ("cnn", {"width": True}, "model.options.width is True: int is needed"),
         ("cnn", {"width": 0}, "model.options.width is 0: it must be at least 1"),
@@ -238,7 +238,7 @@ def test_a_class_or_function_of_the_users_own_is_a_network(name):
 
 def test_options_of_an_own_network_are_checked():
     assert build(own, 7, {"width": 5}).hidden == (5,)
-    with pytest.raises(ConfigError, match="widht is no option of own; did you mean"):
+    with pytest.raises(ConfigError, match="widht is not an option of own; did you mean"):
         build(own, 7, {"widht": 5})
     with pytest.raises(ConfigError, match=r"model\.name is len: it must take num_classes"):
         build(len, 7)

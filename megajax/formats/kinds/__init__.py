@@ -65,7 +65,7 @@ def read_arrays(stored: Stored, names: Sequence[str]) -> dict[str, np.ndarray]:
     """
     for name in names:
         if stored.specs[name].dtype.hasobject:
-            raise InterchangeError(f"{stored.path}: {name} is no array")
+            raise InterchangeError(f"{stored.path}: {name} is not an array")
     arrays = stored.read(names)
     for name, array in arrays.items():
         spec = stored.specs[name]

@@ -29,7 +29,7 @@ def _open(path: Path) -> Stored:
     if not isinstance(tree, (dict, list, tuple)):
         raise InterchangeError(f"{path} holds a {type(tree).__name__} instead of named arrays")
     if len(values) < len(jax.tree.leaves(tree)):
-        raise InterchangeError(f"{path} has two leaves of one name")
+        raise InterchangeError(f"{path} has two leaves of the same name")
 
     def read(names: Sequence[str]) -> dict[str, np.ndarray]:
         return {name: native(np.asarray(values[name])) for name in names}

@@ -38,7 +38,7 @@ def _open(path: Path) -> Stored:
         for info in archive.infolist():
             member = info.filename.removesuffix(".npy")
             if member == info.filename:
-                raise InterchangeError(f"{path}: {member} is no NumPy array")
+                raise InterchangeError(f"{path}: {member} is not a NumPy array")
             name, _, bits = member.partition("::")
             if name in specs:
                 raise InterchangeError(f"{path} has two arrays called {name}")
@@ -88,7 +88,7 @@ def _write(path: Path, arrays: Keyed) -> None:
             if array.dtype.name in _EXTENDED:
                 name, array = f"{name}::{array.dtype.name}", array.view(f"u{array.dtype.itemsize}")
             elif array.dtype.type.__module__ != "numpy":
-                raise InterchangeError(f"leaf {name} is {array.dtype}, which npz has not")
+                raise InterchangeError(f"leaf {name} is {array.dtype}, which npz cannot hold")
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, array, allow_pickle=False)
     write_whole(path, buffer.getvalue())

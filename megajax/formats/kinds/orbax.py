@@ -87,7 +87,9 @@ def _check(path: Path, arrays: Keyed) -> None:
         try:
             tensorstore.dtype(array.dtype)
         except ValueError:
-            raise InterchangeError(f"leaf {leaf} is {array.dtype}, which orbax has not") from None
+            raise InterchangeError(
+                f"leaf {leaf} is {array.dtype}, which Orbax cannot hold"
+            ) from None
 
 
 def _write(path: Path, arrays: Keyed) -> None:

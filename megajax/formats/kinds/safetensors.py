@@ -89,7 +89,7 @@ def _write(path: Path, arrays: Keyed) -> None:
     for keys, array in arrays.items():
         if array.dtype not in _DTYPES.values():
             raise InterchangeError(
-                f"leaf {'/'.join(keys)} is {array.dtype}, which safetensors has not"
+                f"leaf {'/'.join(keys)} is {array.dtype}, which safetensors cannot hold"
             )
     # Metadata "format" is what PyTorch's own loaders ask for.
     # The library reads plain memory: of an array that is not contiguous it would get other numbers.

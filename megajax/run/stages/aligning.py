@@ -28,7 +28,7 @@ def align(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     if alignment is not None:
         task.console.print(
             f"aligned by {config.align.method}: similarity {objective[0]:.4g} before, "
-            f"{objective[-1]:.4g} after it",
+            f"{objective[-1]:.4g} after",
             highlight=False,
         )
     return Outcome(

@@ -62,7 +62,7 @@ class _Progress:
             most = task.config.evolution.generations
             if done > most:
                 raise ConfigError(
-                    f"evolution.generations is {most}: the search that it is to go on from did "
+                    f"evolution.generations is {most}: the search that it continues did "
                     f"{done} already"
                 )
 

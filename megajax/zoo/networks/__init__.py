@@ -74,7 +74,7 @@ def build(
         >>> build("cnn", 10, {"widht": 32})
         Traceback (most recent call last):
         ...
-        megajax.errors.ConfigError: model.options.widht is no option of cnn; did you mean
+        megajax.errors.ConfigError: model.options.widht is not an option of cnn; did you mean
         model.options.width?
     """
     if isinstance(name, str) and name not in MODELS:
@@ -91,7 +91,7 @@ def build(
         if option not in parameters:
             there = f"it has {', '.join(parameters)}"
             hint = did_you_mean(option, parameters, there, "model.options.")
-            raise ConfigError(f"{field} is no option of {called}; {hint}")
+            raise ConfigError(f"{field} is not an option of {called}; {hint}")
         kind = type(parameters[option].default)
         if kind in (bool, int, str) and type(value) is not kind:
             raise ConfigError(f"{field} is {value!r}: {kind.__name__} is needed")
