@@ -180,7 +180,7 @@ def test_projected_shares_are_the_coefficients_of_a_mix_and_the_nearest_ones_off
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "genes"}, "genome.kind is 'genes': 'masks' or 'task_vectors' or 'weights' is"),
+        ({"kind": "genes"}, "genome.kind is 'genes': 'masks', 'task_vectors' or 'weights' is"),
         ({"parents_first": False}, "parents_first is False: genome.kind 'masks' has no"),
         ({"kind": "weights", "binary": True}, "binary is True: genome.kind 'weights'"),
         (
