@@ -1,0 +1,89 @@
+"""Where does a CPU's training step go: the gradients of convolutions, and other forms of them.
+
+    python benchmarks/gradients.py
+
+The 3x3 convolutions of a ResNet on 256 images: milliseconds of the result, of the gradient by the
+images and of that by the kernel, as XLA computes them, then the last one in other forms: nine
+matrix products, one of patches, and patches of four images at a time in a loop. Medians of
+synchronised runs.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from timing import seconds
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+IMAGES, AT_ONCE = 256, 4
+SHAPES = ((32, 16), (16, 32), (8, 64))  # side of the images, channels in and out
+
+
+def convolved(w: Any, x: Any) -> Any:
+    """The convolution."""
+    return lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT)
+
+
+def by_kernel(x: Any, slope: Any, w: Any) -> Any:
+    """The gradient as JAX writes it."""
+    return jax.vjp(lambda w: convolved(w, x), w)[1](slope)[0]
+
+
+def by_images(x: Any, slope: Any, w: Any) -> Any:
+    """The gradient as JAX writes it."""
+    return jax.vjp(partial(convolved, w), x)[1](slope)[0]
+
+
+def shifted(x: Any) -> list[Any]:
+    """The nine neighbours of each pixel."""
+    side = x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return [padded[:, i : i + side, j : j + side] for i in range(3) for j in range(3)]
+
+
+def products(x: Any, slope: Any, w: Any) -> Any:
+    """A matrix product for each neighbour."""
+    each = [jnp.einsum("nhwi,nhwo->io", near, slope) for near in shifted(x)]
+    return jnp.stack(each).reshape(w.shape)
+
+
+def patches(x: Any, slope: Any, w: Any) -> Any:
+    """One matrix product of all neighbours."""
+    near = jnp.concatenate(shifted(x), axis=-1).reshape(-1, 9 * x.shape[-1])
+    return (near.T @ slope.reshape(-1, slope.shape[-1])).reshape(w.shape)
+
+
+def few(x: Any, slope: Any, w: Any) -> Any:
+    """The same for a few images at a time."""
+    cut = [leaf.reshape(-1, AT_ONCE, *leaf.shape[1:]) for leaf in (x, slope)]
+    start = jnp.zeros_like(w)
+    return lax.scan(lambda total, part: (total + patches(*part, w), None), start, cut)[0]
+
+
+def main() -> None:
+    """Prints the table."""
+    print(f"{jax.devices()[0].device_kind}, JAX {jax.__version__}, milliseconds")
+    print(
+        "| images, channels | result | by images | by kernel | products | patches | few at once |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rng = np.random.default_rng(0)
+    for side, channels in SHAPES:
+        x, slope = jnp.asarray(rng.normal(size=(2, IMAGES, side, side, channels)), jnp.float32)
+        w = jnp.asarray(rng.normal(size=(3, 3, channels, channels)), jnp.float32)
+        expected = jax.jit(by_kernel)(x, slope, w)
+        row = [seconds(jax.jit(convolved), w, x)]
+        for form in (by_images, by_kernel, products, patches, few):
+            compiled = jax.jit(form)
+            if form not in (by_images, by_kernel):
+                np.testing.assert_allclose(compiled(x, slope, w), expected, rtol=1e-3, atol=0.1)
+            row.append(seconds(compiled, x, slope, w))
+        cells = " | ".join(f"{1000 * one:.1f}" for one in row)
+        print(f"| {IMAGES} x {side} x {side}, {channels} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
