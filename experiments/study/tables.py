@@ -159,7 +159,7 @@ def everybody(results: Mapping[str, Any]) -> str:
                     points(row.difference),
                     p_value(row.adjusted, ""),
                     percent(row.corrupted),
-                    f"{row.evaluations:,} x {row.images_scored:,}" if row.evaluations else "",
+                    f"{row.evaluations:,} x {row.images_scored:,.0f}" if row.evaluations else "",
                 ]
                 for row in found.rows
             ]
