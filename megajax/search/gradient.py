@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from megajax.search import operators
 from megajax.search.descent import Descent, Walk, descent_of
 from megajax.search.genetic import Evaluate, Tools, evaluated
-from megajax.search.loop import Counts, Record, State, advance, record, start
+from megajax.search.loop import Counts, Record, State, scored, start
 from megajax.types import Genes, Key, PyTree
 
 __all__ = ["GradientSearch", "from_config"]
@@ -49,9 +49,7 @@ class GradientSearch:
         points = evaluated(self.evaluate, problem, jax.vmap(self.descent.space.decode)(free))
         counts = Counts(*map(jnp.int32, (_POINTS, _POINTS, self.descent.steps)))
         survivors = operators.plus(key, state.population, points)
-        valid = jnp.sum(jnp.isfinite(points.fitness))
-        state = advance(state, survivors, points, counts, walk)
-        return state, record(state, _POINTS - valid, valid)
+        return scored(state, survivors, points, walk, counts)
 
     @property
     def partial_examples(self) -> int:
