@@ -203,7 +203,7 @@ def methods(case: Case, options: argparse.Namespace) -> Iterator[tuple[str, list
     sizes = sorted({min(size, examples) for size in options.batches})
     if options.keras and "float32" in case.name:
         yield "keras", [lambda size=size: keras_loop(case, size) for size in sizes[-1:]]
-    if options.torch and "resnet" in case.name and "float32" in case.name:
+    if options.torch and "float32" in case.name:
         for name in ("torch", "frozen"):
             yield (
                 name,
