@@ -380,7 +380,7 @@ def objective(key: Key, problem: Problem, genes: Genes, count: int) -> jax.Array
         scores.append(smooth.of(statistics, few.valid))
     if len(scores) == 1:
         return scores[0]
-    return problem.weights @ _relative(jnp.stack(scores), problem.reference)
+    return problem.weights @ relative(jnp.stack(scores), problem.reference)
 
 
 def improved(key: Key, problem: Problem, genes: Genes, *, descent: Descent) -> Genes:
@@ -463,7 +463,7 @@ def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[j
         if len(scores) == 1:
             return scores[0].astype(jnp.float32), Aux((), hits)
         each = jnp.stack(scores)
-        fitness = problem.weights @ _relative(each, problem.reference)
+        fitness = problem.weights @ relative(each, problem.reference)
         return fitness.astype(jnp.float32), Aux(each, hits)
 
     return score
@@ -492,7 +492,7 @@ def _hits(outputs: Any, targets: Any) -> jax.Array:
     return score(outputs, targets) >= 0.5
 
 
-def _relative(scores: jax.Array, reference: jax.Array | None) -> jax.Array:
+def relative(scores: Any, reference: Any) -> Any:
     """Scores in units of the best parent's: 0 is as good, for scores of either sign."""
     if reference is None:
         return scores
