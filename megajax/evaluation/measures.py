@@ -127,6 +127,7 @@ def straight_path(
     *,
     shares: Sequence[float] = TENTHS,
     calibration: PyTree | None = None,
+    statistics: tuple[tuple[str, str], ...] = (),
     batch_size: int = 512,
 ) -> list[Metrics]:
     """The metrics of the networks on the straight line between two.
@@ -140,6 +141,7 @@ def straight_path(
         shares: of the second network, from 0 to 1.
         calibration: inputs that the BatchNorm statistics of every network that is neither end are
             measured on; None leaves them as they are mixed.
+        statistics: as for `megajax.recalibrate`.
         batch_size: the largest batch to run.
 
     Returns:
@@ -155,17 +157,22 @@ def straight_path(
     for share in shares:
         network = first if share == 0 else second
         if share not in (0, 1):
-            network = _between(apply_fn, first, second, np.float32(share), calibration)
+            network = _between(apply_fn, statistics, first, second, np.float32(share), calibration)
         path.append(measure(predict(apply_fn, network, images, batch_size), labels))
     return path
 
 
 @partial(jax.jit, static_argnums=0)
 def _between(
-    apply_fn: ApplyFn, first: PyTree, second: PyTree, share: Any, calibration: PyTree | None
+    apply_fn: ApplyFn,
+    statistics: tuple[tuple[str, str], ...],
+    first: PyTree,
+    second: PyTree,
+    share: Any,
+    calibration: PyTree | None,
 ) -> PyTree:
     mixed = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)
-    return mixed if calibration is None else recalibrate(apply_fn, mixed, calibration)
+    return mixed if calibration is None else recalibrate(apply_fn, mixed, calibration, statistics)
 
 
 def ensemble(logits: np.ndarray) -> np.ndarray:

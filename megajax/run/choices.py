@@ -112,7 +112,8 @@ def _check_merge(task: Task, one: PyTree) -> None:
         jax.random.key(0),
     )
     check_operators(search, genes)
-    if config.recalibrate.enabled and not find_statistics(task.apply_fn, one, images):
+    named = config.recalibrate.statistics
+    if config.recalibrate.enabled and not find_statistics(task.apply_fn, one, images, named):
         raise ConfigError("recalibrate.enabled is True: the network has no BatchNorm statistics")
     reference = config.align.reference
     if isinstance(reference, int) and reference >= met:

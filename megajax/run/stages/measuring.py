@@ -95,7 +95,10 @@ def _path(
     if config.align.method != "none":
         lines["aligned"] = measured(*aligned)
     if config.recalibrate.enabled:
-        lines["aligned, recalibrated"] = measured(*aligned, calibration=task.calibration)
+        named = config.recalibrate.statistics
+        lines["aligned, recalibrated"] = measured(
+            *aligned, calibration=task.calibration, statistics=named
+        )
     of_merged = metrics_of(predict(apply_fn, merged, images), labels)
     share = np.mean([np.mean(np.atleast_2d(rows), axis=0)[1] for rows in shares.values()])
     return {
