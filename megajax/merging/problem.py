@@ -70,7 +70,8 @@ class FitnessConfig(Section):
             data that it is given.
         tasks: for the command line: functions of the run's data set (`megajax.zoo.data.Dataset`)
             that return a `Task` each, or a pair of inputs and targets. The search is scored on them
-            instead of the validation images, and the report has the score on each.
+            instead of the validation images, and the report has the score on each. For figures on
+            test examples they are called again, with the test images as `dataset.validation`.
         distill_examples: for the command line: training images that the metric `distill` takes,
             without their labels; None takes all.
         racing_examples: score each child on this many validation examples first, drawn anew for

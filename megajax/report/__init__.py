@@ -244,6 +244,15 @@ def _blocks(results: Mapping[str, Any], found: Comparison, pictures: Sequence[st
             Paragraph("What the search was scored on: examples that no parent was trained on."),
             Table(tasks, _STRONG),
         ]
+    tests = text.held_out_table(results)
+    if tests:
+        blocks += [
+            Paragraph(
+                "The same on test examples, which the search never saw, and the difference to the "
+                "parent that the search found best: 95 % intervals of a paired bootstrap."
+            ),
+            Table(tests, _STRONG),
+        ]
     agreement = text.agreement_table(found, _entries(results))
     if agreement:
         blocks += [

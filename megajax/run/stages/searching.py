@@ -131,7 +131,7 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
         "shares": _shares(merged),
         "genes": merged.genome.num_genes,
         "plan": merged.problem.layout.plain(),
-        "tasks": _of_tasks(merged) if config.fitness.tasks else {},
+        "tasks": _of_tasks(merged) if task.tasks or task.held_out else {},
     }
     return _outcome(merged, figures, here.clock.seconds())
 
@@ -225,7 +225,7 @@ def _by_tree(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
         "genes": tree.num_genes,
         "plan": None if tree.layout is None else tree.layout.plain(),
         "nodes": nodes,
-        "tasks": _of_tasks(tree) if config.fitness.tasks else {},
+        "tasks": _of_tasks(tree) if task.tasks or task.held_out else {},
     }
     return _outcome(tree, figures, earlier)
 
