@@ -197,17 +197,25 @@ def bootstrap(
         >>> bootstrap(jax.random.key(0), of_two, lambda sums: (sums[:, 0] - sums[:, 1]) / 4)[:3]
         (0.5, 0.0, 1.0)
     """
+    rows = np.asarray(rows, np.float64)
+    n, (distinct, counts) = len(rows), np.unique(rows, axis=0, return_counts=True)
     # How often each distinct row is drawn is multinomial, which is the bootstrap itself, and quick
     # where there are few: the differences between two classifiers' hits are no more than three.
-    rows, counts = np.unique(np.asarray(rows, np.float64), axis=0, return_counts=True)
+    few = 8 * len(distinct) <= n
+    rows, counts = (distinct, counts) if few else (rows, np.ones(n, int))
     estimate = float(np.asarray(difference(counts[None] @ rows))[0])
     if not np.isfinite(estimate):
         return Difference(estimate, np.nan, np.nan, np.nan)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-    n, shares, parts = counts.sum(), counts / counts.sum(), []
+    parts = []
     for start in range(0, resamples, step := max(1, _BLOCK // len(rows))):
-        drawn = rng.multinomial(n, shares, size=min(step, resamples - start))
-        parts.append(np.asarray(difference(drawn @ rows), np.float64))
+        size = min(step, resamples - start)
+        if few:
+            drawn = rng.multinomial(n, counts / n, size=size)
+        else:
+            places = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+            drawn = np.bincount(places.ravel(), minlength=n * size).reshape(size, n)
+        parts.append(np.asarray(difference(drawn.astype(np.float64) @ rows), np.float64))
     resampled, tail = np.concatenate(parts), (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     # The margin keeps equal numbers equal that were summed in another order.
