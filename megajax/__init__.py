@@ -62,7 +62,6 @@ from megajax.search.methods import EvolutionConfig as EvolutionConfig
 
 if TYPE_CHECKING:
     from megajax.citations import citation as citation
-    from megajax.evaluation.measures import ensemble as ensemble
     from megajax.evaluation.measures import measure as measure
     from megajax.evaluation.measures import predict as predict
     from megajax.evaluation.robustness import RobustnessConfig as RobustnessConfig
@@ -79,6 +78,8 @@ if TYPE_CHECKING:
     from megajax.formats import to_nnx as to_nnx
     from megajax.merging.diagnosis import Diagnosis as Diagnosis
     from megajax.merging.diagnosis import diagnose as diagnose
+    from megajax.merging.outputs import ensemble as ensemble
+    from megajax.merging.outputs import score_difference as score_difference
     from megajax.run.checkpoint import CheckpointConfig as CheckpointConfig
     from megajax.run.config import Config as Config
     from megajax.run.config import merge_sections as merge_sections
@@ -100,7 +101,7 @@ _LATER = {
     "DataConfig": "zoo.data",
     "diagnose": "merging.diagnosis",
     "Diagnosis": "merging.diagnosis",
-    "ensemble": "evaluation.measures",
+    "ensemble": "merging.outputs",
     "export": "formats",
     "FinetuneConfig": "zoo.training",
     "from_linen": "formats",
@@ -118,6 +119,7 @@ _LATER = {
     "predict": "evaluation.measures",
     "RobustnessConfig": "evaluation.robustness",
     "save_network": "formats",
+    "score_difference": "merging.outputs",
     "sound_cifar10": "run.presets",
     "to_nnx": "formats",
     "TrainingConfig": "zoo.training",

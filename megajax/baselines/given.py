@@ -67,7 +67,8 @@ class Given(NamedTuple):
         """A merged network as it is scored and returned: its statistics measured anew, or not."""
         if self.problem.calibration is None:
             return variables
-        return _recalibrated(self.apply_fn, variables, self.problem.calibration)
+        named = self.problem.statistics
+        return _recalibrated(self.apply_fn, variables, self.problem.calibration, named)
 
     def merged(self, method: Callable[..., PyTree], *others: PyTree) -> PyTree:
         """What a method makes of the parents, prepared; BatchNorm statistics are averaged.
@@ -179,9 +180,7 @@ def _best_parent(key: Key, given: Given) -> Result:
     return Result(variables, len(scores), detail={"parent": number, "fitness": scores[number]})
 
 
-@partial(jax.jit, static_argnums=0)
-def _recalibrated(apply_fn: ApplyFn, variables: PyTree, inputs: PyTree) -> PyTree:
-    return recalibrate(apply_fn, variables, inputs)
+_recalibrated = jax.jit(recalibrate, static_argnums=(0, 3))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -72,13 +72,16 @@ def combine(function: Callable[..., jax.Array], *groups: Sequence[PyTree]) -> Py
     return jax.tree.unflatten(jax.tree.structure(first), leaves)
 
 
-def statistic_paths(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> frozenset[str]:
+def statistic_paths(
+    apply_fn: ApplyFn, variables: PyTree, inputs: Any, named: Sequence[tuple[str, str]] = ()
+) -> frozenset[str]:
     """The paths of a network's BatchNorm statistics, found in its program.
 
     Args:
         apply_fn: the network, in inference mode.
         variables: of one network, or their shapes and dtypes.
         inputs: one batch, or its shape and dtype.
+        named: paths of (mean, variance) leaves that are statistics even if nothing shows it.
 
     Returns:
         Paths as `megajax.trees.leaf_paths` gives them; none for a network without BatchNorm.
@@ -91,7 +94,7 @@ def statistic_paths(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> frozen
         ['mean', 'var']
     """
     paths = leaf_paths(variables)
-    statistics = find_statistics(apply_fn, variables, inputs)
+    statistics = find_statistics(apply_fn, variables, inputs, named)
     return frozenset(paths[index] for s in statistics for index in (s.mean, s.variance))
 
 

@@ -160,7 +160,7 @@ def run_baselines(
         parents=networks,
         base=base,
         inputs=own,
-        statistics=statistic_paths(apply_fn, networks[0], inputs),
+        statistics=statistic_paths(apply_fn, networks[0], inputs, problem.statistics),
         problem=problem,
         line=_line_of(problem, apply_fn, networks, inputs, keep),
         budget=config.budget or budget or _evaluations(evolution, fitness, problem),

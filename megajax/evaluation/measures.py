@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -15,7 +15,19 @@ from megajax.evaluation.batches import cut
 from megajax.program.batchnorm import recalibrate
 from megajax.types import ApplyFn, PyTree
 
-__all__ = ["IGNORED", "Metrics", "ensemble", "measure", "predict", "predictor", "straight_path"]
+__all__ = [
+    "IGNORED",
+    "Kind",
+    "Metrics",
+    "mean_prediction",
+    "measure",
+    "predict",
+    "predictor",
+    "straight_path",
+]
+
+Kind: TypeAlias = Literal["classes", "yes_or_no", "values"]
+"""What outputs stand for: logits of classes, logits of yes or no, or the values themselves."""
 
 
 IGNORED = -100
@@ -127,6 +139,7 @@ def straight_path(
     *,
     shares: Sequence[float] = TENTHS,
     calibration: PyTree | None = None,
+    statistics: tuple[tuple[str, str], ...] = (),
     batch_size: int = 512,
 ) -> list[Metrics]:
     """The metrics of the networks on the straight line between two.
@@ -140,6 +153,7 @@ def straight_path(
         shares: of the second network, from 0 to 1.
         calibration: inputs that the BatchNorm statistics of every network that is neither end are
             measured on; None leaves them as they are mixed.
+        statistics: as for `megajax.recalibrate`.
         batch_size: the largest batch to run.
 
     Returns:
@@ -155,33 +169,47 @@ def straight_path(
     for share in shares:
         network = first if share == 0 else second
         if share not in (0, 1):
-            network = _between(apply_fn, first, second, np.float32(share), calibration)
+            network = _between(apply_fn, statistics, first, second, np.float32(share), calibration)
         path.append(measure(predict(apply_fn, network, images, batch_size), labels))
     return path
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _between(
-    apply_fn: ApplyFn, first: PyTree, second: PyTree, share: Any, calibration: PyTree | None
+    apply_fn: ApplyFn,
+    statistics: tuple[tuple[str, str], ...],
+    first: PyTree,
+    second: PyTree,
+    share: Any,
+    calibration: PyTree | None,
 ) -> PyTree:
     mixed = jax.tree.map(lambda a, b: (1 - share) * a + share * b, first, second)
-    return mixed if calibration is None else recalibrate(apply_fn, mixed, calibration)
+    return mixed if calibration is None else recalibrate(apply_fn, mixed, calibration, statistics)
 
 
-def ensemble(logits: np.ndarray) -> np.ndarray:
-    """Log of the networks' mean class probabilities: the ceiling, at K times the cost.
+def mean_prediction(outputs: PyTree, kind: Kind = "classes") -> PyTree:
+    """What networks predict on average: the mean of what their outputs stand for.
 
     Args:
-        logits: `[K, N, C]` of K networks.
+        outputs: leaves `[K, N, ...]` of K networks; logits are one array, with the classes last.
+        kind: of the outputs.
 
     Returns:
-        Log-probabilities `[N, C]` float64.
+        Outputs of the same kind, leaves `[N, ...]` float64: the log of the mean probabilities, the
+        log-odds of the mean probability, or the mean value.
 
     Example:
-        >>> np.exp(ensemble(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))).round(3).tolist()
+        >>> np.exp(mean_prediction(np.log([[[0.9, 0.1]], [[0.5, 0.5]]]))).round(3).tolist()
         [[0.7, 0.3]]
     """
-    return np.logaddexp.reduce(_log_softmax(logits), axis=0) - np.log(len(logits))
+    if kind == "values":
+        return jax.tree.map(
+            lambda leaf: np.mean(leaf, 0, np.result_type(leaf, np.float64)), outputs
+        )
+    if kind == "yes_or_no":  # two classes, of which "no" has a logit of 0
+        both = mean_prediction(np.stack([outputs, np.zeros_like(outputs)], axis=-1))
+        return both[..., 0] - both[..., 1]
+    return np.logaddexp.reduce(_log_softmax(outputs), axis=0) - np.log(len(outputs))
 
 
 def predictor(
@@ -213,7 +241,7 @@ def predictor(
             for name, variables in networks.items()
         }
         for name, members in (ensembles or {}).items():
-            logits[name] = ensemble(np.stack([logits[member] for member in members]))
+            logits[name] = mean_prediction(np.stack([logits[member] for member in members]))
         return logits
 
     return logits_of

@@ -12,8 +12,10 @@ report; `predictions.npz` beside it holds the arrays, see `megajax.evaluation.pr
     seed, generations, evaluations (networks that the search scored on the validation images)
     data         name, train, validation, test (numbers of images) [, classes: their names]
     [metric]     name of the fitness
-    [tasks]      name -> {metric, merged: score, parents: [K] scores}, where the search was scored
-                 on tasks of the user's own
+    [tasks]      name -> {metric, merged: score, parents: [K] scores [, test]}, where the search was
+                 scored on tasks of the user's own, or by a metric that no entry holds; test:
+                 examples, best (name of the parent with the highest fitness), networks: name ->
+                 {score [, difference: to the best, {estimate, low, high, p_value}]}
     [settings]   what was run: subject -> words, and fields with their values
     [seconds]    stage -> seconds
     [path]       shares, lines: name -> points {accuracy, nll}, merged: {share, accuracy, nll}

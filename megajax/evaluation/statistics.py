@@ -12,6 +12,7 @@ Example:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from megajax.types import Key
 __all__ = [
     "Difference",
     "Interval",
+    "bootstrap",
     "holm",
     "mcnemar",
     "mean_interval",
@@ -160,21 +162,66 @@ def paired_bootstrap(
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 and 16.
     """
     first, second = _pairs(first, second)
-    # How often each distinct difference is drawn is multinomial, which is the bootstrap itself, and
-    # quick: between two classifiers there are no more than three.
-    values, counts = np.unique(first - second, return_counts=True)
+    n = len(first)
+    return bootstrap(
+        key,
+        (first - second)[:, None],
+        lambda sums: sums[:, 0] / n,
+        resamples=resamples,
+        confidence=confidence,
+    )
+
+
+def bootstrap(
+    key: Key,
+    rows: npt.ArrayLike,
+    difference: Callable[[npt.NDArray[np.float64]], npt.ArrayLike],
+    *,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+) -> Difference:
+    """A difference that follows from sums over the examples, such as of two networks' F1.
+
+    Args:
+        key: PRNG key.
+        rows: `[N, S]`, what each example adds to the sums.
+        difference: `difference(sums [R, S]) -> [R]`, of R sets of examples at once.
+        resamples: as for `paired_bootstrap`.
+        confidence: as for `paired_bootstrap`.
+
+    Returns:
+        As `paired_bootstrap` does. NaN, all but the estimate, where the difference is not finite.
+
+    Example:
+        >>> of_two = np.array([[1, 0], [1, 1], [0, 0], [1, 0]])  # who is right on which example
+        >>> bootstrap(jax.random.key(0), of_two, lambda sums: (sums[:, 0] - sums[:, 1]) / 4)[:3]
+        (0.5, 0.0, 1.0)
+    """
+    rows = np.asarray(rows, np.float64)
+    n, (distinct, counts) = len(rows), np.unique(rows, axis=0, return_counts=True)
+    # How often each distinct row is drawn is multinomial, which is the bootstrap itself, and quick
+    # where there are few: the differences between two classifiers' hits are no more than three.
+    few = 8 * len(distinct) <= n
+    rows, counts = (distinct, counts) if few else (rows, np.ones(n, int))
+    estimate = float(np.asarray(difference(counts[None] @ rows))[0])
+    if not np.isfinite(estimate):
+        return Difference(estimate, np.nan, np.nan, np.nan)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
-    n, shares, means = len(first), counts / counts.sum(), []
-    for start in range(0, resamples, step := max(1, _BLOCK // len(values))):
-        drawn = rng.multinomial(n, shares, size=min(step, resamples - start))
-        means.append(drawn @ values / n)
-    mean, resampled = float(counts @ values / n), np.concatenate(means)
-    tail = (1 - confidence) / 2
+    parts = []
+    for start in range(0, resamples, step := max(1, _BLOCK // len(rows))):
+        size = min(step, resamples - start)
+        if few:
+            drawn = rng.multinomial(n, counts / n, size=size)
+        else:
+            places = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+            drawn = np.bincount(places.ravel(), minlength=n * size).reshape(size, n)
+        parts.append(np.asarray(difference(drawn.astype(np.float64) @ rows), np.float64))
+    resampled, tail = np.concatenate(parts), (1 - confidence) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     # The margin keeps equal numbers equal that were summed in another order.
-    extreme = np.abs(resampled - mean) >= abs(mean) * (1 - 1e-9)
+    extreme = np.abs(resampled - estimate) >= abs(estimate) * (1 - 1e-9)
     p_value = (1 + extreme.sum()) / (resamples + 1)
-    return Difference(mean, float(low), float(high), float(p_value))
+    return Difference(estimate, float(low), float(high), float(p_value))
 
 
 def paired_t(first: npt.ArrayLike, second: npt.ArrayLike, confidence: float = 0.95) -> Difference:

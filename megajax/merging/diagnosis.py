@@ -13,10 +13,10 @@ import numpy as np
 from megajax.alignment import AlignConfig, align
 from megajax.entry import check_inputs
 from megajax.errors import ConfigError
-from megajax.evaluation.measures import ensemble, predict
+from megajax.evaluation.measures import Kind, mean_prediction, predict
 from megajax.evaluation.robustness import calibration_error
 from megajax.merging.merge import first_examples
-from megajax.merging.metrics import METRICS, OF_LABELS
+from megajax.merging.metrics import METRICS
 from megajax.merging.tasks import as_tasks, check_task, score_of
 from megajax.program.batchnorm import recalibrate
 from megajax.program.roles import find_roles
@@ -144,10 +144,12 @@ def diagnose(
         return predict(apply_fn, network, task.inputs)
 
     outputs = [outputs_of(network) for network in networks]
-    classes = task.metric.name in OF_LABELS
+    kind: Kind = task.metric.kind or "values"
+    classes = kind == "classes"
     chosen = [one.argmax(-1) for one in outputs] if classes else []
-    mean = np.float32(ensemble(np.stack(outputs))) if classes else _mean(outputs)
-    plain = classes and outputs[0].ndim == 2 and not isinstance(task.targets, tuple)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *outputs)
+    mean = mean_prediction(stacked, kind)
+    plain = classes and outputs[0].ndim == 2 and getattr(task.targets, "ndim", 0) == 1
     leaves, paths = jax.tree.leaves(networks[0]), leaf_paths(networks[0])
     mixed = [i for i, leaf in enumerate(leaves) if is_mixable(leaf)]
     kernels = [i for i in mixed if np.ndim(leaves[i]) > 1] or mixed

@@ -414,6 +414,7 @@ def problem_of(
         chosen,
         base=base if by_vectors or own else None,
         calibration=examples,
+        statistics=recalibrate.statistics,
         config=fitness,
         population_size=population_size,
     )

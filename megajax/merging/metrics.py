@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from megajax.errors import ConfigError, DataError
-from megajax.evaluation.measures import IGNORED
+from megajax.evaluation.measures import IGNORED, Kind
 from megajax.trees import told
 from megajax.types import PyTree, bind
 
@@ -53,6 +53,9 @@ class Metric:
         finish: `finish(sums, count) -> score`, a number; None is the mean of a plain metric.
         name: what the report calls it.
         smooth: the metric that stands for it where a gradient is needed; None is itself.
+        kind: what it takes outputs for, which tells how those of several networks are averaged:
+            `classes` (logits, `[b, ..., C]`), `yes_or_no` (a logit for each question) or `values`;
+            None is not known. See `megajax.ensemble`.
 
     Example:
         >>> rmse = Metric(lambda y, t: (y - t) ** 2, lambda total, n: -jnp.sqrt(total / n))
@@ -65,6 +68,7 @@ class Metric:
     finish: Callable[[PyTree, Any], jax.Array] | None = None
     name: str = "own"
     smooth: Metric | None = None
+    kind: Kind | None = None
 
     @property
     def plain(self) -> bool:
@@ -230,10 +234,10 @@ def distill(logits: jax.Array, targets: Any) -> jax.Array:
 # Metrics of the whole set -------------------------------------------------------------------------
 
 
-def _averaged(score: Statistics, smooth: Metric | None = None) -> Metric:
+def _averaged(score: Statistics, kind: Kind, smooth: Metric | None = None) -> Metric:
     """The mean of a score over the examples, by their weights where the targets have any."""
     name = getattr(score, "__name__", "own")
-    return Metric(bind(_weighted_score, score=score), _weighted_mean, name, smooth)
+    return Metric(bind(_weighted_score, score=score), _weighted_mean, name, smooth, kind)
 
 
 def _weighted_score(outputs: Any, targets: Any, *, score: Statistics) -> PyTree:
@@ -314,48 +318,48 @@ def _at_temperatures(logits: jax.Array, targets: Any) -> jax.Array:
 
 
 perplexity = Metric(
-    _perplexity_statistics, lambda sums, count: -jnp.exp(-sums[0] / sums[1]), "perplexity"
+    _perplexity_statistics,
+    lambda sums, count: -jnp.exp(-sums[0] / sums[1]),
+    "perplexity",
+    kind="classes",
 )
 """Minus the perplexity: the exponential of the cross-entropy over all positions that count."""
 
-macro_f1 = Metric(_f1_statistics, _f1, "macro_f1", smooth=_averaged(cross_entropy))
+macro_f1 = Metric(
+    _f1_statistics, _f1, "macro_f1", _averaged(cross_entropy, "classes"), kind="classes"
+)
 """The mean over the classes of F1, classes that are neither predicted nor there left out
 (scikit-learn's `f1_score(average="macro")`)."""
 
-r2 = Metric(_r2_statistics, _r2, "r2")
+r2 = Metric(_r2_statistics, _r2, "r2", kind="values")
 """The share of the targets' variance that the outputs explain, all outputs taken together."""
 
 calibrated_cross_entropy = Metric(
     bind(_weighted_score, score=_at_temperatures),
     lambda sums, count: _weighted_mean(sums, count).max(),
     "calibrated_cross_entropy",
+    kind="classes",
 )
 """The negative cross-entropy at the best of 41 temperatures from 1/4 to 8: what a network would
 reach if one number were fitted to its logits (Guo et al., arXiv 1706.04599)."""
 
 METRICS: dict[str, Metric] = {
-    "cross_entropy": _averaged(cross_entropy),
-    "accuracy": _averaged(accuracy, smooth=_averaged(cross_entropy)),
-    "binary_cross_entropy": _averaged(binary_cross_entropy),
-    "binary_accuracy": _averaged(binary_accuracy, smooth=_averaged(binary_cross_entropy)),
-    "mean_squared_error": _averaged(mean_squared_error),
-    "mean_absolute_error": _averaged(mean_absolute_error),
+    "cross_entropy": _averaged(cross_entropy, "classes"),
+    "accuracy": _averaged(accuracy, "classes", _averaged(cross_entropy, "classes")),
+    "binary_cross_entropy": _averaged(binary_cross_entropy, "yes_or_no"),
+    "binary_accuracy": _averaged(
+        binary_accuracy, "yes_or_no", _averaged(binary_cross_entropy, "yes_or_no")
+    ),
+    "mean_squared_error": _averaged(mean_squared_error, "values"),
+    "mean_absolute_error": _averaged(mean_absolute_error, "values"),
     "r2": r2,
     "perplexity": perplexity,
     "macro_f1": macro_f1,
     "calibrated_cross_entropy": calibrated_cross_entropy,
-    "distill": _averaged(distill),
+    "distill": _averaged(distill, "classes"),
 }
 """The metrics by the names that the configuration gives them. Where targets are a pair of wanted
 values and weights, means over the examples are weighted."""
-
-OF_LABELS = frozenset(
-    {"cross_entropy", "accuracy", "perplexity", "macro_f1", "calibrated_cross_entropy"}
-)
-"""Those whose targets are class numbers."""
-
-OF_PROBABILITIES = frozenset({"binary_cross_entropy", "binary_accuracy", "distill"})
-"""Those whose targets lie in [0, 1]."""
 
 
 def as_metric(metric: Any) -> Metric:

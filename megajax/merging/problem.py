@@ -70,7 +70,8 @@ class FitnessConfig(Section):
             data that it is given.
         tasks: for the command line: functions of the run's data set (`megajax.zoo.data.Dataset`)
             that return a `Task` each, or a pair of inputs and targets. The search is scored on them
-            instead of the validation images, and the report has the score on each.
+            instead of the validation images, and the report has the score on each. For figures on
+            test examples they are called again, with the test images as `dataset.validation`.
         distill_examples: for the command line: training images that the metric `distill` takes,
             without their labels; None takes all.
         racing_examples: score each child on this many validation examples first, drawn anew for
@@ -108,11 +109,19 @@ class RecalibrateConfig(Section):
     Attributes:
         enabled: for networks with BatchNorm; others are refused.
         examples: training inputs to measure on, all in one batch.
+        statistics: pairs of paths of (mean, variance) leaves, for layers of a form that is not
+            recognised; see `megajax.recalibrate`.
     """
 
     section = "recalibrate"
     enabled: bool = False
     examples: Annotated[int, at_least(2)] = 256
+    statistics: tuple[tuple[str, str], ...] = ()
+
+    def _check(self) -> None:
+        """Raises ConfigError for statistics that would not be measured."""
+        used = self.enabled or not self.statistics
+        self.require(used, "statistics", "recalibrate.enabled is off, so they are not measured")
 
 
 @jax.tree_util.register_dataclass
@@ -133,6 +142,7 @@ class Problem:
         faithful: for each parent whether its unmixed leaves are those that every network has.
         per_example: whether `evaluate` also says who is right on which example.
         prefix: whether layers that all individuals have in common are computed once for all.
+        statistics: paths of (mean, variance) leaves that the user names, to be measured too.
     """
 
     parents: PyTree
@@ -147,6 +157,7 @@ class Problem:
     faithful: tuple[bool, ...] = field(metadata={"static": True})
     per_example: bool = field(default=False, metadata={"static": True})
     prefix: bool = field(default=False, metadata={"static": True})
+    statistics: tuple[tuple[str, str], ...] = field(default=(), metadata={"static": True})
 
     @property
     def num_examples(self) -> int:
@@ -174,6 +185,7 @@ def make_problem(
     *,
     base: PyTree | None = None,
     calibration: PyTree | None = None,
+    statistics: tuple[tuple[str, str], ...] = (),
     config: FitnessConfig | None = None,
     population_size: int,
 ) -> Problem:
@@ -185,6 +197,7 @@ def make_problem(
         genome: what genes mean.
         base: the network that the parents were trained from, for task vectors.
         calibration: inputs that statistics are measured on; None where they are not.
+        statistics: paths of (mean, variance) leaves that the user names.
         config: how networks are scored; None takes the defaults.
         population_size: individuals P, for the layout.
 
@@ -211,6 +224,7 @@ def make_problem(
         layout=layout,
         faithful=_faithful(parents, genome),
         prefix=shares_layers,
+        statistics=statistics,
     )
 
 
@@ -246,7 +260,8 @@ def express(problem: Problem, genes: Genes) -> PyTree:
     variables = problem.genome.express(genes, problem.parents)
     if problem.calibration is None:
         return variables
-    new = recalibrate(for_backend(problem.networks[0]), variables, problem.calibration)
+    network = for_backend(problem.networks[0])
+    new = recalibrate(network, variables, problem.calibration, problem.statistics)
     is_parent = _is_parent(problem, variables)
     return jax.tree.map(lambda old, new: jnp.where(is_parent, old, new), variables, new)
 
@@ -293,6 +308,7 @@ def scores_of(problem: Problem, variables: PyTree) -> tuple[jax.Array, Aux]:
         faithful=(),
         per_example=False,
         prefix=False,
+        statistics=(),
     )
     return _scores(tasks, variables)
 
@@ -373,14 +389,14 @@ def objective(key: Key, problem: Problem, genes: Genes, count: int) -> jax.Array
             chosen = jax.random.randint(own_key, (count,), 0, few.valid.size)
             few = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], few)
         if problem.calibration is not None:
-            network = partial(with_batch_statistics, network)
+            network = partial(with_batch_statistics, network, statistics=problem.statistics)
         outputs = with_fast_gradients(network)(variables, few.inputs)
         smooth = metric.smooth or metric
         statistics = smooth.statistics(outputs, few.targets)
         scores.append(smooth.of(statistics, few.valid))
     if len(scores) == 1:
         return scores[0]
-    return problem.weights @ _relative(jnp.stack(scores), problem.reference)
+    return problem.weights @ relative(jnp.stack(scores), problem.reference)
 
 
 def improved(key: Key, problem: Problem, genes: Genes, *, descent: Descent) -> Genes:
@@ -463,7 +479,7 @@ def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[j
         if len(scores) == 1:
             return scores[0].astype(jnp.float32), Aux((), hits)
         each = jnp.stack(scores)
-        fitness = problem.weights @ _relative(each, problem.reference)
+        fitness = problem.weights @ relative(each, problem.reference)
         return fitness.astype(jnp.float32), Aux(each, hits)
 
     return score
@@ -492,7 +508,7 @@ def _hits(outputs: Any, targets: Any) -> jax.Array:
     return score(outputs, targets) >= 0.5
 
 
-def _relative(scores: jax.Array, reference: jax.Array | None) -> jax.Array:
+def relative(scores: Any, reference: Any) -> Any:
     """Scores in units of the best parent's: 0 is as good, for scores of either sign."""
     if reference is None:
         return scores

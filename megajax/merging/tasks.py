@@ -20,8 +20,6 @@ from megajax.evaluation.measures import predict
 from megajax.merging.metrics import (
     IGNORED,
     METRICS,
-    OF_LABELS,
-    OF_PROBABILITIES,
     Metric,
     as_metric,
     default_metric,
@@ -141,16 +139,36 @@ def check_task(task: Task, apply_fn: ApplyFn, variables: PyTree, number: int = 0
         check_finite(leaf, f"the {which} of {name}")
     network = task.apply_fn or apply_fn
     outputs = output_shapes(network, variables, _of_length(2, inputs))
-    metric = task.metric
+    metric = checked_metric(task.metric, outputs, targets, name)
+    if not (np.isfinite(task.weight) and task.weight >= 0):
+        raise ConfigError(f"the weight of {name} is {task.weight!r}: it must be at least 0")
+    return Task(inputs, targets, metric, network, float(task.weight), name)
+
+
+def checked_metric(metric: Any, outputs: PyTree, targets: PyTree, name: str) -> Metric:
+    """The metric of a task, if it takes these outputs (or their shapes and dtypes) and targets.
+
+    Args:
+        metric: as in `Task`.
+        outputs: of any number of examples.
+        targets: leaves `[N, ...]`, NumPy.
+        name: of the task.
+
+    Raises:
+        DataError: outputs and targets do not fit together.
+        ConfigError: the metric does not give a score for each example.
+
+    Example:
+        >>> checked_metric(None, np.zeros((3, 4)), np.array([0, 3, 1]), "digits").name
+        'cross_entropy'
+    """
     if metric is None:
-        metric = default_metric(outputs, _of_length(2, targets))
+        metric = default_metric(_of_length(2, outputs), _of_length(2, targets))
     metric = as_metric(metric)
     if metric == METRICS.get(metric.name):
         _check_targets(metric, targets, outputs, name)
     _check_metric(metric, outputs, targets, name)
-    if not (np.isfinite(task.weight) and task.weight >= 0):
-        raise ConfigError(f"the weight of {name} is {task.weight!r}: it must be at least 0")
-    return Task(inputs, targets, metric, network, float(task.weight), name)
+    return metric
 
 
 def _of_length(count: int, tree: PyTree) -> PyTree:
@@ -164,9 +182,9 @@ def _of_length(count: int, tree: PyTree) -> PyTree:
 def _check_targets(metric: Metric, targets: PyTree, outputs: PyTree, name: str) -> None:
     """Checks what a metric of the library's own cannot see in a compiled program."""
     wanted, weights = targets if isinstance(targets, tuple) and len(targets) == 2 else (targets, 0)
-    if metric.name in OF_LABELS:
+    if metric.kind == "classes" and metric.name != "distill":
         check_labels(targets, outputs, name)
-    elif metric.name in OF_PROBABILITIES and not 0 <= np.min(wanted) <= np.max(wanted) <= 1:
+    elif metric.kind != "values" and not 0 <= np.min(wanted) <= np.max(wanted) <= 1:
         raise DataError(
             f"targets of {name} run from {np.min(wanted)} to {np.max(wanted)}: {metric.name} takes "
             "those from 0 to 1"

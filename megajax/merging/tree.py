@@ -12,7 +12,7 @@ goes on where it was.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +26,7 @@ from megajax.errors import ConfigError, ParentsError
 from megajax.keys import as_key
 from megajax.merging.devices import Layout
 from megajax.merging.merge import MergeResult, merge
+from megajax.merging.problem import FitnessConfig, relative
 from megajax.merging.tasks import Task, as_tasks, examples_in
 from megajax.program.roles import find_statistics
 from megajax.search.loop import Info, State
@@ -95,6 +96,9 @@ class NodeResult(NamedTuple):
         history: one entry for the first population and one for each generation, `[1 + G]`.
         evaluations: networks scored.
         examples_scored: what that cost, as in `megajax.MergeResult`.
+        scores: the score on each task by name, of the merged network.
+        parent_scores: likewise `[2]`, of the two that met.
+        metrics: the metric of each task by name.
     """
 
     variables: PyTree
@@ -103,6 +107,9 @@ class NodeResult(NamedTuple):
     history: Info
     evaluations: int
     examples_scored: int
+    scores: dict[str, float]
+    parent_scores: dict[str, np.ndarray]
+    metrics: dict[str, str]
 
 
 class TreeResult(NamedTuple):
@@ -110,9 +117,13 @@ class TreeResult(NamedTuple):
 
     Attributes:
         variables: the network at the root.
-        fitness: its fitness on the validation data.
-        parent_fitness: `[N]`, of the parents on the same data, never above `fitness`; NaN for one
-            that was dropped before it was scored.
+        fitness: its fitness on the validation data; for several tasks in units of the best parent's
+            scores, in those of the best of all parents, while a node's is in those of its own two.
+        parent_fitness: `[N]`, of the parents on the same data, never above `fitness` where that is
+            not in their units; NaN for one that was dropped before it was scored.
+        scores: the score on each task by name, of the network at the root.
+        parent_scores: likewise `[N]`, of the parents.
+        metrics: the metric of each task by name.
         nodes: who met whom, in the order of their numbers.
         results: what each node found, in the same order.
         evaluations: networks scored in all nodes together.
@@ -124,6 +135,9 @@ class TreeResult(NamedTuple):
     variables: PyTree
     fitness: float
     parent_fitness: np.ndarray
+    scores: dict[str, float]
+    parent_scores: dict[str, np.ndarray]
+    metrics: dict[str, str]
     nodes: tuple[Node, ...]
     results: tuple[NodeResult, ...]
     evaluations: int
@@ -135,7 +149,7 @@ class TreeResult(NamedTuple):
         of_parents = ", ".join(f"{value:.4g}" for value in self.parent_fitness)
         return (
             f"TreeResult(fitness={self.fitness:.4g}, parent_fitness=[{of_parents}], "
-            f"nodes={len(self.nodes)}, evaluations={self.evaluations})"
+            f"metrics={self.metrics}, nodes={len(self.nodes)}, evaluations={self.evaluations})"
         )
 
 
@@ -209,7 +223,7 @@ def merge_tree(
 
     Each node is a `megajax.merge` of two networks with a key of its own, see `node_key`; they share
     one compiled program. The result's fitness is at least that of every parent that was not
-    dropped.
+    dropped; several tasks are weighed anew in each node, unless `fitness.combine` is `raw`.
 
     Args:
         key: PRNG key, or a whole number; the same one gives the same result.
@@ -301,15 +315,31 @@ def merge_tree(
         networks = {k: networks[k] for k in numbers}
         nodes += made
 
-    parent_fitness = np.full(count, np.nan, np.float32)
-    for node, result in zip(nodes, results, strict=True):
-        for number, value in zip(node.parents, result.parent_fitness, strict=True):
-            if number < count:
-                parent_fitness[number] = value
+    root = results[-1]
+
+    def of_parents(of_nodes: Iterable[np.ndarray]) -> np.ndarray:
+        found = np.full(count, np.nan, np.float32)
+        for node, values in zip(nodes, of_nodes, strict=True):
+            for number, value in zip(node.parents, values, strict=True):
+                if number < count:
+                    found[number] = value
+        return found
+
+    scores = {
+        name: of_parents(result.parent_scores[name] for result in results) for name in root.scores
+    }
+    fitness, parent_fitness = root.fitness, of_parents(result.parent_fitness for result in results)
+    config = options.get("fitness") or FitnessConfig()
+    if len(tasks) > 1 and config.combine == "relative":
+        fitness, *of_each = _relative_fitness(tasks, root.scores, scores)
+        parent_fitness = np.array(of_each, np.float32)
     return TreeResult(
-        variables=results[-1].variables,
-        fitness=results[-1].fitness,
+        variables=root.variables,
+        fitness=fitness,
         parent_fitness=parent_fitness,
+        scores=root.scores,
+        parent_scores=scores,
+        metrics=root.metrics,
         nodes=tuple(nodes),
         results=tuple(results),
         evaluations=sum(result.evaluations for result in results),
@@ -474,6 +504,17 @@ def _share(
         return evolution
     left = evolution.evaluation_budget * num_examples - spent
     return evolution.replace(evaluation_budget=left // (nodes_left * num_examples))
+
+
+def _relative_fitness(
+    tasks: Sequence[Task], root: Mapping[str, float], parents: Mapping[str, np.ndarray]
+) -> list[float]:
+    """The fitness of the root and of each parent, in units of the best of all parents."""
+    scores = np.array([[root[name], *parents[name]] for name in root])
+    best = np.where(np.isfinite(scores), scores, -np.inf)[:, 1:].max(axis=1)
+    weights = np.array([task.weight for task in tasks])
+    found: list[float] = (weights / weights.sum() @ relative(scores.T, best).T).tolist()
+    return found
 
 
 def _plain(merged: MergeResult) -> NodeResult:

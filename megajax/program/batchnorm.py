@@ -77,13 +77,19 @@ def recalibrate(
     return _measured(apply_fn, variables, inputs, statistics)[1]
 
 
-def with_batch_statistics(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> Any:
+def with_batch_statistics(
+    apply_fn: ApplyFn,
+    variables: PyTree,
+    inputs: Any,
+    statistics: Sequence[tuple[str, str]] = (),
+) -> Any:
     """The outputs of a network whose statistics are those of the batch itself, as in training.
 
     Args:
         apply_fn: as for `recalibrate`.
         variables: of one network.
         inputs: one batch.
+        statistics: as for `recalibrate`.
 
     Example:
         >>> def apply_fn(w, x):
@@ -92,7 +98,7 @@ def with_batch_statistics(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> 
         >>> with_batch_statistics(apply_fn, {"mean": jnp.zeros(1), "var": jnp.ones(1)}, x).tolist()
         [[-1.0], [1.0]]
     """
-    return _measured(apply_fn, variables, inputs, ())[0]
+    return _measured(apply_fn, variables, inputs, statistics)[0]
 
 
 def _measured(

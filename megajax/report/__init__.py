@@ -12,20 +12,22 @@ run did not measure is left out. The same functions serve many seeds that
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
+from megajax.evaluation.batches import Batches
+from megajax.evaluation.measures import predict
 from megajax.evaluation.predictions import Predictions
 from megajax.evaluation.results import Comparison, comparison, entries, is_aggregate
 from megajax.io import write_bytes, write_text
 from megajax.merging.merge import MergeResult
+from megajax.merging.metrics import Metric
+from megajax.merging.outputs import ensemble
 from megajax.merging.problem import scores_of
 from megajax.report import plots, text
 from megajax.report.page import Block, Heading, Paragraph, Picture, Table, to_html, to_markdown
@@ -104,8 +106,8 @@ def front(
 ) -> dict[str, Any] | None:
     """The entry `front` of `results.json`: the compromises that a search found, and the others.
 
-    The parents are there as they were given and, where the tasks have class labels, their ensemble:
-    the mean of their probabilities.
+    The parents are there as they were given and, where every task's metric says what is to be
+    averaged, their ensemble (see `megajax.ensemble`).
 
     Args:
         found: of a merge with `evolution.method="nsga2"`.
@@ -121,9 +123,9 @@ def front(
     scores = {f"parent_{k}": list(row) for k, row in enumerate(of_parents)}
     for name, variables in (networks or {}).items():
         scores[name] = scores_of(problem, variables)[1].tasks
-    if {*found.metrics.values()} <= {"accuracy", "cross_entropy"}:
-        together = replace(problem, networks=tuple(map(_Ensemble, problem.networks)))
-        scores["ensemble"] = scores_of(together, tuple(found.parents))[1].tasks
+    if all(metric.kind for metric in problem.metrics):
+        rows = zip(problem.networks, problem.metrics, problem.batches, strict=True)
+        scores["ensemble"] = [_of_ensemble(found.parents, *row) for row in rows]
     scores["merged"] = list(found.scores.values())
     return {
         "tasks": [f"{task}: {found.metrics[task].replace('_', ' ')}" for task in tasks],
@@ -132,15 +134,15 @@ def front(
     }
 
 
-@dataclass(frozen=True)
-class _Ensemble:
-    """The networks' mean probabilities, as logits."""
-
-    apply_fn: ApplyFn
-
-    def __call__(self, networks: Sequence[PyTree], inputs: Any) -> jax.Array:
-        outputs = jnp.stack([self.apply_fn(variables, inputs) for variables in networks])
-        return jax.nn.logsumexp(jax.nn.log_softmax(outputs), axis=0)  # up to a constant
+def _of_ensemble(
+    parents: Sequence[PyTree], apply_fn: ApplyFn, metric: Metric, batches: Batches
+) -> float:
+    """The score of the networks' mean prediction on one task."""
+    data = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), batches)
+    size = batches.valid.shape[1]
+    outputs = [predict(apply_fn, parent, data.inputs, size) for parent in parents]
+    mean = ensemble(jax.tree.map(lambda *leaves: np.stack(leaves), *outputs), metric)
+    return float(metric.of(metric.statistics(mean, data.targets), data.valid))
 
 
 def write_report(
@@ -241,6 +243,15 @@ def _blocks(results: Mapping[str, Any], found: Comparison, pictures: Sequence[st
             Heading("Tasks"),
             Paragraph("What the search was scored on: examples that no parent was trained on."),
             Table(tasks, _STRONG),
+        ]
+    tests = text.held_out_table(results)
+    if tests:
+        blocks += [
+            Paragraph(
+                "The same on test examples, which the search never saw, and the difference to the "
+                "parent that the search found best: 95 % intervals of a paired bootstrap."
+            ),
+            Table(tests, _STRONG),
         ]
     agreement = text.agreement_table(found, _entries(results))
     if agreement:

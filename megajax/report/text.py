@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from megajax.evaluation.results import Comparison, Rival, Row, is_aggregate
+from megajax.evaluation.results import Comparison, Rival, Row, is_aggregate, name_of
 from megajax.evaluation.statistics import Difference, Interval
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "budgets",
     "caveats",
     "headline",
+    "held_out_table",
     "notes",
     "p_value",
     "percent",
@@ -25,6 +26,7 @@ __all__ = [
     "robust_table",
     "run_table",
     "table",
+    "task_table",
     "with_interval",
 ]
 
@@ -209,6 +211,45 @@ def task_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
     names = ("network", *(f"parent {k}" for k in range(count)), "merged")
     cells = [[x if isinstance(x, str) else f"{x:.4f}" for x in column] for column in columns]
     return list(zip(names, *cells, strict=True))
+
+
+def held_out_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Everybody's score on the tasks' test examples, the header first.
+
+    Args:
+        results: of one run; no rows where it has none.
+
+    Example:
+        >>> gain = {"estimate": 0.125, "low": -0.01, "high": 0.25, "p_value": 0.1}
+        >>> networks = {"parent_0": {"score": 0.75}, "merged": {"score": 0.875, "difference": gain}}
+        >>> test = {"examples": 8, "best": "parent_0", "networks": networks}
+        >>> for row in held_out_table({"tasks": {"noisy": {"metric": "accuracy", "test": test}}}):
+        ...     print(row)
+        ('network', 'noisy: accuracy', 'to parent 0 [95 %]')
+        ('parent 0', '0.7500', '')
+        ('merged', '0.8750', '+0.1250 [-0.0100, 0.2500]')
+    """
+    tasks = {name: of for name, of in (results.get("tasks") or {}).items() if "test" in of}
+    if not tasks:
+        return []
+
+    def cells(entry: Mapping[str, Any]) -> tuple[str, str]:
+        score, gain = entry.get("score"), entry.get("difference") or {}
+        cell = "" if score is None else f"{score:.4f}"
+        if gain.get("low") is None:
+            return cell, ""
+        return cell, f"{gain['estimate']:+.4f} [{gain['low']:.4f}, {gain['high']:.4f}]"
+
+    tests = [of["test"] for of in tasks.values()]
+    header = ["network"]
+    for name, of in tasks.items():
+        to = f"to {name_of(of['test']['best'])} [95 %]"
+        header += [f"{name}: {of['metric'].replace('_', ' ')}", to]
+    rows = [tuple(header)]
+    for key in dict.fromkeys(key for test in tests for key in test["networks"]):
+        each = [cells(test["networks"].get(key, {})) for test in tests]
+        rows.append((name_of(key), *(cell for pair in each for cell in pair)))
+    return rows
 
 
 def run_table(results: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,8 @@ from megajax.baselines import BASELINES
 from megajax.baselines.registry import applicable
 from megajax.errors import ConfigError
 from megajax.evaluation.robustness import PUBLISHED_CORRUPTIONS
-from megajax.merging.merge import problem_for, search_of
+from megajax.merging import tasks as merging
+from megajax.merging.merge import problem_for, search_of, tasks_of
 from megajax.merging.problem import FitnessConfig
 from megajax.program.roles import find_statistics
 from megajax.run.config import Config
@@ -91,7 +92,7 @@ def _check_merge(task: Task, one: PyTree) -> None:
     met = 2 if config.hierarchy.enabled else config.parents.count
     zeros = [jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), one)] * met
     evolution, selection = config.evolution, task.selection
-    few = [one._replace(inputs=_few(one.inputs), targets=_few(one.targets)) for one in selection]
+    few = [_fewer(one) for one in selection]
     fitness = fitness_of(config).replace(racing_examples=None)
     by_vectors = config.genome.kind == "task_vectors" and has_base(config)
     problem = problem_for(
@@ -106,13 +107,16 @@ def _check_merge(task: Task, one: PyTree) -> None:
         keep=dict(config.parents.keep),
         population_size=evolution.population_size,
     )
+    if task.held_out:
+        tasks_of(task.apply_fn, zeros, [_fewer(one) for one in task.held_out], fitness)
     search = search_of(problem, evolution, fitness)
     genes = jax.eval_shape(
         lambda key: problem.genome.init(key, evolution.population_size, problem.parents),
         jax.random.key(0),
     )
     check_operators(search, genes)
-    if config.recalibrate.enabled and not find_statistics(task.apply_fn, one, images):
+    named = config.recalibrate.statistics
+    if config.recalibrate.enabled and not find_statistics(task.apply_fn, one, images, named):
         raise ConfigError("recalibrate.enabled is True: the network has no BatchNorm statistics")
     reference = config.align.reference
     if isinstance(reference, int) and reference >= met:
@@ -127,8 +131,9 @@ def _check_merge(task: Task, one: PyTree) -> None:
         )
 
 
-def _few(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[:64], tree)
+def _fewer(task: merging.Task) -> merging.Task:
+    inputs, targets = jax.tree.map(lambda leaf: leaf[:64], (task.inputs, task.targets))
+    return task._replace(inputs=inputs, targets=targets)
 
 
 def _check_budgets(config: Config) -> None:

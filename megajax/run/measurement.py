@@ -1,7 +1,8 @@
 """Every network's figures in the form of `results.json`: what a run measures after its search.
 
-Knows networks only as one function from images to everybody's logits
-(`megajax.evaluation.measures.predictor`). This is where the test images are looked at.
+Knows networks as one function from images to everybody's logits
+(`megajax.evaluation.measures.predictor`) and, on tasks, by their variables. This is where the test
+images are looked at.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
-from megajax.evaluation.measures import measure
+from megajax.evaluation.measures import measure, predict
 from megajax.evaluation.predictions import Predictions, from_logits
 from megajax.evaluation.robustness import (
     Images,
@@ -23,10 +25,12 @@ from megajax.evaluation.robustness import (
     measure_robustness,
     on_the_fly,
 )
-from megajax.types import Key
+from megajax.merging.outputs import ensemble, score_difference
+from megajax.merging.tasks import Task, counted, score_of
+from megajax.types import Key, PyTree
 from megajax.zoo.data import DataConfig, Dataset, load_part
 
-__all__ = ["Measured", "measure_networks", "published"]
+__all__ = ["Measured", "measure_networks", "measure_task", "published"]
 
 
 class Measured(NamedTuple):
@@ -67,7 +71,6 @@ def measure_networks(
         DataError: corrupted images that cannot be had.
 
     Example:
-        >>> import jax
         >>> from megajax.zoo.data import load
         >>> dataset = load(0, DataConfig(limit=20))
         >>> def logits_of(images):
@@ -106,6 +109,47 @@ def measure_networks(
             "agreement": [agreement(classes, predictions.classes[i]) for i in parents],
         }
     return Measured(entries, table, predictions)
+
+
+def measure_task(key: Key, task: Task, networks: Mapping[str, PyTree], best: str) -> dict[str, Any]:
+    """Everybody's score on a task, and by how much it exceeds that of the best parent.
+
+    Args:
+        key: PRNG key of the bootstrap.
+        task: from `megajax.merging.tasks.check_task`, on test examples.
+        networks: name -> variables, the parents as `parent_0`, `parent_1` and so on.
+        best: name of the best parent.
+
+    Returns:
+        The entry `test` of a task; see `megajax.evaluation.results`. The parents' ensemble is there
+        too, where the metric says what it averages.
+
+    Example:
+        >>> from megajax.merging.tasks import check_task
+        >>> def apply_fn(w, x):
+        ...     return w * x
+        >>> x = np.arange(1.0, 21.0)
+        >>> task = check_task(Task(x, x, "r2"), apply_fn, 1.0)
+        >>> networks = {"parent_0": 0.5, "parent_1": 1.5, "merged": 1.0}
+        >>> found = measure_task(jax.random.key(0), task, networks, "parent_0")["networks"]
+        >>> {name: round(entry["score"], 2) for name, entry in found.items()}
+        {'parent_0': -0.08, 'parent_1': -0.08, 'merged': 1.0, 'ensemble': 1.0}
+        >>> found["merged"]["difference"]["low"] > 0
+        True
+    """
+    assert task.apply_fn is not None
+    outputs = {name: predict(task.apply_fn, one, task.inputs) for name, one in networks.items()}
+    if task.metric.kind is not None:
+        parents = [one for name, one in outputs.items() if name.startswith("parent_")]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *parents)
+        outputs["ensemble"] = ensemble(stacked, task.metric)
+    found: dict[str, dict[str, Any]] = {}
+    for name, of_one in outputs.items():
+        found[name] = {"score": score_of(task, of_one)}
+        if name != best:
+            difference = score_difference(key, of_one, outputs[best], task.targets, task.metric)
+            found[name]["difference"] = difference._asdict()
+    return {"examples": int(counted(task).sum()), "best": best, "networks": found}
 
 
 def _per_class(

@@ -8,7 +8,8 @@ import pytest
 from scipy.special import log_softmax, softmax
 
 from megajax.errors import DataError
-from megajax.evaluation.measures import ensemble, measure, predict, predictor, straight_path
+from megajax.evaluation.measures import measure, predict, predictor, straight_path
+from megajax.merging.outputs import ensemble
 from megajax.program.batchnorm import recalibrate
 
 RNG = np.random.default_rng(0)

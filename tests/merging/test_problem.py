@@ -332,6 +332,43 @@ def test_a_parent_whose_frozen_leaves_are_another_ones_is_not_a_parent():
     assert not np.allclose(second["BatchNorm_0"]["mean"], kept[1], atol=1e-2)
 
 
+def fused(w, x):
+    """BatchNorm in a form that shows no mean: it is subtracted from the bias."""
+    inverse = jax.lax.rsqrt(w["var"] + 1e-5)
+    return (x @ w["kernel"] * inverse + (w["bias"] - w["mean"] * inverse)) @ w["head"]
+
+
+@pytest.mark.parametrize("method", ["genetic", "gradient"])
+def test_statistics_that_the_user_names_are_measured_in_every_candidate(method):
+    shapes = {"kernel": (4, 5), "bias": (5,), "mean": (5,), "var": (5,), "head": (5, 3)}
+    parents = [
+        {name: RNG.uniform(0.5, 9, shape).astype(np.float32) for name, shape in shapes.items()}
+        for _ in range(2)
+    ]  # whose statistics are not those of their activations, so that every mixture is better
+    arguments = (jax.random.key(0), fused, parents, (FLAT, np.arange(24) % 3))
+    on = mj.RecalibrateConfig(enabled=True, examples=16, statistics=(("mean", "var"),))
+    given = {
+        "calibration": FLAT,
+        "align": "none",
+        "evolution": mj.EvolutionConfig(method=method, population_size=6, generations=2),
+    }
+    networks = [mj.merge(*arguments, recalibrate=on, **given).variables]
+    chosen = mj.BaselinesConfig(names=("uniform_average", "line"))
+    results = mj.run_baselines(*arguments, recalibrate=on, config=chosen, budget=3, **given)
+    networks += [result.variables for result in results.values()]
+    for network in networks:
+        hidden = np.float64(FLAT[:16] @ network["kernel"])
+        np.testing.assert_allclose(network["mean"], hidden.mean(0), rtol=1e-4)
+        np.testing.assert_allclose(network["var"], hidden.var(0), rtol=1e-3)
+    with pytest.raises(mj.ConfigError, match="var: no mean goes with it; name the pair"):
+        mj.merge(*arguments, recalibrate=on.replace(statistics=()), **given)
+    odd = on.replace(statistics=(("mean", "none"),))
+    with pytest.raises(mj.ConfigError, match="statistics names 'none': it is no leaf of the"):
+        mj.merge(*arguments, recalibrate=odd, **given)
+    with pytest.raises(mj.ConfigError, match=r"recalibrate\.statistics is .*enabled is off"):
+        mj.RecalibrateConfig(statistics=(("mean", "var"),))
+
+
 # The layout -----------------------------------------------------------------------------------
 
 LARGE = jax.ShapeDtypeStruct((1000, 32, 32, 3), jnp.float32)

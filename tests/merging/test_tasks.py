@@ -341,6 +341,33 @@ def test_relative_scores_are_in_units_of_the_best_parents(relative):
     assert relative.fitness >= relative.parent_fitness.max()
 
 
+@pytest.mark.parametrize(("combine", "odd"), [("relative", "carry"), ("raw", "drop")])
+def test_a_tree_tells_the_scores_on_each_task(combine, odd):
+    parents = [*PARENTS, RNG.normal(size=(4, 3)).astype(np.float32)]
+    result = mj.merge_tree(
+        jax.random.key(0),
+        linear,
+        parents,
+        [FIRST, SECOND],
+        hierarchy=mj.HierarchyConfig(odd=odd),
+        align=mj.AlignConfig(method="none"),
+        fitness=mj.FitnessConfig(combine=combine),
+        evolution=mj.EvolutionConfig(population_size=6, generations=2),
+    )
+    assert result.metrics == {"classes": "accuracy", "values": "mean_squared_error"}
+    root = scores_by_hand(np.asarray(result.variables))
+    np.testing.assert_allclose(list(result.scores.values()), root, rtol=1e-5)
+    table = np.array([scores_by_hand(parent) for parent in parents])
+    if odd == "drop":
+        table[2] = np.nan
+    np.testing.assert_allclose(np.stack([*result.parent_scores.values()]).T, table, rtol=1e-5)
+    best = np.nanmax(table, axis=0) if combine == "relative" else 0.0
+    scale = abs(best) if combine == "relative" else 1.0
+    fitness = ((np.vstack([root, table]) - best) / scale) @ [0.25, 0.75]
+    found = [result.fitness, *result.parent_fitness]
+    np.testing.assert_allclose(found, fitness, rtol=1e-4, atol=1e-6)
+
+
 def test_raw_scores_are_weighted_as_they_are():
     result = merged("raw")
     for found, w in [

@@ -173,6 +173,8 @@ def test_the_root_knows_what_any_parent_knew(whole):
     assert whole.result.fitness > whole.result.parent_fitness.max()
     nll = [mj.measure(np.asarray(apply_fn(parent, DATA[0])), DATA[1]).nll for parent in EXPERTS]
     np.testing.assert_allclose(whole.result.parent_fitness, -np.array(nll), rtol=1e-5)
+    assert whole.result.scores == {"task_0": whole.result.fitness}
+    np.testing.assert_array_equal(whole.result.parent_scores["task_0"], whole.result.parent_fitness)
 
 
 def test_a_dropped_parent_leaves_nothing():

@@ -20,7 +20,7 @@ from megajax.run import store as workdir
 from megajax.run.config import Config, from_dict, to_dict
 from megajax.run.stages import searching
 from megajax.run.stages import task as common
-from megajax.run.stages.task import stream
+from megajax.run.stages.task import held_out, stream
 from megajax.zoo import data, training
 from megajax.zoo import networks as models
 
@@ -267,11 +267,53 @@ def test_a_search_is_scored_on_the_tasks_that_a_config_lists(tmp_path):
     merged = [task["merged"] for task in tasks.values()]
     each = [(score - most) / abs(most) for score, most in zip(merged, best, strict=True)]
     assert results["merged"]["fitness"] == pytest.approx(0.25 * each[0] + 0.75 * each[1], rel=1e-3)
+    test = {name: task["test"] for name, task in tasks.items()}
+    variables = mj.load_network(tmp_path / "run" / "merged")
+    best = max((0, 1), key=lambda k: results["parents"][k]["fitness"])
+    for name, function in (("as_it_is", as_it_is), ("by a pixel", shifted)):
+        found = test[name]["networks"]
+        assert {"parent_0", "parent_1", "random_search", "ensemble", "merged"} == set(found)
+        assert (test[name]["examples"], test[name]["best"]) == (449, f"parent_{best}")
+        moved = mj.Task(*function(dataset._replace(validation=dataset.test))[:2])
+        measured = mj.measure(mj.predict(network.apply_fn, variables, moved.inputs), moved.targets)
+        expected = {"as_it_is": -measured.nll, "by a pixel": measured.accuracy}[name]
+        assert found["merged"]["score"] == pytest.approx(expected, rel=1e-4)
+        gain = found["merged"]["difference"]
+        assert gain["estimate"] == pytest.approx(
+            expected - found[f"parent_{best}"]["score"], abs=1e-4
+        )
+        assert gain["low"] <= gain["estimate"] <= gain["high"]
     report = (tmp_path / "run" / "report.md").read_text()
+    assert f"| as_it_is: cross entropy | to parent {best} [95 %] | by a pixel: accuracy |" in report
     assert "| network | as_it_is: cross entropy | by a pixel: accuracy |" in report
     assert "on the tasks as_it_is and shifted" in report
     again = pipeline.run(config, tmp_path / "run")
     assert again["tasks"] == tasks
+
+
+def test_what_is_held_out_is_made_of_the_test_images():
+    dataset = data.load(0, data.DataConfig(limit=40))
+
+    def of_training(dataset):
+        return dataset.train.images, dataset.train.labels
+
+    fitness = mj.FitnessConfig(tasks=(as_it_is, of_training, shifted))
+    plain, moved = held_out(fitness, dataset)
+    assert (plain.name, moved.name, moved.metric) == ("as_it_is", "by a pixel", "accuracy")
+    np.testing.assert_array_equal(plain.inputs, dataset.test.images)
+    np.testing.assert_array_equal(moved.inputs, np.roll(dataset.test.images, 1, axis=2))
+    np.testing.assert_array_equal(moved.targets, dataset.test.labels)
+    for choices, count in (
+        ({}, 0),  # these are in every report
+        ({"metric": "accuracy"}, 0),
+        ({"metric": "distill"}, 0),  # of training images
+        ({"metric": "macro_f1"}, 1),
+        ({"metric": "macro_f1", "select_on_test": True}, 0),
+    ):
+        found = held_out(mj.FitnessConfig(**choices), dataset)
+        assert [one.name for one in found] == ["digits"] * count
+        for one in found:
+            np.testing.assert_array_equal(one.inputs, dataset.test.images)
 
 
 def test_tasks_that_cannot_be_are_one_line(tmp_path):

@@ -3,14 +3,19 @@
 import jax
 import numpy as np
 import pytest
+from scipy.special import softmax
+from sklearn.metrics import f1_score
 
+import megajax as mj
 from megajax import report
 from megajax.evaluation.measures import measure, predictor
 from megajax.evaluation.predictions import correct, load_predictions, save_predictions
 from megajax.evaluation.results import comparison
 from megajax.evaluation.robustness import RobustnessConfig, corrupt
+from megajax.merging.tasks import check_task
+from megajax.report.text import held_out_table
 from megajax.run import store as workdir
-from megajax.run.measurement import measure_networks
+from megajax.run.measurement import measure_networks, measure_task
 from megajax.zoo import data
 from megajax.zoo.data import DataConfig
 
@@ -83,6 +88,45 @@ def test_robustness_can_be_left_out(dataset, logits_of):
     measured = measure_networks(KEY, logits_of, dataset, RobustnessConfig(enabled=False))
     assert measured.robustness is None
     assert measured.predictions.scores is None
+
+
+def linear(kernel, images):
+    return images.reshape(len(images), -1) @ kernel
+
+
+def test_a_task_has_everybodys_score_and_difference(dataset, networks, tmp_path):
+    networks = {**networks, "broken": np.full((64, 10), np.nan, np.float32)}
+    task = mj.Task(dataset.test.images, dataset.test.labels, "macro_f1", name="digits")
+    task = check_task(task, linear, networks["merged"])
+    found = measure_task(KEY, task, networks, "parent_1")
+    logits = {name: linear(kernel, task.inputs) for name, kernel in networks.items()}
+    logits["ensemble"] = softmax([logits["parent_0"], logits["parent_1"]], axis=-1).mean(0)
+    assert found["networks"].keys() == logits.keys()
+    for name, entry in found["networks"].items():
+        f1 = f1_score(task.targets, logits[name].argmax(1), average="macro")
+        assert name == "broken" or entry["score"] == pytest.approx(f1, rel=1e-5)
+    assert "difference" not in found["networks"]["parent_1"]
+    gain = found["networks"]["merged"]["difference"]
+    scores = [found["networks"][name]["score"] for name in ("merged", "parent_1")]
+    assert gain["estimate"] == pytest.approx(scores[0] - scores[1], abs=1e-6)
+    assert gain["low"] < gain["estimate"] < gain["high"]
+    entry = {"metric": "macro_f1", "merged": 0.5, "parents": [0.1, 0.2], "test": found}
+    workdir.write_json(tmp_path / "x.json", {"tasks": {"digits": entry}})
+    header, *rows = held_out_table(workdir.read_json(tmp_path / "x.json"))
+    assert header == ("network", "digits: macro f1", "to parent 1 [95 %]")
+    shown = {name: cells for name, *cells in rows}
+    limits = f"[{gain['low']:.4f}, {gain['high']:.4f}]"
+    assert shown["merged"] == [f"{scores[0]:.4f}", f"{gain['estimate']:+.4f} {limits}"]
+    assert shown["parent 1"] == [f"{scores[1]:.4f}", ""]
+
+
+def test_a_network_that_is_not_finite_is_shown_as_such(networks, dataset):
+    networks = {**networks, "merged": np.full((64, 10), np.nan, np.float32)}
+    task = mj.Task(dataset.test.images, dataset.test.labels, name="digits")
+    task = check_task(task, linear, networks["parent_0"])
+    found = measure_task(KEY, task, networks, "parent_0")["networks"]
+    assert np.isnan([found["merged"]["score"], found["merged"]["difference"]["low"]]).all()
+    assert np.isfinite(found["ensemble"]["difference"]["low"])
 
 
 def test_what_is_measured_is_what_a_report_needs(measured, tmp_path):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
-
 from megajax.run.checkpoint import Checkpoints
-from megajax.run.stages.task import Outcomes, Task, networks_in, stream, train
+from megajax.run.stages.task import Outcomes, Task, fittest, networks_in, stream, train
 from megajax.run.store import Outcome
 from megajax.zoo import training
 
@@ -20,8 +18,7 @@ def finetune(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
     if not config.finetune.epochs:
         return Outcome()
     search = outcomes["search"]
-    fitness = [np.nan if f is None else f for f in search.values["parent_fitness"]]
-    best = networks_in(outcomes["parents"], "parents")[int(np.nanargmax(fitness))]
+    best = networks_in(outcomes["parents"], "parents")[fittest(outcomes)]
     networks = [search.networks["merged"], best]
     run = partial(
         training.finetune,

@@ -11,10 +11,11 @@ import numpy as np
 from megajax.evaluation.measures import TENTHS, predict, predictor, straight_path
 from megajax.evaluation.measures import measure as metrics_of
 from megajax.evaluation.predictions import PREDICTIONS, save_predictions
+from megajax.merging.merge import tasks_of
 from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
-from megajax.run.measurement import measure_networks
-from megajax.run.stages.task import Outcomes, Task, networks_in, stream
+from megajax.run.measurement import measure_networks, measure_task
+from megajax.run.stages.task import Outcomes, Task, fittest, networks_in, stream
 from megajax.run.store import Outcome
 from megajax.types import PyTree
 
@@ -70,7 +71,23 @@ def measure(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
     }
     if measured.robustness is not None:
         values["robustness"] = measured.robustness
+    if found["tasks"]:
+        with task.console.status("measuring all networks on the tasks"):
+            values["tasks"] = _with_test(task, found["tasks"], networks, names[fittest(outcomes)])
     return Outcome(values=values, files=(PREDICTIONS,))
+
+
+def _with_test(
+    task: Task, scores: Mapping[str, Any], networks: Mapping[str, PyTree], best: str
+) -> dict[str, Any]:
+    """What the search says of each task, with everybody's score on its test examples."""
+    parents = [network for name, network in networks.items() if name.startswith("parent_")]
+    on_test = {}
+    if task.held_out:
+        for one in tasks_of(task.apply_fn, parents, list(task.held_out), task.config.fitness):
+            key = stream(task.config, f"test of {one.name}")
+            on_test[one.name] = {"test": measure_task(key, one, networks, best)}
+    return {name: {**of_search, **on_test.get(name, {})} for name, of_search in scores.items()}
 
 
 def _cost(evaluations: int, examples: int) -> dict[str, float]:
@@ -95,7 +112,10 @@ def _path(
     if config.align.method != "none":
         lines["aligned"] = measured(*aligned)
     if config.recalibrate.enabled:
-        lines["aligned, recalibrated"] = measured(*aligned, calibration=task.calibration)
+        named = config.recalibrate.statistics
+        lines["aligned, recalibrated"] = measured(
+            *aligned, calibration=task.calibration, statistics=named
+        )
     of_merged = metrics_of(predict(apply_fn, merged, images), labels)
     share = np.mean([np.mean(np.atleast_2d(rows), axis=0)[1] for rows in shares.values()])
     return {

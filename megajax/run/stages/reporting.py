@@ -102,8 +102,7 @@ def _results(
         results["metric"] = metric
     if config.fitness.select_on_test:
         results["not_held_out"] = True
-    if found.get("tasks"):
-        results["tasks"] = found["tasks"]
+    if task.tasks:
         results["metric"] = "tasks"
     if "nodes" in found:
         results["nodes"] = found["nodes"]

@@ -131,7 +131,7 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
         "shares": _shares(merged),
         "genes": merged.genome.num_genes,
         "plan": merged.problem.layout.plain(),
-        "tasks": _of_tasks(merged) if config.fitness.tasks else {},
+        "tasks": _of_tasks(merged) if task.tasks or task.held_out else {},
     }
     return _outcome(merged, figures, here.clock.seconds())
 
@@ -225,6 +225,7 @@ def _by_tree(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
         "genes": tree.num_genes,
         "plan": None if tree.layout is None else tree.layout.plain(),
         "nodes": nodes,
+        "tasks": _of_tasks(tree) if task.tasks or task.held_out else {},
     }
     return _outcome(tree, figures, earlier)
 
@@ -250,7 +251,7 @@ def _shares(merged: MergeResult) -> Mapping[str, Any]:
     return channel_shares(merged.genome, merged.genes, merged.variables)
 
 
-def _of_tasks(merged: MergeResult) -> dict[str, Any]:
+def _of_tasks(merged: MergeResult | TreeResult) -> dict[str, Any]:
     """What `results.json` says of each task: its metric, and everybody's score on it."""
     return {
         name: {
@@ -277,8 +278,15 @@ def _node_result(stored: Outcome) -> NodeResult:
         name: np.array(column, np.int32 if name in COUNTS else np.float32)
         for name, column in stored.values["history"].items()
     }
-    fitness = np.array(stored.values["parent_fitness"], np.float32)
-    own = {"variables": variables, "parent_fitness": fitness, "history": Info(**columns)}
+    own = {
+        "variables": variables,
+        "parent_fitness": np.array(stored.values["parent_fitness"], np.float32),
+        "parent_scores": {
+            name: np.array(scores, np.float32)
+            for name, scores in stored.values["parent_scores"].items()
+        },
+        "history": Info(**columns),
+    }
     return NodeResult(**{**stored.values, **own})
 
 

@@ -21,6 +21,7 @@ from megajax.errors import DataError, Interrupted, WorkdirError
 from megajax.formats import from_linen
 from megajax.keys import named_key
 from megajax.merging import tasks as merging
+from megajax.merging.problem import FitnessConfig
 from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.config import Config
@@ -32,6 +33,8 @@ __all__ = [
     "Clock",
     "Outcomes",
     "Task",
+    "fittest",
+    "held_out",
     "interrupted",
     "kept",
     "load",
@@ -62,6 +65,8 @@ class Task:
         dataset: the images, split.
         shards: for each parent, indices of its training images.
         tasks: what the search is scored on, where the configuration lists tasks.
+        held_out: the same on test images, or what the metric makes of those where it is none that
+            every run reports; without tasks that are not made of the validation images.
         model: the network of the zoo.
         apply_fn: the same in inference mode.
     """
@@ -74,6 +79,7 @@ class Task:
     dataset: data.Dataset
     shards: Sequence[np.ndarray]
     tasks: Sequence[merging.Task]
+    held_out: Sequence[merging.Task]
     model: nn.Module
     apply_fn: ApplyFn
 
@@ -85,14 +91,7 @@ class Task:
     @property
     def selection(self) -> list[merging.Task]:
         """What the search is scored on; without labels, the training images."""
-        fitness = self.config.fitness
-        if self.tasks:
-            return list(self.tasks)
-        if fitness.metric == "distill":
-            images = self.dataset.train.images[: fitness.distill_examples]
-            return [merging.Task(images, metric="distill")]
-        split = self.dataset.test if fitness.select_on_test else self.dataset.validation
-        return [merging.Task(split.images, split.labels)]
+        return list(self.tasks) or _selection(self.config.fitness, self.dataset)
 
 
 def prepare(
@@ -122,9 +121,43 @@ def prepare(
     )
     apply_fn = from_linen(model, {}, train=False).apply_fn
     tasks = [_task_of(function, dataset) for function in config.fitness.tasks]
+    own = tasks, held_out(config.fitness, dataset)
     return Task(
-        config, folder, source or folder, console, stopping, dataset, shards, tasks, model, apply_fn
+        config, folder, source or folder, console, stopping, dataset, shards, *own, model, apply_fn
     )
+
+
+def held_out(fitness: FitnessConfig, dataset: data.Dataset) -> list[merging.Task]:
+    """What a search is scored on, made of the test images instead of the validation images.
+
+    Args:
+        fitness: whose functions are called with the test images in the validation images' place.
+        dataset: the images, split.
+
+    Returns:
+        The tasks, without those that are the same as before, because they are made of other images;
+        none for a metric that every run reports.
+    """
+    if not fitness.tasks and fitness.metric in (None, "accuracy", "cross_entropy"):
+        return []
+    moved = dataset._replace(validation=dataset.test)
+    pairs = zip(_selection(fitness, dataset), _selection(fitness, moved), strict=True)
+    return [new._replace(weight=1.0) for old, new in pairs if not _same(old.inputs, new.inputs)]
+
+
+def _same(first: PyTree, second: PyTree) -> bool:
+    return all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(second)))
+
+
+def _selection(fitness: FitnessConfig, dataset: data.Dataset) -> list[merging.Task]:
+    """What a search is scored on."""
+    if fitness.tasks:
+        return [_task_of(function, dataset) for function in fitness.tasks]
+    if fitness.metric == "distill":
+        images = dataset.train.images[: fitness.distill_examples]
+        return [merging.Task(images, metric="distill")]
+    split = dataset.test if fitness.select_on_test else dataset.validation
+    return [merging.Task(split.images, split.labels, name=dataset.name)]
 
 
 def _task_of(function: Callable[..., Any], dataset: data.Dataset) -> merging.Task:
@@ -213,6 +246,17 @@ def networks_in(outcome: Outcome, folder: str) -> list[PyTree]:
     """
     count = sum(name.startswith(f"{folder}/") for name in outcome.networks)
     return [outcome.networks[f"{folder}/{k}"] for k in range(count)]
+
+
+def fittest(outcomes: Outcomes) -> int:
+    """The number of the parent with the highest fitness.
+
+    Example:
+        >>> fittest({"search": Outcome(values={"parent_fitness": [None, -2.0, -1.0]})})
+        2
+    """
+    fitness = outcomes["search"].values["parent_fitness"]
+    return int(np.argmax([-np.inf if value is None else value for value in fitness]))
 
 
 def train(
