@@ -12,8 +12,8 @@ where they do so without labels, towards the parents' mean prediction. It ends i
 the parents' hidden units are aligned. Every candidate's BatchNorm statistics are measured anew, but
 for `paper`.
 
-Every search passes as many images through networks as 1,920 networks take on the digits, and 115 on
-CIFAR-10. The first search of the data set has the other baselines and the test of robustness.
+Every search passes as many images through networks as 1,920 networks take on the validation images
+of the digits, and 115 on those of CIFAR-10. The first search of the data set has the other baselines and the test of robustness.
 """
 
 import megajax as mj
@@ -57,7 +57,10 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
     if way:
         config = config.replace(evolution={"method": "gradient"})
     if way == "distill":
-        config = config.replace(fitness={"metric": "distill", "distill_examples": 5000})
+        config = config.replace(
+            fitness={"metric": "distill", "distill_examples": 23_000},
+            evolution={"population_size": 5, "generations": 4},
+        )
     if search != SEARCHES[data][0]:
         names = ("random_search",) if kind == "channel" and data == "digits" else ()
         config = config.replace(baselines={"names": names}, robustness={"enabled": False})

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 
@@ -21,6 +22,8 @@ from megajax.program.jaxprs import run_equation, walk
 __all__ = ["with_fast_gradients"]
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+_AT_ONCE = 16
+"""Images of which a kernel's gradient is computed at once (benchmarks/gradients.py)."""
 
 
 def with_fast_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,15 +101,38 @@ def _backward(
         precision=precision,
         preferred_element_type=dtype,
     )
-    kernel_slope = convolve(
-        x.transpose(3, 1, 2, 0),
-        slope.transpose(1, 2, 0, 3),
-        padding=of_kernel,
-        rhs_dilation=strides,
-    ).transpose(1, 2, 0, 3)
+
+    def of_some(images: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, slope = images
+        return convolve(
+            x.transpose(3, 1, 2, 0),
+            slope.transpose(1, 2, 0, 3),
+            padding=of_kernel,
+            rhs_dilation=strides,
+        ).transpose(1, 2, 0, 3)
+
+    kernel_slope = _summed(of_some, (x, slope))
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     x_slope = convolve(slope, turned, padding=of_x, lhs_dilation=strides)
     return x_slope.astype(x.dtype), kernel_slope.astype(kernel.dtype)
+
+
+def _summed(function: Callable[[Any], jax.Array], images: Any) -> jax.Array:
+    """The sum over the images, a few at a time; zeros fill up the last few and add nothing."""
+    count = len(images[0])
+    if count <= _AT_ONCE:
+        return function(images)
+    number = -(-count // _AT_ONCE)
+    missing = number * _AT_ONCE - count
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        padded = jnp.pad(leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1)))
+        return padded.reshape(number, _AT_ONCE, *leaf.shape[1:])
+
+    few = jax.tree.map(cut, images)
+    shape = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], few))
+    start = jnp.zeros(shape.shape, shape.dtype)
+    return jax.lax.scan(lambda total, some: (total + function(some), None), start, few)[0]
 
 
 _convolve.defvjp(_forward, _backward)

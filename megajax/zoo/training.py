@@ -47,6 +47,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megajax.errors import ConfigError, DataError, ParentsError
+from megajax.program.gradients import with_fast_gradients
 from megajax.sections import Fraction, Section, at_least, one_of
 from megajax.zoo.data import Split
 
@@ -552,13 +553,13 @@ def _step(
     statistics = {name: v for name, v in learner.variables.items() if name != "params"}
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
-        logits, updated = model.apply(
-            {"params": params, **statistics},
-            x,
-            train=True,
-            mutable=list(statistics),
-            rngs={"dropout": dropout_key},
-        )
+
+        def forward(variables: Any, x: jax.Array, key: jax.Array) -> Any:
+            rngs = {"dropout": key}
+            return model.apply(variables, x, train=True, mutable=list(statistics), rngs=rngs)
+
+        variables = {"params": params, **statistics}
+        logits, updated = with_fast_gradients(forward)(variables, x, dropout_key)
         logits = logits.astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return loss, (jnp.mean(jnp.argmax(logits, axis=-1) == y), {**statistics, **updated})

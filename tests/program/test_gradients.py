@@ -1,0 +1,55 @@
+"""Gradients written for a CPU are those that JAX writes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from megajax.program.gradients import with_fast_gradients
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+@pytest.mark.parametrize("images", [1, 16, 17, 48])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_a_convolution_has_the_gradients_that_jax_gives_it(images, strides, padding):
+    rng = np.random.default_rng(images)
+    x = jnp.asarray(rng.normal(size=(images, 9, 8, 3)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(3, 3, 3, 5)), jnp.float32)
+
+    def loss(w, x):
+        y = jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=LAYOUT)
+        return jnp.sin(y).sum()
+
+    found = jax.jit(jax.grad(with_fast_gradients(loss), argnums=(0, 1)))(w, x)
+    expected = jax.grad(loss, argnums=(0, 1))(w, x)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_in_training_keeps_its_statistics_and_its_dropout():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.BatchNorm(use_running_average=False)(nn.Conv(4, (3, 3))(x)))
+            return nn.Dense(2)(nn.Dropout(0.5, deterministic=False)(x.mean((1, 2))))
+
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    x = jax.random.normal(jax.random.key(2), (20, 6, 6, 3))
+    variables = Net().init(keys, x)
+
+    def forward(variables, x, key):
+        return Net().apply(variables, x, mutable=["batch_stats"], rngs={"dropout": key})
+
+    def loss(forward, variables):
+        outputs, updated = forward(variables, x, keys["dropout"])
+        return (outputs**2).mean(), updated
+
+    fast, slow = (
+        jax.jit(jax.value_and_grad(lambda v, f=f: loss(f, v), has_aux=True))(variables)
+        for f in (with_fast_gradients(forward), forward)
+    )
+    for one, other in zip(jax.tree.leaves(fast), jax.tree.leaves(slow), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
