@@ -13,7 +13,8 @@ the parents' hidden units are aligned. Every candidate's BatchNorm statistics ar
 for `paper`.
 
 Every search passes as many images through networks as 1,920 networks take on the validation images
-of the digits, and 115 on those of CIFAR-10. The first search of the data set has the other baselines and the test of robustness.
+of the digits, and 115 on those of CIFAR-10. The first search of the data set has the other
+baselines and the test of robustness.
 """
 
 import megajax as mj
