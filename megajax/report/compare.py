@@ -67,10 +67,7 @@ def load_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise WorkdirError(f"{folder} is not a folder")
-    if _is_workdir(folder):
-        folders = [folder]
-    else:
-        folders = sorted(inner for inner in folder.iterdir() if _is_workdir(inner))
+    folders = [folder] if _is_workdir(folder) else sorted(filter(_is_workdir, folder.iterdir()))
     if not folders:
         raise WorkdirError(f"{folder} holds no finished run: there is no {RESULTS} of one")
     results = [read_json(inner / RESULTS) for inner in folders]
@@ -243,8 +240,8 @@ def _paired(first: Run, run: Run) -> tuple[Difference | None, str]:
     shared = [seed for seed in by_seed[0] if seed in by_seed[1]]
     if len(shared) < 2:
         return None, "fewer than two seeds are in both"
-    ours_by_seed, theirs_by_seed = ([side[seed] for seed in shared] for side in by_seed)
-    return paired_t(ours_by_seed, theirs_by_seed), f"{len(shared)} seeds"
+    difference = paired_t(*([side[seed] for seed in shared] for side in by_seed))
+    return difference, f"{len(shared)} seeds"
 
 
 def _is_workdir(folder: Path) -> bool:
