@@ -120,18 +120,8 @@ def check_option(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ConfigError(f"model.options.{name} is {value!r}: choose one of {listed}")
 
 
-def conv(
-    x: jax.Array,
-    features: int,
-    size: int,
-    name: str,
-    *,
-    stride: int = 1,
-    padding: int | str | None = None,
-    bias: bool = False,
-    dtype: Any = None,
-) -> jax.Array:
-    """A convolution with a square window, padded alike on both sides.
+def conv(x: jax.Array, features: int, size: int, name: str, **options: Any) -> jax.Array:
+    """A convolution with a square window, padded alike on both sides, without biases.
 
     To be called inside a compact Linen method.
 
@@ -140,21 +130,10 @@ def conv(
         features: channels of the result.
         size: of a side of the window.
         name: of the layer.
-        stride: between two windows.
-        padding: another one. "SAME" with a stride of 2 is uneven.
-        bias: whether there is one.
-        dtype: of the computation.
+        **options: others of `flax.linen.Conv`. Padding "SAME" with a stride of 2 is uneven.
     """
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=stride,
-        padding=size // 2 if padding is None else padding,
-        use_bias=bias,
-        kernel_init=kernel_init,
-        dtype=dtype,
-        name=name,
-    )(x)
+    usual: dict[str, Any] = {"padding": size // 2, "use_bias": False, "kernel_init": kernel_init}
+    return nn.Conv(features, (size, size), name=name, **(usual | options))(x)
 
 
 def pooled_logits(x: jax.Array, num_classes: int) -> jax.Array:
