@@ -49,6 +49,11 @@ _CAPTIONS = {
     "another on all tasks; up and right is better.",
 }
 
+_PUBLISHED = "CIFAR-10-C as published, {:,} images of each kind"
+_CORRUPTED = (
+    "{:,} test images, corrupted with the constants of CIFAR-10-C (Hendrycks and Dietterich, "
+    "2019); lengths in pixels, made for 32 pixels a side"
+)
 _TASKS = "What the search was scored on: examples that no parent was trained on."
 _HELD_OUT = (
     "The same on test examples, which the search never saw, and the difference to the parent that "
@@ -258,14 +263,8 @@ def _blocks(results: Mapping[str, Any], found: Comparison, pictures: Sequence[st
 
 
 def _about_corruptions(robustness: Mapping[str, Any]) -> str:
-    if robustness.get("published"):
-        source = f"CIFAR-10-C as published, {robustness['examples']:,} images of each kind"
-    else:
-        source = (
-            f"{robustness['examples']:,} test images, corrupted with the constants of CIFAR-10-C "
-            "(Hendrycks and Dietterich, 2019); lengths in pixels, made for 32 pixels a side"
-        )
-    first, *others = map(str, robustness["severities"])
-    if not others:
-        return f"{source}. All at severity {first}."
-    return f"{source}. Means over severities {', '.join([first, *others])}."
+    source = _PUBLISHED if robustness.get("published") else _CORRUPTED
+    severities = robustness["severities"]
+    which = "Means over severities" if len(severities) > 1 else "All at severity"
+    images = source.format(robustness["examples"])
+    return f"{images}. {which} {', '.join(map(str, severities))}."

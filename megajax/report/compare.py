@@ -109,9 +109,8 @@ def summary(run: Run) -> dict[str, Any]:
     single = len(run.results) == 1
     results = run.results[0] if single else aggregate(run.results)
     found = comparison(results, run.predictions[0] if single else None)
-    best, merged, ensemble = (found.row(key) for key in (found.best, "merged", "ensemble"))
-    assert best is not None
-    assert merged is not None
+    rows = {row.key: row for row in found.rows}
+    best, merged, ensemble = rows[found.best], rows["merged"], rows.get("ensemble")
     return {
         "run": run.name,
         "seeds": [one["seed"] for one in run.results],
@@ -240,8 +239,8 @@ def _paired(first: Run, run: Run) -> tuple[Difference | None, str]:
     shared = [seed for seed in by_seed[0] if seed in by_seed[1]]
     if len(shared) < 2:
         return None, "fewer than two seeds are in both"
-    difference = paired_t(*([side[seed] for seed in shared] for side in by_seed))
-    return difference, f"{len(shared)} seeds"
+    ours_by_seed, theirs_by_seed = ([side[seed] for seed in shared] for side in by_seed)
+    return paired_t(ours_by_seed, theirs_by_seed), f"{len(shared)} seeds"
 
 
 def _is_workdir(folder: Path) -> bool:

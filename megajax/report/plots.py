@@ -374,9 +374,9 @@ def plot_per_class(
     for (key, row), offset in zip(values.items(), offsets, strict=True):
         look = _look(key)
         size = {"merged": 11.0, "ensemble": 5.0}.get(key, 6.0) * (0.4 if many else 1)
-        style = {"color": look.color, "ms": size, "zorder": 4 if key == "merged" else 3}
-        label = key.replace("_", " ")
-        axes.plot(np.arange(count) + offset, row[order], look.marker, label=label, **style)
+        label, height = key.replace("_", " "), 4 if key == "merged" else 3
+        style: Any = {"color": look.color, "ms": size, "zorder": height, "label": label}
+        axes.plot(np.arange(count) + offset, row[order], look.marker, **style)
     if many:
         axes.set_xlabel(f"{count} classes, sorted by the merged network's accuracy")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -142,17 +143,14 @@ def robust_table(found: Comparison, robustness: Mapping[str, Any]) -> list[tuple
         ("to best parent [points]", lambda row: points(row.corrupted_difference)),
     ]
 
-    def mean(name: str) -> Column:
-        def cell(row: Row) -> str:
-            accuracy = networks.get(row.key, {}).get("accuracy", {}).get(name)
-            return "" if accuracy is None else percent(float(np.mean(accuracy)))
-
-        return name.replace("_", " "), cell
+    def mean(name: str, row: Row) -> str:
+        accuracy = networks.get(row.key, {}).get("accuracy", {}).get(name)
+        return "" if accuracy is None else percent(float(np.mean(accuracy)))
 
     names = list(next(iter(networks.values()))["accuracy"])
-    return _table(
-        found, columns + [mean(name) for name in names if len(names) <= _MANY_CORRUPTIONS]
-    )
+    if len(names) <= _MANY_CORRUPTIONS:
+        columns += [(name.replace("_", " "), partial(mean, name)) for name in names]
+    return _table(found, columns)
 
 
 def agreement_table(
@@ -164,16 +162,14 @@ def agreement_table(
         found: everybody against the best parent.
         figures: name of a network -> its entry.
     """
+    shares = {key: entry.get("agreement") or () for key, entry in figures.items()}
 
-    def agreement(parent: int) -> Column:
-        def cell(row: Row) -> str:
-            shares = figures[row.key].get("agreement") or ()
-            return percent(shares[parent]) if parent < len(shares) else ""
+    def agreement(parent: int, row: Row) -> str:
+        return percent(shares[row.key][parent]) if parent < len(shares[row.key]) else ""
 
-        return f"with parent {parent}", cell
-
-    count = max(len(entry.get("agreement") or ()) for entry in figures.values())
-    return _table(found, [agreement(k) for k in range(count)]) if count else []
+    count = max(map(len, shares.values()))
+    columns = [(f"with parent {k}", partial(agreement, k)) for k in range(count)]
+    return _table(found, columns) if count else []
 
 
 def task_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
