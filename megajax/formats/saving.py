@@ -42,11 +42,7 @@ _HOW_TO_READ = "`megajax.load_network(file, like=model, inputs=batch)` reads all
 
 
 def save_network(
-    path: Path | str,
-    variables: PyTree,
-    *,
-    format: str | None = None,
-    names: NameMap | None = None,
+    path: Path | str, variables: PyTree, *, format: str | None = None, names: NameMap | None = None
 ) -> Path:
     """Saves a network, whole or not at all, and its SHA-256 beside it.
 
@@ -131,10 +127,8 @@ def export(
     """
     kinds = [FORMATS[_known(name)] for name in formats]
     described = [
-        parent
-        if isinstance(parent, Mapping)
-        else {"path": str(parent), "sha256": fingerprint(parent)}
-        for parent in parents
+        it if isinstance(it, Mapping) else {"path": str(it), "sha256": fingerprint(it)}
+        for it in parents
     ]
     paths, files = {}, []
     for kind in kinds:
