@@ -180,7 +180,7 @@ def load(key: int | jax.Array, config: DataConfig) -> Dataset:
         ids = (starts[part] + chosen).astype(np.int32)
         return Split(_to_unit(images[chosen]), labels[chosen].astype(np.int32), ids)
 
-    train, validation, test = split("train"), split("validation"), split("test")
+    train, validation, test = map(split, _PARTS)
     channels = train.images.shape[-1]
     mean, std = np.zeros(channels, np.float32), np.ones(channels, np.float32)
     if config.standardize and len(train.labels):

@@ -630,7 +630,7 @@ def _by_steps(split: Split, count: int) -> _Run:
 
 @functools.partial(_jit, static_argnames=("recipe", "mesh"), donate_argnames="learners")
 def _steps_of(
-    data: _Data, learners: _Learner, plans: _Plan, number: int, recipe: _Recipe, mesh: Mesh
+    data: _Data, learners: _Learner, plans: _Plan, number: jax.Array, recipe: _Recipe, mesh: Mesh
 ) -> tuple[_Learner, Metrics]:
     """The step of that number of the parents [n] on as many devices."""
 

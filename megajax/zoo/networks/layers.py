@@ -12,9 +12,9 @@ Example:
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import jax
@@ -87,22 +87,14 @@ def norm_layer(
         [1.0, 1.0, 1.0]
     """
     check_option("norm", norm, NORMS)
+    shared: dict[str, Any] = {"epsilon": epsilon, "dtype": dtype}
     if norm == "batch":
-        return functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=epsilon, dtype=dtype
-        )
+        return partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, **shared)
     if norm == "layer":
-        return functools.partial(nn.LayerNorm, epsilon=epsilon, dtype=dtype)
+        return partial(nn.LayerNorm, **shared)
     if norm == "group":
-        return lambda name: (
-            lambda x: nn.GroupNorm(
-                num_groups=None,
-                group_size=math.gcd(8, x.shape[-1]),
-                epsilon=epsilon,
-                dtype=dtype,
-                name=name,
-            )(x)
-        )
+        group = partial(nn.GroupNorm, num_groups=None, **shared)
+        return lambda name: lambda x: group(group_size=math.gcd(8, x.shape[-1]), name=name)(x)
     return lambda name: lambda x: x
 
 
