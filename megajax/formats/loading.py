@@ -313,13 +313,11 @@ def _target(like: Any, inputs: Any) -> tuple[ApplyFn | None, PyTree, Layers | No
             raise InterchangeError("like is a Linen module: inputs= must be a batch of its inputs")
         parameters = inspect.signature(type(like).__call__).parameters
         inference: dict[str, Any] = {n: value for n, value in _INFERENCE.items() if n in parameters}
-        variables = jax.eval_shape(
-            lambda key, x: like.init(key, x, **inference), jax.random.key(0), inputs
-        )
+        init = functools.partial(like.init, **inference)
+        variables = jax.eval_shape(init, jax.random.key(0), inputs)
         network = from_linen(like, variables, **inference)
     else:
         expect(like, "a pytree of arrays", "like")
         return None, like, None
-    if inputs is None:
-        return *network, None
-    return *network, functools.cache(lambda: find_modules(*network, inputs))
+    find = functools.cache(functools.partial(find_modules, *network, inputs))
+    return *network, None if inputs is None else find

@@ -94,9 +94,8 @@ def _renamed(
             chosen = {old: new}
         else:
             pattern = _compiled("rename", old)
-            matches = [(name, pattern.fullmatch(name)) for name in names]
             try:
-                chosen = {name: match.expand(new) for name, match in matches if match}
+                chosen = {it: match.expand(new) for it in names if (match := pattern.fullmatch(it))}
             except (re.error, IndexError) as error:
                 raise InterchangeError(f"rename {old!r} to {new!r}: {error}") from None
         if not chosen:
@@ -213,8 +212,8 @@ def _check(
         same = have.dtype == need.dtype or (
             nameless and need.dtype.kind == "V" and have.dtype.itemsize == need.dtype.itemsize
         )
-        if have.shape != layout.source or not (same or (castable and cast)):
-            shape_fits = have.shape == layout.source
+        shape_fits = have.shape == layout.source
+        if not shape_fits or not (same or (castable and cast)):
             hint = "; cast=True converts it" if shape_fits and castable else ""
             wrong.append(f"{what} is {need} but {have} in the file{hint}")
     if wrong:

@@ -37,17 +37,12 @@ tags:
 
 # {title}
 
-One network out of several of its architecture, merged by megajax.
-
-"""
+One network out of several of its architecture, merged by megajax."""
+_HOW_TO_READ = "`megajax.load_network(file, like=model, inputs=batch)` reads all of them."
 
 
 def save_network(
-    path: Path | str,
-    variables: PyTree,
-    *,
-    format: str | None = None,
-    names: NameMap | None = None,
+    path: Path | str, variables: PyTree, *, format: str | None = None, names: NameMap | None = None
 ) -> Path:
     """Saves a network, whole or not at all, and its SHA-256 beside it.
 
@@ -132,10 +127,8 @@ def export(
     """
     kinds = [FORMATS[_known(name)] for name in formats]
     described = [
-        parent
-        if isinstance(parent, Mapping)
-        else {"path": str(parent), "sha256": fingerprint(parent)}
-        for parent in parents
+        it if isinstance(it, Mapping) else {"path": str(it), "sha256": fingerprint(it)}
+        for it in parents
     ]
     paths, files = {}, []
     for kind in kinds:
@@ -192,18 +185,13 @@ def model_card(
     }
     parts = [_HEADER.format(title=title)]
     for heading, rows in tables.items():
-        if rows:
-            parts.append(f"## {heading}\n\n{_table(rows)}\n\n")
-        if rows and heading == "Files":
-            parts.append(
-                "`megajax.load_network(file, like=model, inputs=batch)` reads all of them.\n\n"
-            )
+        parts += [f"## {heading}", _table(rows)] if rows else []
+        parts += [_HOW_TO_READ] if rows and heading == "Files" else []
     made = [f"Seed {seed}."] if seed is not None else []
     if versions:
         made.append(", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
-    if made:
-        parts.append(f"## Made with\n\n{' '.join(made)}\n")
-    return "".join(parts).rstrip("\n") + "\n"
+    parts += ["## Made with", " ".join(made)] if made else []
+    return "\n\n".join(parts) + "\n"
 
 
 def _known(format: str) -> str:

@@ -238,12 +238,13 @@ def _check_counts(sides: _Sides, layers: Sequence[int], pins: Mapping[int, str])
     """Checks that each side has as many modules of a kind as the other."""
     left = [module for module in sides.modules if module not in pins.values()]
     without = []
-    for layer in sorted(layers, key=lambda i: _is_free(sides, i)):  # those of any shape come last
+    loose = [layer for layer in layers if layer not in pins]
+    for layer in sorted(loose, key=lambda i: _is_free(sides, i)):  # those of any shape come last
         module = next((module for module in left if _fits(sides, layer, module)), None)
-        if layer not in pins and module is None:
+        if module is None:
             without.append(layer)
-        elif layer not in pins:
-            left.remove(str(module))
+        else:
+            left.remove(module)
     wrong = []
     for layer in [*without]:
         alike = [module for module in left if _fits(sides, layer, module, lengths=False)]

@@ -11,8 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from megajax.formats import layouts
-from megajax.formats.layouts import Layout
+from megajax.formats.layouts import Layout, as_is, conv, linear, vector
 from megajax.program.jaxprs import trace
 from megajax.program.roles import Contraction, Role, find_roles
 from megajax.types import ApplyFn, PyTree
@@ -61,37 +60,38 @@ def find_modules(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> list[tupl
     """
     shapes = [tuple(spec.shape) for spec in trace(apply_fn, variables, inputs).shapes]
     roles = find_roles(apply_fn, variables, inputs).leaves
-    uses = {leaf: _use(role, shapes[leaf]) for leaf, role in enumerate(roles) if role.first >= 0}
-    ordered = sorted(uses, key=lambda leaf: (roles[leaf].first, leaf))
-    return [_slots(group, uses, shapes) for group in _groups(ordered, uses, shapes)]
+    used = sorted((role.first, number) for number, role in enumerate(roles) if role.first >= 0)
+    leaves = [_leaf(number, roles[number], shapes[number]) for _, number in used]
+    return [_slots(module) for module in _modules(leaves)]
 
 
-class _Use(NamedTuple):
-    """What is done with a leaf first.
+class _Leaf(NamedTuple):
+    """A leaf, and what is done with it first.
 
     Attributes:
-        kind: as in `megajax.program.roles.Role`.
-        layout: of a kernel.
+        number: of the leaf, in flattening order.
+        kind: as in `megajax.program.roles.Role`; `other` for a kernel of no PyTorch layer.
+        shape: of the leaf.
         flattened: of the activations that it acts on.
-        units: of a kernel's output, in all.
+        layout: where the kind says it, by itself.
     """
 
+    number: int
     kind: str
-    layout: Layout | None
+    shape: tuple[int, ...]
     flattened: tuple[int, ...]
-    units: int = 0
+    layout: Layout | None = None
 
 
-def _use(role: Role, shape: tuple[int, ...]) -> _Use:
-    if role.kind == "embedding":
-        return _Use(role.kind, layouts.as_is(shape), role.flattened)
-    if role.kind != "kernel":
-        return _Use(role.kind, None, role.flattened)
-    first = next(one for one in role.contractions if one.number == role.first)
-    layout = _layout(first, shape, role.flattened)
-    if layout is None:
-        return _Use("other", None, role.flattened)
-    return _Use(role.kind, layout, role.flattened, layout.source[0])
+def _leaf(number: int, role: Role, shape: tuple[int, ...]) -> _Leaf:
+    leaf = _Leaf(number, role.kind, shape, role.flattened)
+    if role.kind == "kernel":
+        first = next(one for one in role.contractions if one.number == role.first)
+        layout = _layout(first, shape, role.flattened)
+        leaf = leaf._replace(layout=layout, kind="kernel" if layout else "other")
+    if leaf.kind in ("embedding", "other"):
+        leaf = leaf._replace(layout=as_is(shape))
+    return leaf
 
 
 def _layout(one: Contraction, shape: tuple[int, ...], flattened: tuple[int, ...]) -> Layout | None:
@@ -103,64 +103,44 @@ def _layout(one: Contraction, shape: tuple[int, ...], flattened: tuple[int, ...]
             return None
         pairs = sorted(zip(contracting[1 - one.operand], contracting[one.operand], strict=True))
         summed = [axis for _, dim in pairs if (axis := one.axes[dim]) is not None]
-        return layouts.linear(shape, summed, flattened)
+        return linear(shape, summed, flattened)
     transposed = any(step != 1 for step in one.equation.params["lhs_dilation"])
     places = [axis for dim in numbers.rhs_spec if (axis := one.axes[dim]) is not None]
     grouped = one.equation.params["batch_group_count"] != 1
     if one.operand != 1 or transposed or grouped or len(places) < len(one.axes):
         return None
-    return layouts.conv(shape, places)
+    return conv(shape, places)
 
 
-def _groups(
-    ordered: Sequence[int], uses: dict[int, _Use], shapes: Sequence[tuple[int, ...]]
-) -> list[list[int]]:
+def _modules(leaves: Sequence[_Leaf]) -> list[list[_Leaf]]:
     """Cuts the leaves, in the order of their use, where a module ends."""
-    groups: list[list[int]] = []
-    for leaf in ordered:
-        use = uses[leaf]
-        group = groups[-1] if groups else []
-        roles = {uses[other].kind for other in group}
-        size = math.prod(shapes[leaf])
-        if use.kind == "bias" and roles == {"kernel"}:
-            joins = size == uses[group[0]].units
-        elif use.kind in ("scale", "bias", "mean", "variance"):
-            norm = roles and roles <= {"scale", "bias", "mean", "variance"}
-            alone = roles == {"bias"}  # a bias by itself is no normalisation
-            joins = bool(norm) and not alone and use.kind not in roles
-            joins = joins and size == math.prod(shapes[group[0]])
+    modules: list[list[_Leaf]] = []
+    for leaf in leaves:
+        if modules and _belongs(leaf, modules[-1]):
+            modules[-1].append(leaf)
         else:
-            joins = False
-        if joins:
-            group.append(leaf)
-        else:
-            groups.append([leaf])
-    return groups
+            modules.append([leaf])
+    return modules
 
 
-_TENSORS = {
-    "kernel": "weight",
-    "embedding": "weight",
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "variance": "running_var",
-}
+_NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
+_TENSORS = {"kernel": "weight", "embedding": "weight", **_NORM}
 
 
-def _slots(
-    group: Sequence[int], uses: dict[int, _Use], shapes: Sequence[tuple[int, ...]]
-) -> tuple[Slot, ...]:
-    flattened: tuple[int, ...] = ()
-    if uses[group[0]].kind != "kernel":
-        flattened = next((uses[leaf].flattened for leaf in group if uses[leaf].flattened), ())
-    slots = []
-    for leaf in group:
-        use = uses[leaf]
-        layout = use.layout
-        if layout is None and use.kind == "other":
-            layout = layouts.as_is(shapes[leaf])
-        elif layout is None:
-            layout = layouts.vector(shapes[leaf], flattened)
-        slots.append(Slot(leaf, _TENSORS.get(use.kind), layout))
-    return tuple(slots)
+def _belongs(leaf: _Leaf, module: Sequence[_Leaf]) -> bool:
+    """Whether a leaf is one more tensor of a module that has some."""
+    first, kinds, size = module[0], {other.kind for other in module}, math.prod(leaf.shape)
+    if leaf.kind == "bias" and first.layout and kinds == {"kernel"}:
+        return size == first.layout.source[0]
+    norm = {*_NORM} >= {leaf.kind, *kinds} and kinds != {"bias"}  # which would stand by itself
+    return norm and leaf.kind not in kinds and size == math.prod(first.shape)
+
+
+def _slots(module: Sequence[_Leaf]) -> tuple[Slot, ...]:
+    """The tensors of a module; those of a normalisation are flattened as its activations are."""
+    norm = module[0].kind != "kernel"
+    flattened = next((leaf.flattened for leaf in module if norm and leaf.flattened), ())
+    return tuple(
+        Slot(leaf.number, _TENSORS.get(leaf.kind), leaf.layout or vector(leaf.shape, flattened))
+        for leaf in module
+    )

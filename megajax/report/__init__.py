@@ -49,13 +49,21 @@ _CAPTIONS = {
     "another on all tasks; up and right is better.",
 }
 
+_PUBLISHED = "CIFAR-10-C as published, {:,} images of each kind"
+_CORRUPTED = (
+    "{:,} test images, corrupted with the constants of CIFAR-10-C (Hendrycks and Dietterich, "
+    "2019); lengths in pixels, made for 32 pixels a side"
+)
+_TASKS = "What the search was scored on: examples that no parent was trained on."
+_HELD_OUT = (
+    "The same on test examples, which the search never saw, and the difference to the parent that "
+    "the search found best: 95 % intervals of a paired bootstrap."
+)
+_AGREEMENT = "Share of the test images for which a network predicts the parent's class."
 _STRONG = ("merged",)
 _OF_SEARCH = ("fitness", "mask", "front", "path")
 _WIDE = ("accuracy", "per_class", "robustness", "path")
-_FITNESS = {
-    "cross_entropy": "negative cross-entropy [nats]",
-    "accuracy": "accuracy",
-}
+_FITNESS = {"cross_entropy": "negative cross-entropy [nats]", "accuracy": "accuracy"}
 
 
 def answer(results: Mapping[str, Any], predictions: Predictions | None = None) -> str:
@@ -217,70 +225,46 @@ def _entries(results: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 def _blocks(results: Mapping[str, Any], found: Comparison, pictures: Sequence[str]) -> list[Block]:
     """The page: the answer first, then what it rests on."""
 
-    def picture(name: str) -> list[Block]:
-        return [Picture(name, _CAPTIONS[name], name in _WIDE)] if name in pictures else []
+    def shown(*names: str) -> list[Block]:
+        return [Picture(name, _CAPTIONS[name], name in _WIDE) for name in names if name in pictures]
+
+    def section(title: str, *tables: tuple[str, Sequence[Sequence[str]]]) -> list[Block]:
+        blocks: list[Block] = []
+        for what, rows in tables:
+            blocks += [Paragraph(what), Table(rows, _STRONG)] if rows else []
+        return [Heading(title), *blocks] if blocks else []
 
     first, *others = text.headline(found)
-    blocks: list[Block] = [
-        Heading(f"Merged networks on {results['data']['name']}"),
-        *(Paragraph(line, strong=True) for line in text.caveats(found, results)),
-        Paragraph(first, strong=True),
-        *map(Paragraph, others),
-    ]
     robustness = results.get("robustness")
     robust = text.robust_sentence(found, robustness) if robustness else None
-    if robust is not None:
-        blocks.append(Paragraph(robust))
-    blocks += [Heading("All methods"), Table(text.table(found, full=True), _STRONG)]
-    searched = text.budgets(found)
-    if searched is not None:
-        blocks.append(Paragraph(searched))
-    blocks += [Paragraph(note) for note in text.notes(found)]
-    blocks += picture("accuracy") + picture("per_class")
-    tasks = text.task_table(results)
-    if tasks:
-        blocks += [
-            Heading("Tasks"),
-            Paragraph("What the search was scored on: examples that no parent was trained on."),
-            Table(tasks, _STRONG),
-        ]
-    tests = text.held_out_table(results)
-    if tests:
-        blocks += [
-            Paragraph(
-                "The same on test examples, which the search never saw, and the difference to the "
-                "parent that the search found best: 95 % intervals of a paired bootstrap."
-            ),
-            Table(tests, _STRONG),
-        ]
+    tasks, tests = text.task_table(results), text.held_out_table(results)
     agreement = text.agreement_table(found, _entries(results))
-    if agreement:
-        blocks += [
-            Heading("Agreement"),
-            Paragraph("Share of the test images for which a network predicts the parent's class."),
-            Table(agreement, _STRONG),
-        ]
+    blocks: list[Block] = [
+        Heading(f"Merged networks on {results['data']['name']}"),
+        *(Paragraph(line, strong=True) for line in (*text.caveats(found, results), first)),
+        *map(Paragraph, filter(None, [*others, robust])),
+        Heading("All methods"),
+        Table(text.table(found, full=True), _STRONG),
+        *map(Paragraph, filter(None, [text.budgets(found), *text.notes(found)])),
+        *shown("accuracy", "per_class"),
+        *section("Tasks", (_TASKS, tasks), (_HELD_OUT, tests)),
+        *section("Agreement", (_AGREEMENT, agreement)),
+    ]
     if robustness:
         blocks += [
             Heading("Corrupted images"),
             Table(text.robust_table(found, robustness), _STRONG),
             Paragraph(_about_corruptions(robustness)),
-            *picture("robustness"),
+            *shown("robustness"),
         ]
-    search = [block for name in _OF_SEARCH for block in picture(name)]
+    search = shown(*_OF_SEARCH)
     blocks += [Heading("The search"), *search] if search else []
     return [*blocks, Heading("What was run"), Table(text.run_table(results))]
 
 
 def _about_corruptions(robustness: Mapping[str, Any]) -> str:
-    if robustness.get("published"):
-        source = f"CIFAR-10-C as published, {robustness['examples']:,} images of each kind"
-    else:
-        source = (
-            f"{robustness['examples']:,} test images, corrupted with the constants of CIFAR-10-C "
-            "(Hendrycks and Dietterich, 2019); lengths in pixels, made for 32 pixels a side"
-        )
-    first, *others = map(str, robustness["severities"])
-    if not others:
-        return f"{source}. All at severity {first}."
-    return f"{source}. Means over severities {', '.join([first, *others])}."
+    source = _PUBLISHED if robustness.get("published") else _CORRUPTED
+    severities = robustness["severities"]
+    which = "Means over severities" if len(severities) > 1 else "All at severity"
+    images = source.format(robustness["examples"])
+    return f"{images}. {which} {', '.join(map(str, severities))}."

@@ -67,10 +67,7 @@ def load_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise WorkdirError(f"{folder} is not a folder")
-    if _is_workdir(folder):
-        folders = [folder]
-    else:
-        folders = sorted(inner for inner in folder.iterdir() if _is_workdir(inner))
+    folders = [folder] if _is_workdir(folder) else sorted(filter(_is_workdir, folder.iterdir()))
     if not folders:
         raise WorkdirError(f"{folder} holds no finished run: there is no {RESULTS} of one")
     results = [read_json(inner / RESULTS) for inner in folders]
@@ -112,9 +109,8 @@ def summary(run: Run) -> dict[str, Any]:
     single = len(run.results) == 1
     results = run.results[0] if single else aggregate(run.results)
     found = comparison(results, run.predictions[0] if single else None)
-    best, merged, ensemble = (found.row(key) for key in (found.best, "merged", "ensemble"))
-    assert best is not None
-    assert merged is not None
+    rows = {row.key: row for row in found.rows}
+    best, merged, ensemble = rows[found.best], rows["merged"], rows.get("ensemble")
     return {
         "run": run.name,
         "seeds": [one["seed"] for one in run.results],

@@ -58,6 +58,8 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "image.aspect": "auto",
+    "image.interpolation": "nearest",
     "grid.color": "0.92",
     "legend.frameon": False,
     "legend.fontsize": 8,
@@ -153,12 +155,10 @@ def plot_fitness(
     }
     levels = {k: level for k, level in enumerate(parents) if level is not None}
     # The random individuals of the first generations would squeeze the rest of the picture.
-    low = np.nanmin(of["median"][len(x) // 5 :], initial=of["best_ever"][0])
-    low = min(low, max(levels.values(), default=low))
+    late = np.nanmin(of["median"][len(x) // 5 :], initial=of["best_ever"][0])
     high = np.nanmax(of["best_ever"])
-    below = low - (high - low)
-    low = min((level for level in levels.values() if level >= below), default=low)
-    low = min(low, np.nanmin(of["median"][len(x) // 5 :], initial=of["best_ever"][0]))
+    low = min(late, max(levels.values(), default=late))
+    low = min([late, *(level for level in levels.values() if level >= low - (high - low))])
     for k, level in levels.items():
         look = _look(f"parent_{k}")
         line = axes.axhline(level, color=look.color, linestyle=look.linestyle, lw=1.2)
@@ -291,15 +291,8 @@ def plot_mask(shares: Mapping[str, npt.ArrayLike]) -> Figure:
     for axes, k in zip(panels, shown, strict=True):
         for y, table in enumerate(tables.values()):
             values = np.sort(table[:, k])[None, :]
-            image = axes.imshow(
-                values,
-                extent=(0, 100, y + 0.46, y - 0.46),
-                aspect="auto",
-                interpolation="nearest",
-                cmap=colours,
-                vmin=0,
-                vmax=1,
-            )
+            extent = (0, 100, y + 0.46, y - 0.46)
+            image = axes.imshow(values, cmap=colours, vmin=0, vmax=1, extent=extent)
             if count == 2 and y in labelled:
                 axes.text(102, y, f"{values.mean():.2f}", va="center", fontsize=7, color="0.3")
         axes.set_xlim(0, 100)
@@ -344,16 +337,8 @@ def plot_path(path: Mapping[str, Any]) -> Figure:
             panel.plot(path["shares"], values, color=colour, marker=marker, ms=4, label=line)
         merged = path["merged"]
         if merged[name] is not None:
-            panel.plot(
-                merged["share"],
-                unit * merged[name],
-                "*",
-                color=_MERGED,
-                ms=13,
-                label="merged",
-                clip_on=False,
-                zorder=4,
-            )
+            star = {"color": _MERGED, "ms": 13, "clip_on": False, "zorder": 4}
+            panel.plot(merged["share"], unit * merged[name], "*", label="merged", **star)
         panel.set_xlabel("share of parent 1 in the weights")
         panel.set_ylabel(label)
         panel.margins(x=0.03)
@@ -389,15 +374,9 @@ def plot_per_class(
     for (key, row), offset in zip(values.items(), offsets, strict=True):
         look = _look(key)
         size = {"merged": 11.0, "ensemble": 5.0}.get(key, 6.0) * (0.4 if many else 1)
-        axes.plot(
-            np.arange(count) + offset,
-            row[order],
-            look.marker,
-            color=look.color,
-            ms=size,
-            label=key.replace("_", " "),
-            zorder=4 if key == "merged" else 3,
-        )
+        label, height = key.replace("_", " "), 4 if key == "merged" else 3
+        style: Any = {"color": look.color, "ms": size, "zorder": height, "label": label}
+        axes.plot(np.arange(count) + offset, row[order], look.marker, **style)
     if many:
         axes.set_xlabel(f"{count} classes, sorted by the merged network's accuracy")
     else:
@@ -439,19 +418,12 @@ def plot_robustness(
     severities = [0, *robustness["severities"]]
     for axes, name in zip(panels.flat, panels_of, strict=False):
         for key, accuracy in networks.items():
-            look = _look(key)
+            look, label = _look(key)._asdict(), key.replace("_", " ")
             rows = list(accuracy.values()) if name == "mean" else [accuracy[name]]
             values = np.mean(np.asarray(rows, float), axis=0)
-            axes.plot(
-                severities,
-                100 * np.array([clean[key], *values]),
-                color=look.color,
-                marker=look.marker,
-                linestyle=look.linestyle,
-                ms=7 if key == "merged" else 3.5,
-                lw=1.3,
-                label=key.replace("_", " "),
-            )
+            size = 7 if key == "merged" else 3.5
+            heights = 100 * np.array([clean[key], *values])
+            axes.plot(severities, heights, ms=size, lw=1.3, label=label, **look)
         title = "mean over corruptions" if name == "mean" else name.replace("_", " ")
         axes.set_title(title, fontsize=9, fontweight="bold" if name == "mean" else "normal")
         axes.set_xticks(severities)
@@ -459,10 +431,9 @@ def plot_robustness(
         axes.set_visible(False)
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy [%]")
-    for column in range(columns):
-        used = [row for row in range(lines) if row * columns + column < len(panels_of)]
-        panels[used[-1], column].set_xlabel("severity (0: as it is)")
-        panels[used[-1], column].tick_params(labelbottom=True)
+    for axes in panels.flat[len(panels_of) - columns : len(panels_of)]:  # lowest of each column
+        axes.set_xlabel("severity (0: as it is)")
+        axes.tick_params(labelbottom=True)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 6))
     return figure
@@ -472,8 +443,8 @@ def _percent(row: Sequence[float | None]) -> npt.NDArray[np.float64]:
     return 100 * np.array([np.nan if value is None else value for value in row], np.float64)
 
 
-def _whisker(axes: Axes, limits: npt.NDArray[Any], y: float, colour: str, *, filled: bool) -> Any:
-    """A point with its interval (estimate, low, high); the handle for a legend."""
+def _whisker(axes: Axes, limits: npt.NDArray[Any], y: float, colour: str, *, filled: bool) -> None:
+    """A point with its interval (estimate, low, high)."""
     estimate, low, high = limits
     if np.isfinite(low):
         axes.plot([low, high], [y, y], color=colour, lw=1.2 if filled else 0.8)

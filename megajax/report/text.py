@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,6 +34,11 @@ __all__ = [
 NOT_HELD_OUT = "Selected on the test set: the figures are not held out."
 SMOKE = "Smoke run: everything was cut down to see that it works. Its figures mean nothing."
 
+_OF_SEARCH = {
+    "returned_parent": "The search returned {}: it found no mixture that scored better.",
+    "still_rising": "Fitness was still rising when the search ended: a longer one may find more.",
+}
+
 Column: TypeAlias = tuple[str, Callable[[Row], str]]
 _MANY_CORRUPTIONS = 8  # a page has no room for more columns
 
@@ -40,54 +46,37 @@ _MANY_CORRUPTIONS = 8  # a page has no room for more columns
 def headline(found: Comparison) -> list[str]:
     """The result in sentences: the merged network against the best parent and its other rivals."""
     parents = sum(row.key.startswith("parent_") for row in found.rows)
-    merged = _row(found, "merged").test.estimate
+    merged = percent(_row(found, "merged").test.estimate)
     sentences = []
     for rival in found.rivals:
-        number = ""
-        if rival.key.startswith("parent_"):
-            number = f"number {rival.key.removeprefix('parent_')}, "
-        score, gain = percent(rival.test), _verdict(found, rival)
+        parent, score = rival.key.removeprefix("parent_"), percent(rival.test)
+        number = f"number {parent}, " if parent != rival.key else ""
         match rival.role:
             case "best":
-                first = f"{_what(found)}: merged {percent(merged)} against {score} for the best"
-                sentences.append(f"{first} parent ({number}chosen on validation), {gain}")
+                best = f"the best parent ({number}chosen on validation)"
+                start = f"{_what(found)}: merged {merged} against {score} for {best},"
             case "best on test":
-                sentences.append(f"Against the best parent on test ({number}{score}): {gain}")
+                start = f"Against the best parent on test ({number}{score}):"
             case "without search":
-                name = _row(found, rival.key).name
-                which = f"({name}, chosen on validation, {score})"
-                sentences.append(f"Against the best method without a search {which}: {gain}")
-            case "ensemble":
-                cost = (
-                    f"the ensemble, which costs {parents} networks" if parents else "the ensemble"
-                )
-                sentences.append(f"Against {cost} ({score}): {gain}")
-    return [f"{sentence}." for sentence in sentences]
+                which = f"{_row(found, rival.key).name}, chosen on validation, {score}"
+                start = f"Against the best method without a search ({which}):"
+            case _:
+                costs = f", which costs {parents} networks" if parents else ""
+                start = f"Against the ensemble{costs} ({score}):"
+        sentences.append(f"{start} {_verdict(found, rival)}.")
+    return sentences
 
 
 def caveats(found: Comparison, results: Mapping[str, Any]) -> list[str]:
     """What a reader must know before any figure; mostly nothing."""
     lines = [SMOKE] if results.get("smoke") else []
     lines += [] if found.held_out else [NOT_HELD_OUT]
-
-    def seeds_with(name: str) -> str | None:
-        """None if it is so nowhere, else for which seeds it is."""
-        values = results.get(name)
-        if not isinstance(values, list):
-            return None if values is None else ""
-        count = sum(value is not None for value in values)
-        return f"For {count} of {len(values)} seeds: " if count else None
-
-    returned, rising = seeds_with("returned_parent"), seeds_with("still_rising")
-    if returned is not None:
-        which = f"parent {results['returned_parent']}" if not returned else "a parent"
-        lines.append(
-            f"{returned}The search returned {which}: it found no mixture that scored better."
-        )
-    if rising is not None:
-        lines.append(
-            f"{rising}Fitness was still rising when the search ended: a longer one may find more."
-        )
+    for name, sentence in _OF_SEARCH.items():
+        value = results.get(name)  # over seeds, a list of what each of them says
+        if not isinstance(value, list):
+            lines += [sentence.format(f"parent {value}")] if value is not None else []
+        elif so := sum(one is not None for one in value):
+            lines.append(f"For {so} of {len(value)} seeds: {sentence.format('a parent')}")
     return lines
 
 
@@ -98,9 +87,8 @@ def robust_sentence(found: Comparison, robustness: Mapping[str, Any]) -> str | N
         return None
     count = len(next(iter(robustness["networks"].values()))["accuracy"])
     severities = len(robustness["severities"])
-    gain = merged.corrupted_difference or Difference(
-        merged.corrupted - best.corrupted, np.nan, np.nan, np.nan
-    )
+    gain = Difference(merged.corrupted - best.corrupted, np.nan, np.nan, np.nan)
+    gain = merged.corrupted_difference or gain
     return (
         f"Mean accuracy over {count} corruption{'s' if count > 1 else ''} at {severities} "
         f"severit{'ies' if severities > 1 else 'y'}: merged {percent(merged.corrupted)} against "
@@ -155,17 +143,14 @@ def robust_table(found: Comparison, robustness: Mapping[str, Any]) -> list[tuple
         ("to best parent [points]", lambda row: points(row.corrupted_difference)),
     ]
 
-    def mean(name: str) -> Column:
-        def cell(row: Row) -> str:
-            accuracy = networks.get(row.key, {}).get("accuracy", {}).get(name)
-            return "" if accuracy is None else percent(float(np.mean(accuracy)))
-
-        return name.replace("_", " "), cell
+    def mean(name: str, row: Row) -> str:
+        accuracy = networks.get(row.key, {}).get("accuracy", {}).get(name)
+        return "" if accuracy is None else percent(float(np.mean(accuracy)))
 
     names = list(next(iter(networks.values()))["accuracy"])
-    return _table(
-        found, columns + [mean(name) for name in names if len(names) <= _MANY_CORRUPTIONS]
-    )
+    if len(names) <= _MANY_CORRUPTIONS:
+        columns += [(name.replace("_", " "), partial(mean, name)) for name in names]
+    return _table(found, columns)
 
 
 def agreement_table(
@@ -177,16 +162,14 @@ def agreement_table(
         found: everybody against the best parent.
         figures: name of a network -> its entry.
     """
+    shares = {key: entry.get("agreement") or () for key, entry in figures.items()}
 
-    def agreement(parent: int) -> Column:
-        def cell(row: Row) -> str:
-            shares = figures[row.key].get("agreement") or ()
-            return percent(shares[parent]) if parent < len(shares) else ""
+    def agreement(parent: int, row: Row) -> str:
+        return percent(shares[row.key][parent]) if parent < len(shares[row.key]) else ""
 
-        return f"with parent {parent}", cell
-
-    count = max(len(entry.get("agreement") or ()) for entry in figures.values())
-    return _table(found, [agreement(k) for k in range(count)]) if count else []
+    count = max(map(len, shares.values()))
+    columns = [(f"with parent {k}", partial(agreement, k)) for k in range(count)]
+    return _table(found, columns) if count else []
 
 
 def task_table(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -257,25 +240,23 @@ def run_table(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     data = results["data"]
     train = f"{data['train']:,} training, " if "train" in data else ""
     sizes = f"{train}{data['validation']:,} validation and {data['test']:,} test images, disjoint"
-    seen = (
-        "" if results.get("not_held_out") else "; the test images were looked at once, at the end"
-    )
+    if not results.get("not_held_out"):
+        sizes += "; the test images were looked at once, at the end"
     many = is_aggregate(results)
     merged = results["networks"]["merged"] if many else results
     cost = [f"{results['generations']:,} generations"] if "generations" in results else []
     if merged.get("evaluations") is not None:
         cost.append(f"{merged['evaluations']:,} networks scored")
     seconds = results.get("seconds") or {}
+    seed = str(results.get("seed", ""))
     took = [f"{stage} {taken:.0f}" for stage, taken in seconds.items() if taken >= 0.5]
     rows = [
-        ("data", f"{data['name']}: {sizes}{seen}"),
+        ("data", f"{data['name']}: {sizes}"),
         *((name, str(value)) for name, value in results.get("settings", {}).items()),
         ("cost of the search", ", ".join(cost)),
-        ("seeds" if many else "seed", ", ".join(map(str, results.get("seeds", [])))),
+        ("seeds", ", ".join(map(str, results["seeds"]))) if many else ("seed", seed),
         ("seconds", ", ".join(took)),
     ]
-    if not many:
-        rows[-2] = ("seed", str(results.get("seed", "")))
     return [("what", "how"), *(row for row in rows if row[1])]
 
 
@@ -293,12 +274,10 @@ def budgets(found: Comparison) -> str | None:
     ]
     if not merged.evaluations or not others:
         return None
-    same: list[str] = []
-    different: list[str] = []
     one = max(row.images_scored or 0 for row in (*others, merged))  # the images of one network
-    for row in others:
-        equal = abs(_cost(row) - _cost(merged)) <= one
-        (same if equal else different).append(row.name if equal else f"{row.name} {_budget(row)}")
+    equal = {row.key for row in others if abs(_cost(row) - _cost(merged)) <= one}
+    same = [row.name for row in others if row.key in equal]
+    different = [f"{row.name} {_budget(row)}" for row in others if row.key not in equal]
     parts = [f"The merged network's search scored {_budget(merged)} networks x images"]
     parts += [f"{_and(same)} had the same budget"] if same else []
     parts += [f"other budgets: {', '.join(different)}"] if different else []

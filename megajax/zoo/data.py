@@ -34,7 +34,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ __all__ = [
 
 DIGITS = "digits"
 BLOCK = 1000  # records per read: twice as fast as one by one
+Array: TypeAlias = npt.NDArray[Any]
 _PARTS = ("train", "validation", "test")
 
 
@@ -133,7 +134,7 @@ class Dataset(NamedTuple):
 class _Source(NamedTuple):
     """A set as it comes: the official parts by name, images uint8 or in [0, 1]."""
 
-    parts: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]]
+    parts: dict[str, tuple[Array, Array]]
     num_classes: int
     name: str
 
@@ -174,12 +175,12 @@ def load(key: int | jax.Array, config: DataConfig) -> Dataset:
     rows = _draw(_generator(key), sizes, config)
 
     def split(name: str) -> Split:
-        part, chosen = rows[name]
+        part, chosen = name if name in sizes else "train", rows[name]
         images, labels = source.parts[part]
         ids = (starts[part] + chosen).astype(np.int32)
         return Split(_to_unit(images[chosen]), labels[chosen].astype(np.int32), ids)
 
-    train, validation, test = split("train"), split("validation"), split("test")
+    train, validation, test = map(split, _PARTS)
     channels = train.images.shape[-1]
     mean, std = np.zeros(channels, np.float32), np.ones(channels, np.float32)
     if config.standardize and len(train.labels):
@@ -247,36 +248,11 @@ def check_dataset(dataset: Dataset) -> None:
         ...
         megajax.errors.DataError: digits, train split: labels must lie in [0, 2), one is ...
     """
-    splits = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
+    splits = {name: getattr(dataset, name) for name in _PARTS}
     for name, split in splits.items():
-        images, labels = np.asarray(split.images), np.asarray(split.labels)
-        where = f"{dataset.name}, {name} split"
-        if not len(labels):
-            raise DataError(f"{where}: it is empty")
-        if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
-            raise DataError(
-                f"{where}: images must be floats [N, H, W, C], "
-                f"they are {images.dtype} {list(images.shape)}"
-            )
-        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(
-                f"{where}: labels must be integers [N], they are {labels.dtype} "
-                f"{list(labels.shape)}"
-            )
-        if len(images) != len(labels):
-            raise DataError(f"{where}: {len(images)} images have {len(labels)} labels")
-        if images.shape[1:] != dataset.train.images.shape[1:]:
-            raise DataError(
-                f"{where}: images are {list(images.shape[1:])}, "
-                f"in the train split {list(dataset.train.images.shape[1:])}"
-            )
-        outside = labels[(labels < 0) | (labels >= dataset.num_classes)]
-        if len(outside):
-            raise DataError(
-                f"{where}: labels must lie in [0, {dataset.num_classes}), one is {outside[0]}"
-            )
-        if not np.isfinite(images).all():
-            raise DataError(f"{where}: an image holds values that are not finite")
+        fault = _fault(np.asarray(split.images), np.asarray(split.labels), dataset)
+        if fault:
+            raise DataError(f"{dataset.name}, {name} split: {fault}")
     for (one, first), (other, second) in itertools.combinations(splits.items(), 2):
         if first.ids is not None and second.ids is not None:
             shared = np.intersect1d(first.ids, second.ids)
@@ -287,24 +263,43 @@ def check_dataset(dataset: Dataset) -> None:
                 )
 
 
+def _fault(images: Array, labels: Array, dataset: Dataset) -> str:
+    """What is wrong with a split by itself, or nothing."""
+    if not len(labels):
+        return "it is empty"
+    if images.ndim != 4 or not np.issubdtype(images.dtype, np.floating):
+        return f"images must be floats [N, H, W, C], they are {images.dtype} {list(images.shape)}"
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        return f"labels must be integers [N], they are {labels.dtype} {list(labels.shape)}"
+    if len(images) != len(labels):
+        return f"{len(images)} images have {len(labels)} labels"
+    size, wanted = list(images.shape[1:]), list(dataset.train.images.shape[1:])
+    if size != wanted:
+        return f"images are {size}, in the train split {wanted}"
+    outside = labels[(labels < 0) | (labels >= dataset.num_classes)]
+    if len(outside):
+        return f"labels must lie in [0, {dataset.num_classes}), one is {outside[0]}"
+    return "" if np.isfinite(images).all() else "an image holds values that are not finite"
+
+
 def _same(
-    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
-) -> list[npt.NDArray[Any]]:
+    rng: np.random.Generator, labels: Array, num_classes: int, config: ParentsConfig
+) -> list[Array]:
     return [np.arange(len(labels))] * config.count
 
 
 def _disjoint(
-    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
-) -> list[npt.NDArray[Any]]:
+    rng: np.random.Generator, labels: Array, num_classes: int, config: ParentsConfig
+) -> list[Array]:
     return np.array_split(rng.permutation(np.arange(len(labels))), config.count)
 
 
 def _skewed(
-    rng: np.random.Generator, labels: npt.NDArray[Any], num_classes: int, config: ParentsConfig
-) -> list[npt.NDArray[Any]]:
+    rng: np.random.Generator, labels: Array, num_classes: int, config: ParentsConfig
+) -> list[Array]:
     parents = np.arange(config.count)
     homes = min(config.count, num_classes)
-    dealt: list[list[npt.NDArray[Any]]] = [[] for _ in parents]
+    dealt: list[list[Array]] = [[] for _ in parents]
     for c in range(num_classes):
         members = rng.permutation(np.flatnonzero(labels == c))
         at_home = parents % homes == c % homes
@@ -312,14 +307,13 @@ def _skewed(
         for group, portion in ((at_home, members[:cut]), (~at_home, members[cut:])):
             # In random order, because the first parts of an uneven cut are the larger ones.
             takers = rng.permutation(parents[group])
-            for parent, part in zip(
-                takers, np.array_split(portion, max(len(takers), 1)), strict=False
-            ):
+            parts = np.array_split(portion, max(len(takers), 1))
+            for parent, part in zip(takers, parts, strict=False):
                 dealt[parent].append(part)
     return [np.concatenate(parts) for parts in dealt]
 
 
-SHARDS: dict[str, Callable[..., list[npt.NDArray[Any]]]] = {
+SHARDS: dict[str, Callable[..., list[Array]]] = {
     "same": _same,
     "disjoint": _disjoint,
     "skewed": _skewed,
@@ -441,27 +435,21 @@ def _generator(key: int | jax.Array) -> np.random.Generator:
     return np.random.default_rng(np.asarray(jax.random.key_data(key) if typed else key).ravel())
 
 
-def _to_unit(images: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def _to_unit(images: Array) -> npt.NDArray[np.float32]:
     if images.dtype == np.uint8:
         return images.astype(np.float32) / np.float32(255)
     return images.astype(np.float32)
 
 
-def _draw(
-    rng: np.random.Generator, sizes: dict[str, int], config: DataConfig
-) -> dict[str, tuple[str, npt.NDArray[np.intp]]]:
-    """For each split, the official part that its images come from and their rows in it."""
+def _draw(rng: np.random.Generator, sizes: dict[str, int], config: DataConfig) -> dict[str, Array]:
+    """For each split, the rows of its images; a split that is no official part has training's."""
     rows = {part: rng.permutation(size) for part, size in sizes.items()}
-    drawn = {part: part for part in sizes}
-    for name, fraction in (
-        ("test", config.test_fraction),
-        ("validation", config.validation_fraction),
-    ):
+    fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
+    for name, fraction in fractions.items():
         if name not in rows:
             cut = round(fraction * len(rows["train"]))
             rows[name], rows["train"] = rows["train"][:cut], rows["train"][cut:]
-            drawn[name] = "train"
-    return {name: (part, rows[name][: config.limit]) for name, part in drawn.items()}
+    return {name: of_split[: config.limit] for name, of_split in rows.items()}
 
 
 def _load_digits() -> _Source:
@@ -486,25 +474,13 @@ def _load_own(function: Callable[[], Any]) -> _Source:
     return _Source(parts, int(most) + 1, name)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps TFDS's own remarks (no OpenCV, an empty folder) off the terminal."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
 def _load_tfds(config: DataConfig) -> _Source:
     """A set from its cache or, where that is absent, damaged or older, from TFDS."""
     for path in _cache_files(config):
         source = _read_cache(path, _stamp(config))
         if source is not None:
             return source
-    with _quiet(), _one_line(config):
+    with _from_tfds(config):
         builder = _opened(config)
         there = [name for name in _PARTS if name in builder.info.splits]
         parts = {name: _read(builder, name, config) for name in there}
@@ -519,9 +495,14 @@ def _load_tfds(config: DataConfig) -> _Source:
 
 
 @contextlib.contextmanager
-def _one_line(config: DataConfig) -> Iterator[None]:
-    """Whatever TFDS raises for files that are missing, cut or damaged becomes one line."""
-    where = f"{config.name} in {_data_dir(config)}"
+def _from_tfds(config: DataConfig) -> Iterator[None]:
+    """Whatever TFDS raises for files that are missing, cut or damaged becomes one line.
+
+    Its own remarks (no OpenCV, an empty folder) are kept off the terminal.
+    """
+    where, logger = f"{config.name} in {_data_dir(config)}", logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except MegajaxError:
@@ -537,6 +518,8 @@ def _one_line(config: DataConfig) -> Iterator[None]:
             f"{where} cannot be read: {first_line(error)}; is a file missing or damaged? To make "
             f"it anew, delete the folder and {_how_to_prepare(config)}"
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _opened(config: DataConfig) -> Any:
@@ -656,12 +639,7 @@ def _write_cache(path: Path, source: _Source, stamp: str | None) -> None:
     """Writes the arrays under a temporary name first, so that no reader sees half a file."""
     if not _is_writable(path.parent):
         raise OSError(f"{path.parent} is read-only")
-    about = {
-        "parts": list(source.parts),
-        "num_classes": source.num_classes,
-        "name": source.name,
-        "stamp": stamp,
-    }
+    about = {**source._asdict(), "parts": list(source.parts), "stamp": stamp}
     arrays: dict[str, Any] = {"about": json.dumps(about)}
     for part, (images, labels) in source.parts.items():
         arrays |= {f"{part}_images": images, f"{part}_labels": labels}

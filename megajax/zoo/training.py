@@ -35,7 +35,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, TypeAlias, cast
 
 import chex
 import jax
@@ -283,7 +283,7 @@ def init(
     sources = [0 if shared_initialization else parent for parent in range(len(shards))]
     image = jnp.zeros_like(split.images[:1])
     keys = [jax.random.fold_in(init_key, source) for source in sources]
-    return _started([_init(key, image, model, config, steps) for key in keys])
+    return _started([_init(key, image, _Recipe(model, config, steps)) for key in keys])
 
 
 def finetune(
@@ -395,13 +395,14 @@ def make_epoch(
         mapping = "steps" if jax.default_backend() == "cpu" else "epochs"
     run = _MAPPINGS[mapping](split, len(shards))
     indices = _checked(shards, split)
-    steps, sizes = _steps(indices, config), jnp.array(list(map(len, indices)))
+    recipe = _Recipe(model, config, _steps(indices, config))
+    shape, sizes = (recipe.steps, config.batch_size), jnp.array(list(map(len, indices)))
     padded = jnp.stack([jnp.resize(shard, (max(map(len, indices)),)) for shard in indices])
 
     def run_epoch(key: jax.Array, state: TrainState) -> tuple[TrainState, Metrics]:
-        plans = _plans(key, state.epoch, padded, sizes, (steps, config.batch_size))
+        plans = _plans(key, state.epoch, padded, sizes, shape)
         learners = _Learner(state.variables, state.optimizer)
-        learners, metrics = run(learners, plans, model, config, steps)
+        learners, metrics = run(learners, plans, recipe)
         return TrainState(learners.variables, learners.optimizer, state.epoch + 1), metrics
 
     return run_epoch
@@ -503,17 +504,28 @@ class _Plan(NamedTuple):
     batches: jax.Array
 
 
-# The jitted functions know the network and the configuration by value, and get the images as an
-# argument: so that they are compiled once for all epochs, parents and seeds, without the images.
-_jit = functools.partial(jax.jit, static_argnames=("model", "config", "steps"))
+class _Recipe(NamedTuple):
+    """What the jitted functions know by value; the images are an argument.
+
+    So they are compiled once for all epochs, parents and seeds, without the images.
+    """
+
+    model: nn.Module
+    config: TrainingConfig
+    steps: int  # of an epoch
+
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        return make_optimizer(self.config, self.steps)
+
+
+_Data: TypeAlias = tuple[jax.Array, jax.Array]  # images and labels
+_jit = functools.partial(jax.jit, static_argnames="recipe")
 
 
 @_jit
-def _init(
-    key: jax.Array, image: jax.Array, model: nn.Module, config: TrainingConfig, steps: int
-) -> _Learner:
-    variables = model.init(key, image)
-    return _Learner(variables, make_optimizer(config, steps).init(variables["params"]))
+def _init(key: jax.Array, image: jax.Array, recipe: _Recipe) -> _Learner:
+    variables = recipe.model.init(key, image)
+    return _Learner(variables, recipe.optimizer().init(variables["params"]))
 
 
 @functools.partial(jax.jit, static_argnames="shape")
@@ -533,14 +545,7 @@ def _plans(
     return jax.vmap(plan)(jnp.arange(len(sizes)), shards, sizes)
 
 
-def _step(
-    data: tuple[jax.Array, jax.Array],
-    learner: _Learner,
-    plan: _Plan,
-    model: nn.Module,
-    config: TrainingConfig,
-    steps: int,
-) -> tuple[_Learner, Metrics]:
+def _step(data: _Data, learner: _Learner, plan: _Plan, recipe: _Recipe) -> tuple[_Learner, Metrics]:
     """One step of one parent: the same bits in a program of its own and inside a loop.
 
     But for convolutions on a CPU, whose sums XLA orders otherwise inside loops.
@@ -548,15 +553,15 @@ def _step(
     learner, plan = jax.lax.optimization_barrier((learner, plan))
     (images, labels), (key, batch) = data, plan
     augment_key, dropout_key = jax.random.split(key)
-    x, y = augment(augment_key, images[batch], config.augment), labels[batch]
+    x, y = augment(augment_key, images[batch], recipe.config.augment), labels[batch]
     params = learner.variables["params"]
     statistics = {name: v for name, v in learner.variables.items() if name != "params"}
 
     def loss_fn(params: Any) -> tuple[jax.Array, tuple[jax.Array, dict[str, Any]]]:
 
         def forward(variables: Any, x: jax.Array, key: jax.Array) -> Any:
-            rngs = {"dropout": key}
-            return model.apply(variables, x, train=True, mutable=list(statistics), rngs=rngs)
+            rngs, mutable = {"dropout": key}, list(statistics)
+            return recipe.model.apply(variables, x, train=True, mutable=mutable, rngs=rngs)
 
         variables = {"params": params, **statistics}
         logits, updated = with_fast_gradients(forward)(variables, x, dropout_key)
@@ -567,8 +572,7 @@ def _step(
     (loss, (accuracy, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(params)
     # optax mixes the integers it counts in with floats, which the user may have forbidden.
     with jax.numpy_dtype_promotion("standard"):
-        optimizer = make_optimizer(config, steps)
-        updates, state = optimizer.update(gradients, learner.optimizer, params)
+        updates, state = recipe.optimizer().update(gradients, learner.optimizer, params)
     params = optax.apply_updates(params, updates)
     new = _Learner({"params": params, **statistics}, state), Metrics(loss, accuracy)
     return cast("tuple[_Learner, Metrics]", jax.lax.optimization_barrier(new))
@@ -581,26 +585,20 @@ def _summary(learner: _Learner, metrics: Metrics) -> Metrics:
     return Metrics(jnp.where(finite, metrics.loss.mean(), jnp.nan), metrics.accuracy.mean())
 
 
-_Run = Callable[..., tuple[_Learner, Metrics]]
+_Run: TypeAlias = Callable[[_Learner, _Plan, _Recipe], tuple[_Learner, Metrics]]
 
 
 def _by_epochs(split: Split, count: int) -> _Run:
     """An epoch of all parents, one after the other, in one compiled call."""
-    del count
     return functools.partial(_epoch, (jnp.asarray(split.images), jnp.asarray(split.labels)))
 
 
 @functools.partial(_jit, donate_argnames="learners")
 def _epoch(
-    data: tuple[jax.Array, jax.Array],
-    learners: _Learner,
-    plans: _Plan,
-    model: nn.Module,
-    config: TrainingConfig,
-    steps: int,
+    data: _Data, learners: _Learner, plans: _Plan, recipe: _Recipe
 ) -> tuple[_Learner, Metrics]:
     def step(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
-        return _step(data, learner, plan, model, config, steps)
+        return _step(data, learner, plan, recipe)
 
     def one(parent: tuple[_Learner, _Plan]) -> tuple[_Learner, Metrics]:
         learner, metrics = jax.lax.scan(step, *parent)
@@ -617,18 +615,14 @@ def _by_steps(split: Split, count: int) -> _Run:
     data = jax.device_put((split.images, split.labels), NamedSharding(mesh, PartitionSpec()))
     own = NamedSharding(mesh, PartitionSpec("parent"))
 
-    def run(
-        learners: _Learner, plans: _Plan, model: nn.Module, config: TrainingConfig, steps: int
-    ) -> tuple[_Learner, Metrics]:
+    def run(learners: _Learner, plans: _Plan, recipe: _Recipe) -> tuple[_Learner, Metrics]:
         done = []
         for start in range(0, count, most):
             now = jax.tree.map(lambda leaf: leaf[start : start + most], (learners, plans))  # noqa: B023
             learner, plan = jax.device_put(now, own)
             history = []
-            for number in range(steps):
-                learner, metrics = _steps_of(
-                    data, learner, plan, number, model, config, steps, mesh
-                )
+            for number in range(recipe.steps):
+                learner, metrics = _steps_of(data, learner, plan, number, recipe, mesh)
                 history.append(metrics)
             figures = _summaries(learner, jax.tree.map(lambda *m: jnp.stack(m, 1), *history))
             done.append(jax.device_put((learner, figures), there[0]))
@@ -638,31 +632,16 @@ def _by_steps(split: Split, count: int) -> _Run:
     return run
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "config", "steps", "mesh"),
-    donate_argnames="learners",
-)
+@functools.partial(_jit, static_argnames=("recipe", "mesh"), donate_argnames="learners")
 def _steps_of(
-    data: tuple[jax.Array, jax.Array],
-    learners: _Learner,
-    plans: _Plan,
-    number: jax.Array,
-    model: nn.Module,
-    config: TrainingConfig,
-    steps: int,
-    mesh: Mesh,
+    data: _Data, learners: _Learner, plans: _Plan, number: jax.Array, recipe: _Recipe, mesh: Mesh
 ) -> tuple[_Learner, Metrics]:
     """The step of that number of the parents [n] on as many devices."""
 
-    def own(
-        data: tuple[jax.Array, jax.Array], learners: _Learner, plans: _Plan, number: jax.Array
-    ) -> Any:
+    def own(data: _Data, learners: _Learner, plans: _Plan, number: jax.Array) -> Any:
         learner, plan = jax.tree.map(lambda leaf: leaf[0], (learners, plans))
         plan = jax.tree.map(lambda leaf: leaf[number], plan)
-        return jax.tree.map(
-            lambda leaf: leaf[None], _step(data, learner, plan, model, config, steps)
-        )
+        return jax.tree.map(lambda leaf: leaf[None], _step(data, learner, plan, recipe))
 
     each, all_ = PartitionSpec("parent"), PartitionSpec()
     return jax.shard_map(

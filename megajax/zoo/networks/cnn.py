@@ -41,6 +41,6 @@ class CNN(nn.Module):
         norm = norm_layer(self.norm, train, dtype=self.dtype)
         for i, stride in enumerate((1, 2, 2)):
             width, bias = self.width * 2**i, self.norm == "none"
-            x = conv(x, width, 3, f"conv{i + 1}", stride=stride, bias=bias, dtype=self.dtype)
+            x = conv(x, width, 3, f"conv{i + 1}", strides=stride, use_bias=bias, dtype=self.dtype)
             x = nn.relu(norm(name=f"norm{i + 1}")(x))
         return pooled_logits(x, self.num_classes)

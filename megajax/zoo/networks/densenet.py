@@ -67,7 +67,7 @@ class DenseNet(nn.Module):
         norm = norm_layer(self.norm, train, epsilon=1.001e-5, dtype=self.dtype)
         conv = partial(layers.conv, dtype=self.dtype)
         if self.stem == "imagenet":
-            x = conv(x, 2 * self.growth, 7, "stem_conv", stride=2)
+            x = conv(x, 2 * self.growth, 7, "stem_conv", strides=2)
             x = nn.relu(norm(name="stem_norm")(x))
             x = max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         else:

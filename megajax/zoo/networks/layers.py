@@ -12,9 +12,9 @@ Example:
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import jax
@@ -87,22 +87,14 @@ def norm_layer(
         [1.0, 1.0, 1.0]
     """
     check_option("norm", norm, NORMS)
+    shared: dict[str, Any] = {"epsilon": epsilon, "dtype": dtype}
     if norm == "batch":
-        return functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=epsilon, dtype=dtype
-        )
+        return partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, **shared)
     if norm == "layer":
-        return functools.partial(nn.LayerNorm, epsilon=epsilon, dtype=dtype)
+        return partial(nn.LayerNorm, **shared)
     if norm == "group":
-        return lambda name: (
-            lambda x: nn.GroupNorm(
-                num_groups=None,
-                group_size=math.gcd(8, x.shape[-1]),
-                epsilon=epsilon,
-                dtype=dtype,
-                name=name,
-            )(x)
-        )
+        group = partial(nn.GroupNorm, num_groups=None, **shared)
+        return lambda name: lambda x: group(group_size=math.gcd(8, x.shape[-1]), name=name)(x)
     return lambda name: lambda x: x
 
 
@@ -120,18 +112,8 @@ def check_option(name: str, value: Any, choices: Collection[Any]) -> None:
         raise ConfigError(f"model.options.{name} is {value!r}: choose one of {listed}")
 
 
-def conv(
-    x: jax.Array,
-    features: int,
-    size: int,
-    name: str,
-    *,
-    stride: int = 1,
-    padding: int | str | None = None,
-    bias: bool = False,
-    dtype: Any = None,
-) -> jax.Array:
-    """A convolution with a square window, padded alike on both sides.
+def conv(x: jax.Array, features: int, size: int, name: str, **options: Any) -> jax.Array:
+    """A convolution with a square window, padded alike on both sides, without biases.
 
     To be called inside a compact Linen method.
 
@@ -140,21 +122,10 @@ def conv(
         features: channels of the result.
         size: of a side of the window.
         name: of the layer.
-        stride: between two windows.
-        padding: another one. "SAME" with a stride of 2 is uneven.
-        bias: whether there is one.
-        dtype: of the computation.
+        **options: others of `flax.linen.Conv`. Padding "SAME" with a stride of 2 is uneven.
     """
-    return nn.Conv(
-        features,
-        (size, size),
-        strides=stride,
-        padding=size // 2 if padding is None else padding,
-        use_bias=bias,
-        kernel_init=kernel_init,
-        dtype=dtype,
-        name=name,
-    )(x)
+    usual: dict[str, Any] = {"padding": size // 2, "use_bias": False, "kernel_init": kernel_init}
+    return nn.Conv(features, (size, size), name=name, **(usual | options))(x)
 
 
 def pooled_logits(x: jax.Array, num_classes: int) -> jax.Array:

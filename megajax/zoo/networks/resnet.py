@@ -57,13 +57,13 @@ class ResNet(nn.Module):
             ConfigError: there is no ResNet of this depth, or no such normalisation.
         """
         norm = norm_layer(self.norm, train, dtype=self.dtype)
-        conv = partial(layers.conv, bias=self.conv_bias, dtype=self.dtype)
+        conv = partial(layers.conv, use_bias=self.conv_bias, dtype=self.dtype)
 
         def shortcut(x: jax.Array, features: int, stride: int, name: str) -> jax.Array:
             if x.shape[-1] == features and stride == 1:
                 return x
             if self.projection:
-                x = conv(x, features, 1, f"{name}_shortcut", stride=stride)
+                x = conv(x, features, 1, f"{name}_shortcut", strides=stride)
                 return norm(name=f"{name}_shortcut_norm")(x)
             new = features - x.shape[-1]
             return jnp.pad(
@@ -71,7 +71,7 @@ class ResNet(nn.Module):
             )
 
         def block(x: jax.Array, features: int, stride: int, name: str) -> jax.Array:
-            y = conv(x, features, 3, f"{name}_conv1", stride=stride)
+            y = conv(x, features, 3, f"{name}_conv1", strides=stride)
             y = nn.relu(norm(name=f"{name}_norm1")(y))
             y = conv(y, features, 3, f"{name}_conv2")
             y = norm(name=f"{name}_norm2")(y)

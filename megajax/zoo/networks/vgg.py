@@ -56,7 +56,7 @@ class VGG(nn.Module):
             for i in range(count):
                 name = f"block{block + 1}_{{}}{i + 1}"
                 width = self.width * min(2**block, 8)
-                x = conv(x, width, 3, name.format("conv"), bias=True, dtype=self.dtype)
+                x = conv(x, width, 3, name.format("conv"), use_bias=True, dtype=self.dtype)
                 x = nn.relu(norm(name=name.format("norm"))(x))
             # "SAME" is the published pooling at even sides, and lets images be smaller than 32.
             x = max_pool(x, (2, 2), strides=(2, 2), padding="SAME")

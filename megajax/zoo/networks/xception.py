@@ -51,11 +51,9 @@ class Xception(nn.Module):
         check_option("stem", self.stem, STEMS)
         norm = norm_layer(self.norm, train, epsilon=1e-3, dtype=self.dtype)
 
-        def conv(
-            x: jax.Array, features: int, size: int, name: str, stride: int = 1, pad: str = "SAME"
-        ) -> jax.Array:
-            x = layers.conv(x, features, size, name, stride=stride, padding=pad, dtype=self.dtype)
-            return norm(name=f"{name}_norm")(x)
+        def conv(x: jax.Array, features: int, size: int, name: str, **options: Any) -> jax.Array:
+            options = {"padding": "SAME", "dtype": self.dtype} | options
+            return norm(name=f"{name}_norm")(layers.conv(x, features, size, name, **options))
 
         def separable(x: jax.Array, features: int, name: str) -> jax.Array:
             x = nn.Conv(
@@ -76,10 +74,10 @@ class Xception(nn.Module):
 
         cifar = self.stem == "cifar"
         pad = "SAME" if cifar else "VALID"
-        x = nn.relu(conv(x, channels(32), 3, "stem1", stride=1 if cifar else 2, pad=pad))
-        x = nn.relu(conv(x, channels(64), 3, "stem2", pad=pad))
+        x = nn.relu(conv(x, channels(32), 3, "stem1", strides=1 if cifar else 2, padding=pad))
+        x = nn.relu(conv(x, channels(64), 3, "stem2", padding=pad))
         for i, features in enumerate((128, 256, 728)):
-            residual = conv(x, channels(features), 1, f"entry{i + 1}_shortcut", stride=2)
+            residual = conv(x, channels(features), 1, f"entry{i + 1}_shortcut", strides=2)
             x = nn.relu(x) if i > 0 else x
             x = separable(x, channels(features), f"entry{i + 1}_separable1")
             x = separable(nn.relu(x), channels(features), f"entry{i + 1}_separable2")
@@ -89,7 +87,7 @@ class Xception(nn.Module):
             for j in range(3):
                 x = separable(nn.relu(x), channels(728), f"middle{i + 1}_separable{j + 1}")
             x = x + residual
-        residual = conv(x, channels(1024), 1, "exit_shortcut", stride=2)
+        residual = conv(x, channels(1024), 1, "exit_shortcut", strides=2)
         x = separable(nn.relu(x), channels(728), "exit_separable1")
         x = separable(nn.relu(x), channels(1024), "exit_separable2")
         x = pool(x) + residual
