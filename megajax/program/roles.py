@@ -25,6 +25,7 @@ from megajax.program.jaxprs import (
     Body,
     Program,
     bodies,
+    dependences,
     moved_axes,
     produced_axes,
     shape_of,
@@ -242,9 +243,7 @@ def find_statistics(
 
 
 def find_read(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> frozenset[str]:
-    """The paths of the leaves that a network's outputs depend on.
-
-    What goes into a loop or a branch counts as read by all that comes out of it.
+    """The paths of the leaves that a network's outputs depend on; see `jaxprs.dependences`.
 
     Args:
         apply_fn: the network.
@@ -256,18 +255,8 @@ def find_read(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> frozenset[st
         >>> sorted(find_read(lambda w, x: x @ w["kernel"], w, np.ones((1, 3))))
         ['kernel']
     """
-    program, paths = trace(apply_fn, variables, inputs), leaf_paths(variables)
-    arguments = [frozenset([path]) for path in paths]
-    arguments += [frozenset()] * (len(program.closed.jaxpr.invars) - len(paths))
-
-    def visit(
-        number: int, equation: core.JaxprEqn, operands: Sequence[frozenset[str]]
-    ) -> list[frozenset[str]]:
-        del number
-        return [frozenset().union(*operands)] * len(equation.outvars)
-
-    results = walk(program.closed, arguments, visit, lambda constant: frozenset())
-    return frozenset().union(*results)
+    paths, results = leaf_paths(variables), dependences(trace(apply_fn, variables, inputs))
+    return frozenset(paths[leaf] for leaves in results for leaf in leaves)
 
 
 class _Moment(NamedTuple):
