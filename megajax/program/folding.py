@@ -177,12 +177,6 @@ class _Plan(NamedTuple):
     wanted: frozenset[int]
 
 
-class _Weights(NamedTuple):
-    """A value that depends on weights alone, and the dimensions along which it varies."""
-
-    varies: tuple[bool, ...]
-
-
 class _Chain(NamedTuple):
     """A contraction with weights, scaled and shifted since along its units."""
 
@@ -209,9 +203,10 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
 
     def visit(number: int, equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
         name, result = equation.primitive.name, equation.outvars[0].aval
-        weights = [one for one in operands if isinstance(one, _Weights)]
+        weights = [one for one in operands if isinstance(one, _Known)]
         if len(weights) == len(operands):
-            return [_Weights(_varies(equation, weights, shape_of(x))) for x in equation.outvars]
+            varies = [_varies(equation, weights, shape_of(atom)) for atom in equation.outvars]
+            return [_Known(known(None), one) for one in varies]
         made: list[Any] = [None] * len(equation.outvars)
         floats = jnp.issubdtype(getattr(result, "dtype", bool), jnp.floating)
         if not floats or len(weights) > 1 or len(operands) > 2:
@@ -234,9 +229,9 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
                 made = [chain._replace(made_by=number)]
         return made
 
-    values: list[Any] = [_Weights(_varying(spec.shape)) for spec in program.shapes]
+    values: list[Any] = [_Known(known(None), _varying(spec.shape)) for spec in program.shapes]
     values += arguments[len(values) :]
-    walk(program.closed, values, visit, lambda value: _Weights(_varying(jnp.shape(value))))
+    walk(program.closed, values, visit, _constant)
     steps = dict.fromkeys(widened, 0)
     folded: set[int] = set()
     for head, chain in chains.items():
@@ -253,7 +248,7 @@ def _varying(shape: Sequence[int]) -> tuple[bool, ...]:
 
 
 def _varies(
-    equation: core.JaxprEqn, weights: Sequence[_Weights], shape: Sequence[int]
+    equation: core.JaxprEqn, weights: Sequence[_Known], shape: Sequence[int]
 ) -> tuple[bool, ...]:
     """Along which dimensions an equation's result varies."""
     moved = moved_axes(equation, weights[0].varies) if len(weights) == 1 else None
@@ -338,11 +333,10 @@ def _visit(
     if all(isinstance(one, _Known) for one in operands):
         outputs = delay(equation, [one.get for one in operands])
         free = all(one.free for one in operands)
-        weights = [_Weights(one.varies) for one in operands]
         rounded = equation.primitive.name == "convert_element_type"
         source = (operands[0].source or operands[0].get) if rounded else None
         return [
-            _Known(output, _varies(equation, weights, shape_of(atom)), free, source)
+            _Known(output, _varies(equation, operands, shape_of(atom)), free, source)
             for output, atom in zip(outputs, equation.outvars, strict=True)
         ]
     if number in plan.folded:
