@@ -14,7 +14,7 @@ The assignments are solved by `scipy.optimize.linear_sum_assignment`. On a CPU i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from megajax.alignment.axes import Axis, boxes
+from megajax.alignment.axes import Axis
 from megajax.alignment.permutations import (
     Array,
     Permutations,
@@ -34,9 +34,17 @@ from megajax.alignment.permutations import (
     validate,
 )
 from megajax.alignment.propagation import Axes
-from megajax.alignment.symmetries import Group, Reading, Site, Symmetries, read, site_at
+from megajax.alignment.symmetries import (
+    Group,
+    Reading,
+    Site,
+    Symmetries,
+    places,
+    read,
+    site_at,
+)
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.program.jaxprs import delay, static, trace, walk
+from megajax.program.jaxprs import run_equation, static, trace, walk
 from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn
 
@@ -372,21 +380,21 @@ def _descend(
 
 def _improve(problem: _Problem, place: _Place, k: int, group: Group) -> bool:
     """Moves one group of parent k, if that brings the parent closer to its target."""
-    family = _family(problem.symmetries, {group.name})
-    paths = {site.path for member in family.groups for site in member.sites}
+    paths = [
+        path
+        for path, groups in problem.at.items()
+        if any(group.name in (one.name, one.within) for one in groups)
+    ]
     target = _target(problem, place, k, paths)
     before = {path: place.leaves[k][path] for path in paths}
     step = _step(problem.symmetries, group, _weight_similarity(problem, target, before))
-    if all(
-        np.array_equal(p, np.arange(p.size).reshape(p.shape) % p.shape[-1]) for p in step.values()
-    ):
+    if all((p == np.arange(p.shape[-1])).all() for p in step.values()):
         return False
     after, permutations = _take(problem, step, before, place.permutations[k])
     # Where a leaf holds two of the groups that move, the assignment is for a linearised objective
     # and may lose.
-    gain = _inner({path: target[path] for path in after}, after) - _inner(
-        {path: target[path] for path in after}, before
-    )
+    goal = {path: target[path] for path in after}
+    gain = _inner(goal, after) - _inner(goal, before)
     if gain <= 1e-10 * math.sqrt(_inner(target, target) * _inner(before, before)):
         return False
     place.leaves[k].update(after)
@@ -394,22 +402,15 @@ def _improve(problem: _Problem, place: _Place, k: int, group: Group) -> bool:
     return True
 
 
-def _family(symmetries: Symmetries, names: Collection[str]) -> Symmetries:
-    """The named groups and those within them."""
-    return Symmetries(
-        tuple(g for g in symmetries.groups if g.name in names or g.within in names),
-    )
-
-
 def _take(
     problem: _Problem, step: Permutations, leaves: Leaves, permutations: Permutations
 ) -> tuple[Leaves, dict[str, Array]]:
-    """The leaves and the permutations that a step changes, as they are after it."""
-    family = _family(problem.symmetries, step.keys())
-    paths = {site.path for group in family.groups for site in group.sites if group.name in step}
-    moved = permute(family, step, {path: leaves[path] for path in paths})
-    whole = {**identity_permutations(problem.symmetries), **step}
-    return moved, compose(family, whole, permutations)
+    """The leaves that a step changes, and the permutations, as they are after it."""
+    symmetries = problem.symmetries
+    paths = {site.path for group in symmetries.groups if group.name in step for site in group.sites}
+    moved = permute(symmetries, step, {path: leaves[path] for path in paths})
+    whole = {**identity_permutations(symmetries), **step}
+    return moved, compose(symmetries, whole, permutations)
 
 
 # Activation matching.
@@ -524,46 +525,33 @@ def _taps(symmetries: Symmetries, reading: Reading) -> Taps:
             known[unit] = group, holder
     taps: Taps = {}
     for number, operands in reading.record.contracted.items():
-        for place, axes in enumerate(operands):
-            here = [
-                (unit, axis, at, factor)
-                for axis, whole in enumerate(axes)
-                for at, (_, factors) in enumerate(boxes(whole) if whole is not None else ())
-                for factor, (unit, _) in enumerate(factors)
-                if unit in known
-            ]
-            names = {known[unit][0].within for unit, *_ in here}
-            taps[number] = taps.get(number, []) + [
-                (place, known[unit][0], site_at(axes, "", axis, at, factor, known[unit][1]))
-                for unit, axis, at, factor in here
-                if known[unit][0].name not in names  # Its units count for what is within them.
+        taps[number] = []
+        for operand, axes in enumerate(operands):
+            here = [(*known[place.unit], place) for place in places(axes) if place.unit in known]
+            outer = {group.within for group, *_ in here}
+            taps[number] += [
+                (operand, group, site_at(axes, "", place, holder))
+                for group, holder, place in here
+                if group.name not in outer  # Its units count for what is within them.
             ]
     return taps
 
 
 def _atoms_of(group: Group, axes: Axes) -> tuple[Axis | None, Axis | None]:
     """The atom that a group is in the trace, and the one that holds it; None if it is not one."""
-    site = group.sites[0]
-    unit = _atom_at(axes, site.axis, group.size, site.offset, site.stride)
-    if site.copies is None:
+    at = {(one.axis, one.offset, one.stride, one.unit.size): one.unit for one in places(axes)}
+    site, copies = group.sites[0], group.sites[0].copies
+    unit = at.get((site.axis, site.offset, site.stride, group.size))
+    if copies is None:
         return unit, None
-    offset = site.offset if site.copies.axis == site.axis else site.copies.offset
-    holder = _atom_at(axes, site.copies.axis, group.copies, offset, site.copies.stride)
+    offset = site.offset if copies.axis == site.axis else copies.offset
+    holder = at.get((copies.axis, offset, copies.stride, group.copies))
     return (unit, holder) if holder is not None else (None, None)
-
-
-def _atom_at(axes: Axes, axis: int, size: int, offset: int, stride: int) -> Axis | None:
-    whole = axes[axis]
-    for start, factors in boxes(whole) if whole is not None else ():
-        for unit, step in factors:
-            if (unit.size, start, step) == (size, offset, stride):
-                return unit
-    return None
 
 
 def _hidden(
     reading: Reading, taps: Taps, variables: Any, inputs: Any
-) -> Iterator[tuple[Group, jax.Array]]:
+) -> list[tuple[Group, jax.Array]]:
     """Runs the network and reads the hidden units at the taps: [copies, size, samples]."""
     hidden: list[tuple[Group, jax.Array]] = []
 
@@ -573,14 +561,14 @@ def _hidden(
             for place, group, site in taps.get(number, ())
             if operands[place].active
         )
-        outputs = delay(eqn, [partial(getattr, operand, "array") for operand in operands])
         active = any(operand.active for operand in operands)
-        return [_Value(output(), active) for output in outputs]
+        outputs = run_equation(eqn, [operand.array for operand in operands])
+        return [_Value(output, active) for output in outputs]
 
     args = [_Value(leaf, False) for leaf in jax.tree.leaves(variables)]
     args += [_Value(leaf, True) for leaf in jax.tree.leaves(inputs)]
     walk(reading.program.closed, args, visit, lambda constant: _Value(constant, False))
-    return iter(hidden)
+    return hidden
 
 
 class _Value(NamedTuple):
