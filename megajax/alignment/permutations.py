@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megajax.alignment.symmetries import Group, Site, Symmetries
+from megajax.alignment.symmetries import Group, Site, Symmetries, sites_by_leaf
 from megajax.errors import SymmetryError
 from megajax.trees import leaves_by_path
 
@@ -160,20 +160,16 @@ def permute(symmetries: Symmetries, permutations: Permutations, variables: T) ->
     >>> permute(two, {"a": np.array([1, 0])}, variables)
     {'v': array([4., 3.]), 'w': array([[2., 1.]])}
     """
-    groups = {group.name: group for group in symmetries.groups}
+    names = {group.name for group in symmetries.groups}
     for name in permutations:
-        if name not in groups:
+        if name not in names:
             raise SymmetryError(f"permutation of {name!r}: no such group")
-    sites: dict[str, list[tuple[Group, Site]]] = collections.defaultdict(list)
-    for group in symmetries.groups:
-        if group.name in permutations:
-            for site in group.sites:
-                sites[site.path].append((group, site))
+    sites = sites_by_leaf(group for group in symmetries.groups if group.name in permutations)
     leaves = leaves_by_path(variables)
     for path in sites:
         if path not in leaves:
             raise SymmetryError(f"group {sites[path][0][0].name!r}: no leaf {path!r}")
-    moved = [_move(leaf, sites[path], permutations) for path, leaf in leaves.items()]
+    moved = [_move(leaf, sites.get(path, ()), permutations) for path, leaf in leaves.items()]
     return cast(T, jax.tree.unflatten(jax.tree.structure(variables), moved))
 
 

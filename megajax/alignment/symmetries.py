@@ -46,6 +46,7 @@ __all__ = [
     "places",
     "read",
     "site_at",
+    "sites_by_leaf",
 ]
 
 Repeats = tuple[tuple[int, int], ...]
@@ -189,6 +190,19 @@ class Reading(NamedTuple):
     paths: tuple[str, ...]
     axes: tuple[Axes, ...]
     record: Record
+
+
+def sites_by_leaf(groups: Iterable[Group]) -> dict[str, list[tuple[Group, Site]]]:
+    """For the path of each leaf the groups that sit in it, once for every site.
+
+    >>> sites_by_leaf([Group("a", 4, (Site("w", 1), Site("v", 0)))])["v"][0][1]
+    Site(path='v', axis=0, offset=0, stride=1, repeats=(), copies=None)
+    """
+    found: dict[str, list[tuple[Group, Site]]] = {}
+    for group in groups:
+        for site in group.sites:
+            found.setdefault(site.path, []).append((group, site))
+    return found
 
 
 def find_symmetries(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> Symmetries:
