@@ -106,7 +106,8 @@ class Folded:
         specs = zip(leaves, program.shapes, strict=True)
         weights = [_Known(known(leaf), _varying(spec.shape)) for leaf, spec in specs]
         visit = partial(_visit, plan, at)
-        values = walk(program.closed, [*weights, *inputs], visit, _constant, wanted=plan.wanted)
+        wanted = plan.folded.union(plan.steps)
+        values = walk(program.closed, [*weights, *inputs], visit, _constant, wanted=wanted)
         atoms = program.closed.jaxpr.outvars
         results = [at.operand(*pair) for pair in zip(values, atoms, strict=True)]
         return jax.tree.unflatten(program.output_tree, results)
@@ -167,14 +168,12 @@ class _Plan(NamedTuple):
     Attributes:
         steps: for contractions with weights, how many equations behind them are folded into them.
         folded: the numbers of those equations.
-        wide: the numbers of the convolutions that compute several pixels at once.
-        wanted: all these numbers.
+        wide: narrow convolutions compute several pixels at once.
     """
 
     steps: dict[int, int]
     folded: frozenset[int]
-    wide: frozenset[int]
-    wanted: frozenset[int]
+    wide: bool
 
 
 class _Chain(NamedTuple):
@@ -199,7 +198,7 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
     arguments: list[Any] = [None] * len(program.closed.jaxpr.invars)
     uses.update(walk(program.closed, arguments, count, lambda _: None))
     chains: dict[int, list[tuple[int, str]]] = {}
-    widened: set[int] = set()
+    steps: dict[int, int] = {}
 
     def visit(number: int, equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
         name, result = equation.primitive.name, equation.outvars[0].aval
@@ -219,7 +218,7 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
             if units and not grouped and (place == 1 or name == "dot_general"):
                 chains[number] = []
                 if wide and pixels_at_once(equation) > 1:
-                    widened.add(number)
+                    steps[number] = 0
                 made = [_Chain(number, frozenset(units), number)]
         elif isinstance(chain, _Chain) and uses[chain.made_by] == 1:
             along = {dim for one in weights for dim, varies in enumerate(one.varies) if varies}
@@ -232,7 +231,6 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
     values: list[Any] = [_Known(known(None), _varying(spec.shape)) for spec in program.shapes]
     values += arguments[len(values) :]
     walk(program.closed, values, visit, _constant)
-    steps = dict.fromkeys(widened, 0)
     folded: set[int] = set()
     for head, chain in chains.items():
         while chain and chain[-1][1] not in _AFFINE:
@@ -240,7 +238,7 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
         if affine and any(name in ("mul", "div") for _, name in chain):
             steps[head] = len(chain)
             folded |= {number for number, _ in chain}
-    return _Plan(steps, frozenset(folded), frozenset(widened), frozenset(folded.union(steps)))
+    return _Plan(steps, frozenset(folded), wide)
 
 
 def _varying(shape: Sequence[int]) -> tuple[bool, ...]:
@@ -346,7 +344,7 @@ def _visit(
         one = one._replace(steps=(*one.steps, step), left=one.left - 1)
         return [one] if one.left else [_closed(at, one, equation.outvars[0].aval)]
     if number in plan.steps:
-        wide = number in plan.wide
+        wide = plan.wide and pixels_at_once(equation) > 1
         one = _Open(equation, tuple(operands), plan.steps[number], wide)
         return [one] if one.left else [_closed(at, one, equation.outvars[0].aval)]
     values = [at.operand(*pair) for pair in zip(operands, equation.invars, strict=True)]
