@@ -24,6 +24,7 @@ __all__ = [
     "checked_base",
     "checked_parents",
     "cosine",
+    "described",
     "is_key",
     "is_mixable",
     "keep_leaves",
@@ -81,7 +82,7 @@ def check_parents(parents: Sequence[PyTree]) -> None:
     leaves = [leaves_by_path(parent) for parent in parents]
     differing, shapes_differ = [], False
     for path in dict.fromkeys(path for of_one in leaves for path in of_one):
-        first, *others = (_describe(of_one.get(path)) for of_one in leaves)
+        first, *others = (described(of_one.get(path)) for of_one in leaves)
         unlike = [f"{it} in parent {k}" for k, it in enumerate(others, start=1) if it != first]
         shapes = {tuple(np.shape(of_one[path])) for of_one in leaves if path in of_one}
         shapes_differ = shapes_differ or len(shapes) > 1
@@ -210,6 +211,19 @@ def is_key(leaf: Any) -> bool:
         (True, False, False)
     """
     return bool(jnp.issubdtype(getattr(leaf, "dtype", bool), jax.dtypes.prng_key))
+
+
+def described(leaf: Any) -> str:
+    """The dtype and shape of one leaf in words; of None, that there is no such leaf.
+
+    Example:
+        >>> described(np.zeros((2, 3)))
+        'float64[2,3]'
+    """
+    if leaf is None:
+        return "no such leaf"
+    array = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    return f"{array.dtype}[{','.join(map(str, array.shape))}]"
 
 
 def told(tree: PyTree) -> PyTree:
@@ -356,10 +370,3 @@ def keep_leaves(parents: Sequence[PyTree], keep: Mapping[str, int]) -> list[PyTr
         )
         for parent, of_one in zip(parents, leaves, strict=True)
     ]
-
-
-def _describe(leaf: Any) -> str:
-    if leaf is None:
-        return "no such leaf"
-    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-    return f"{array.dtype}[{','.join(map(str, array.shape))}]"

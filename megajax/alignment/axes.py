@@ -126,8 +126,7 @@ def unify(a: Axis | None, b: Axis | None) -> Axis | None:
     if b.kind == "atom":
         _bind(b, a)
         return a
-    match = _match_factors if a.kind == b.kind == "product" else _match_segments
-    if not match(a, b):
+    if not _match(a, b, a.kind if a.kind == b.kind else "concat"):
         pin(a, "no common refinement")
         pin(b, "no common refinement")
     a, b = find(a), find(b)
@@ -151,15 +150,18 @@ def split(axis: Axis, sizes: Sequence[int], kind: str = "product") -> list[Axis]
 Box = tuple[int, tuple[tuple[Axis, int], ...]]
 
 
-def boxes(axis: Axis) -> list[Box]:
+def boxes(axis: Axis | None) -> list[Box]:
     """The axis as disjoint boxes `(offset, ((atom, stride), ...))`, factors outermost first.
 
-    The box holds the entries `offset + sum(unit * stride)` over all units of its atoms.
+    The box holds the entries `offset + sum(unit * stride)` over all units of its atoms. None, an
+    axis along which the array is constant, has no box.
 
     >>> [(offset, [stride for _, stride in factors])
     ...  for offset, factors in boxes(concat([atom(5), product([atom(3), atom(4)])]))]
     [(0, [1]), (5, [4, 1])]
     """
+    if axis is None:
+        return []
     axis = find(axis)
     if axis.kind == "atom":
         return [(0, ((axis, 1),))]
@@ -196,51 +198,33 @@ def _bind(a: Axis, b: Axis) -> None:
     a.link = b
 
 
-def _pop(stack: list[Axis], kind: str, end: int) -> Axis:
-    """Takes the part at one end of the stack, opening parts that are themselves of that kind."""
-    part = find(stack.pop(end))
+def _next(stack: list[Axis], kind: str) -> Axis:
+    """Takes the next part from the stack, opening parts that are themselves of that kind."""
+    part = find(stack.pop())
     while part.kind == kind:
-        if end == 0:
-            stack[:0] = part.parts
-        else:
-            stack.extend(part.parts)
-        part = find(stack.pop(end))
+        stack.extend(part.parts if kind == "product" else reversed(part.parts))
+        part = find(stack.pop())
     return part
 
 
-def _match_factors(a: Axis, b: Axis) -> bool:
-    """Unifies two products factor by factor, from the innermost, splitting the larger factor."""
+def _match(a: Axis, b: Axis, kind: str) -> bool:
+    """Unifies two axes part by part, dividing the larger part.
+
+    Products go from the innermost factor outwards, concatenations from the first segment on.
+    """
     left, right = [a], [b]
     while left and right:
-        x, y = _pop(left, "product", -1), _pop(right, "product", -1)
+        x, y = _next(left, kind), _next(right, kind)
         if x.size == y.size:
             unify(x, y)
             continue
         large, small, rest = (x, y, left) if x.size > y.size else (y, x, right)
-        if large.size % small.size:
-            return False
-        parts = _factor(large, small.size)
+        parts = (_factor if kind == "product" else _cut)(large, small.size)
         if parts is None:
             return False
-        rest.append(parts[0])
-        unify(parts[1], small)
-    return True
-
-
-def _match_segments(a: Axis, b: Axis) -> bool:
-    """Unifies two axes segment by segment, from the first, cutting the larger segment."""
-    left, right = [a], [b]
-    while left and right:
-        x, y = _pop(left, "concat", 0), _pop(right, "concat", 0)
-        if x.size == y.size:
-            unify(x, y)
-            continue
-        large, small, rest = (x, y, left) if x.size > y.size else (y, x, right)
-        parts = _cut(large, small.size)
-        if parts is None:
-            return False
-        rest.insert(0, parts[1])
-        unify(parts[0], small)
+        near, far = parts
+        rest.append(far)
+        unify(near, small)
     return True
 
 
@@ -253,19 +237,18 @@ def _refine(axis: Axis, kind: str, parts: tuple[Axis, Axis]) -> tuple[Axis, Axis
     return parts
 
 
-def _factor(axis: Axis, inner: int) -> tuple[Axis, Axis] | None:
-    """Finds (outer, inner) inside an atom or a concatenation; None if it has no such form."""
-    if axis.kind == "atom":
-        return _refine(axis, "product", (atom(axis.size // inner), atom(inner)))
-    if any(part.size % inner for part in axis.parts):
+def _factor(axis: Axis, size: int) -> tuple[Axis, Axis] | None:
+    """Finds (inner, outer) in an atom or a concatenation; None if it has no such form."""
+    if any(part.size % size for part in axis.parts or (axis,)):
         return None
-    shared = atom(inner)
-    outer = []
-    for part in axis.parts:
-        one = atom(part.size // inner)
-        unify(part, product([one, shared]))
-        outer.append(one)
-    return _refine(axis, "product", (concat(outer), shared))
+    inner, outer = atom(size), atom(axis.size // size)
+    if axis.kind == "concat":
+        segments = [atom(part.size // size) for part in axis.parts]
+        for part, segment in zip(axis.parts, segments, strict=True):
+            unify(part, product([segment, inner]))
+        outer = concat(segments)
+    _refine(axis, "product", (outer, inner))
+    return inner, outer
 
 
 def _cut(axis: Axis, size: int) -> tuple[Axis, Axis] | None:

@@ -14,7 +14,7 @@ The assignments are solved by `scipy.optimize.linear_sum_assignment`. On a CPU i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from megajax.alignment.axes import Axis, boxes
+from megajax.alignment.axes import Axis
 from megajax.alignment.permutations import (
     Array,
     Permutations,
@@ -34,9 +34,18 @@ from megajax.alignment.permutations import (
     validate,
 )
 from megajax.alignment.propagation import Axes
-from megajax.alignment.symmetries import Group, Reading, Site, Symmetries, read, site_at
+from megajax.alignment.symmetries import (
+    Group,
+    Reading,
+    Site,
+    Symmetries,
+    places,
+    read,
+    site_at,
+    sites_by_leaf,
+)
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.program.jaxprs import delay, static, trace, walk
+from megajax.program.jaxprs import run_equation, static, trace, walk
 from megajax.trees import leaves_by_path
 from megajax.types import ApplyFn
 
@@ -220,84 +229,73 @@ def weight_matching(
     >>> weight_matching(jax.random.key(0), hidden, parents)
     ([{'hidden': array([0, 1])}, {'hidden': array([1, 0])}], (4.0, 5.0))
     """
-    problem = _problem(symmetries, parents, reference, ignore)
-    identity = [identity_permutations(symmetries) for _ in parents]
-    starts = [identity, _first_pass(problem, identity)] if start is None else [start]
-    runs = [_descend(key, problem, one, max_sweeps) for one in starts]
+    search = _search(symmetries, parents, reference, ignore)
+    starts = [search.permutations, _first_pass(search)] if start is None else [start]
+    runs = [_descend(key, _started(search, one), max_sweeps) for one in starts]
     return max(runs, key=lambda run: run[1][-1])
 
 
-class _Problem(NamedTuple):
-    """Parents to be aligned by their weights.
+class _Search(NamedTuple):
+    """A search for permutations that align the weights of parents.
 
     Attributes:
         symmetries: the symmetries, without the leaves that do not count.
         at: for each leaf that counts, the groups that sit in it, once for every site.
-        leaves: the leaves that count of each parent, in float64.
         reference: the parent that the others are aligned to, or "mean".
+        permutations: those of each parent, so far.
+        leaves: the leaves that count of each parent, as these place them, in float64.
     """
 
     symmetries: Symmetries
     at: dict[str, list[Group]]
-    leaves: list[Leaves]
     reference: int | str
+    permutations: list[dict[str, Array]]
+    leaves: list[Leaves]
 
 
-def _problem(
+def _search(
     symmetries: Symmetries,
     parents: Sequence[Any],
     reference: int | str,
     ignore: Collection[str] | None,
-) -> _Problem:
+) -> _Search:
     ignore = symmetries.statistics if ignore is None else ignore
     groups = tuple(
         group._replace(sites=tuple(site for site in group.sites if site.path not in ignore))
         for group in symmetries.groups
     )
-    at: dict[str, list[Group]] = {}
-    for group in groups:
-        for site in group.sites:
-            at.setdefault(site.path, []).append(group)
+    at = {path: [group for group, _ in held] for path, held in sites_by_leaf(groups).items()}
     leaves = [
         {p: np.asarray(leaf, np.float64) for p, leaf in leaves_by_path(parent).items() if p in at}
         for parent in parents
     ]
-    return _Problem(Symmetries(groups), at, leaves, reference)
+    identity = [identity_permutations(symmetries) for _ in parents]
+    return _Search(Symmetries(groups), at, reference, identity, leaves)
 
 
-class _Place(NamedTuple):
-    """Where the search stands: each parent's permutations, and its leaves as they place them."""
-
-    permutations: list[dict[str, Array]]
-    leaves: list[Leaves]
-
-
-def _placed(problem: _Problem, start: Sequence[Permutations]) -> _Place:
-    moved = [
-        permute(problem.symmetries, p, leaves)
-        for p, leaves in zip(start, problem.leaves, strict=True)
-    ]
-    return _Place([dict(p) for p in start], moved)
+def _started(search: _Search, start: Sequence[Permutations]) -> _Search:
+    """A search that nothing has moved in yet, from a start."""
+    pairs = zip(start, search.leaves, strict=True)
+    moved = [permute(search.symmetries, p, leaves) for p, leaves in pairs]
+    return search._replace(permutations=[dict(p) for p in start], leaves=moved)
 
 
-def _moving(problem: _Problem) -> list[int]:
-    return [k for k in range(len(problem.leaves)) if k != problem.reference]
+def _moving(search: _Search) -> list[int]:
+    return [k for k in range(len(search.leaves)) if k != search.reference]
 
 
-def _target(problem: _Problem, place: _Place, k: int, paths: Collection[str]) -> Leaves:
+def _target(search: _Search, k: int, paths: Collection[str]) -> Leaves:
     """What parent k is aligned to."""
-    if isinstance(problem.reference, int):
-        return {path: place.leaves[problem.reference][path] for path in paths}
-    others = [leaves for j, leaves in enumerate(place.leaves) if j != k]
+    if isinstance(search.reference, int):
+        return {path: search.leaves[search.reference][path] for path in paths}
+    others = [leaves for j, leaves in enumerate(search.leaves) if j != k]
     return {path: np.sum([leaves[path] for leaves in others], axis=0) for path in paths}
 
 
-def _objective(problem: _Problem, place: _Place) -> float:
+def _objective(search: _Search) -> float:
     """The sum of the inner products of all pairs that are aligned with each other."""
-    pairs = [
-        _inner(_target(problem, place, k, problem.at), place.leaves[k]) for k in _moving(problem)
-    ]
-    return math.fsum(pairs) / (1 if isinstance(problem.reference, int) else 2)
+    pairs = [_inner(_target(search, k, search.at), search.leaves[k]) for k in _moving(search)]
+    return math.fsum(pairs) / (1 if isinstance(search.reference, int) else 2)
 
 
 def _inner(a: Leaves, b: Leaves) -> float:
@@ -305,7 +303,7 @@ def _inner(a: Leaves, b: Leaves) -> float:
 
 
 def _weight_similarity(
-    problem: _Problem, target: Leaves, leaves: Leaves, known: Collection[str] | None = None
+    search: _Search, target: Leaves, leaves: Leaves, known: Collection[str] | None = None
 ) -> Similarity:
     """Inner products of the weights that read or write a unit.
 
@@ -313,8 +311,8 @@ def _weight_similarity(
     """
 
     def counts(group: Group, path: str) -> bool:
-        names = [other.name for other in problem.at[path]]
-        if any(other.within == group.name for other in problem.at[path]):
+        names = [other.name for other in search.at[path]]
+        if any(other.within == group.name for other in search.at[path]):
             return False  # It counts for what is within the group.
         if known is None:
             return True
@@ -336,80 +334,70 @@ def _weight_similarity(
     return similarity
 
 
-def _first_pass(problem: _Problem, start: Sequence[Permutations]) -> list[dict[str, Array]]:
+def _first_pass(search: _Search) -> list[dict[str, Array]]:
     """Matches each group once, in program order, by weights whose other units are matched."""
-    place = _placed(problem, start)
+    search = _started(search, search.permutations)
     # Towards a mean, the others follow parent 0 here: the mean of unmatched parents says nothing.
-    fixed = problem.reference if isinstance(problem.reference, int) else 0
-    for k in range(len(place.leaves)):
+    fixed = search.reference if isinstance(search.reference, int) else 0
+    for k, leaves in enumerate(search.leaves):
         known: set[str] = set()
-        for group in problem.symmetries.groups if k != fixed else ():
-            leaves = place.leaves[k]
-            similarity = _weight_similarity(problem, place.leaves[fixed], leaves, known)
-            step = _step(problem.symmetries, group, similarity)
-            moved, permutations = _take(problem, step, leaves, place.permutations[k])
-            leaves.update(moved)
-            place.permutations[k].update(permutations)
+        for group in search.symmetries.groups if k != fixed else ():
+            similarity = _weight_similarity(search, search.leaves[fixed], leaves, known)
+            step = _step(search.symmetries, group, similarity)
+            _take(search, k, step, _moved(search, step, leaves))
             known |= step.keys()
-    return place.permutations
+    return search.permutations
 
 
 def _descend(
-    key: jax.Array, problem: _Problem, start: Sequence[Permutations], max_sweeps: int
+    key: jax.Array, search: _Search, max_sweeps: int
 ) -> tuple[list[dict[str, Array]], tuple[float, ...]]:
     """Coordinate descent over the groups of all parents, in a new random order for each sweep."""
-    place = _placed(problem, start)
-    visits = [(k, group) for k in _moving(problem) for group in problem.symmetries.groups]
-    objective = [_objective(problem, place)]
+    visits = [(k, group) for k in _moving(search) for group in search.symmetries.groups]
+    objective = [_objective(search)]
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,))))
     for _ in range(max_sweeps):
-        moves = [_improve(problem, place, *visits[i]) for i in rng.permutation(len(visits))]
+        moves = [_improve(search, *visits[i]) for i in rng.permutation(len(visits))]
         if not any(moves):
             break
-        objective.append(_objective(problem, place))
-    return place.permutations, tuple(objective)
+        objective.append(_objective(search))
+    return search.permutations, tuple(objective)
 
 
-def _improve(problem: _Problem, place: _Place, k: int, group: Group) -> bool:
+def _improve(search: _Search, k: int, group: Group) -> bool:
     """Moves one group of parent k, if that brings the parent closer to its target."""
-    family = _family(problem.symmetries, {group.name})
-    paths = {site.path for member in family.groups for site in member.sites}
-    target = _target(problem, place, k, paths)
-    before = {path: place.leaves[k][path] for path in paths}
-    step = _step(problem.symmetries, group, _weight_similarity(problem, target, before))
-    if all(
-        np.array_equal(p, np.arange(p.size).reshape(p.shape) % p.shape[-1]) for p in step.values()
-    ):
+    paths = [
+        path
+        for path, groups in search.at.items()
+        if any(group.name in (one.name, one.within) for one in groups)
+    ]
+    target = _target(search, k, paths)
+    before = {path: search.leaves[k][path] for path in paths}
+    step = _step(search.symmetries, group, _weight_similarity(search, target, before))
+    if all((p == np.arange(p.shape[-1])).all() for p in step.values()):
         return False
-    after, permutations = _take(problem, step, before, place.permutations[k])
+    after = _moved(search, step, before)
     # Where a leaf holds two of the groups that move, the assignment is for a linearised objective
     # and may lose.
-    gain = _inner({path: target[path] for path in after}, after) - _inner(
-        {path: target[path] for path in after}, before
-    )
+    goal = {path: target[path] for path in after}
+    gain = _inner(goal, after) - _inner(goal, before)
     if gain <= 1e-10 * math.sqrt(_inner(target, target) * _inner(before, before)):
         return False
-    place.leaves[k].update(after)
-    place.permutations[k].update(permutations)
+    _take(search, k, step, after)
     return True
 
 
-def _family(symmetries: Symmetries, names: Collection[str]) -> Symmetries:
-    """The named groups and those within them."""
-    return Symmetries(
-        tuple(g for g in symmetries.groups if g.name in names or g.within in names),
-    )
+def _moved(search: _Search, step: Permutations, leaves: Leaves) -> Leaves:
+    """The leaves that a step changes, as they are after it."""
+    held = {path: leaves[path] for path in leaves if any(g.name in step for g in search.at[path])}
+    return permute(search.symmetries, step, held)
 
 
-def _take(
-    problem: _Problem, step: Permutations, leaves: Leaves, permutations: Permutations
-) -> tuple[Leaves, dict[str, Array]]:
-    """The leaves and the permutations that a step changes, as they are after it."""
-    family = _family(problem.symmetries, step.keys())
-    paths = {site.path for group in family.groups for site in group.sites if group.name in step}
-    moved = permute(family, step, {path: leaves[path] for path in paths})
-    whole = {**identity_permutations(problem.symmetries), **step}
-    return moved, compose(family, whole, permutations)
+def _take(search: _Search, k: int, step: Permutations, moved: Leaves) -> None:
+    """Takes a step of parent k, which moves some of its leaves."""
+    search.leaves[k].update(moved)
+    whole = {**identity_permutations(search.symmetries), **step}
+    search.permutations[k] = compose(search.symmetries, whole, search.permutations[k])
 
 
 # Activation matching.
@@ -524,46 +512,33 @@ def _taps(symmetries: Symmetries, reading: Reading) -> Taps:
             known[unit] = group, holder
     taps: Taps = {}
     for number, operands in reading.record.contracted.items():
-        for place, axes in enumerate(operands):
-            here = [
-                (unit, axis, at, factor)
-                for axis, whole in enumerate(axes)
-                for at, (_, factors) in enumerate(boxes(whole) if whole is not None else ())
-                for factor, (unit, _) in enumerate(factors)
-                if unit in known
-            ]
-            names = {known[unit][0].within for unit, *_ in here}
-            taps[number] = taps.get(number, []) + [
-                (place, known[unit][0], site_at(axes, "", axis, at, factor, known[unit][1]))
-                for unit, axis, at, factor in here
-                if known[unit][0].name not in names  # Its units count for what is within them.
+        taps[number] = []
+        for operand, axes in enumerate(operands):
+            here = [(*known[place.unit], place) for place in places(axes) if place.unit in known]
+            outer = {group.within for group, *_ in here}
+            taps[number] += [
+                (operand, group, site_at(axes, "", place, holder))
+                for group, holder, place in here
+                if group.name not in outer  # Its units count for what is within them.
             ]
     return taps
 
 
 def _atoms_of(group: Group, axes: Axes) -> tuple[Axis | None, Axis | None]:
     """The atom that a group is in the trace, and the one that holds it; None if it is not one."""
-    site = group.sites[0]
-    unit = _atom_at(axes, site.axis, group.size, site.offset, site.stride)
-    if site.copies is None:
+    at = {(one.axis, one.offset, one.stride, one.unit.size): one.unit for one in places(axes)}
+    site, copies = group.sites[0], group.sites[0].copies
+    unit = at.get((site.axis, site.offset, site.stride, group.size))
+    if copies is None:
         return unit, None
-    offset = site.offset if site.copies.axis == site.axis else site.copies.offset
-    holder = _atom_at(axes, site.copies.axis, group.copies, offset, site.copies.stride)
+    offset = site.offset if copies.axis == site.axis else copies.offset
+    holder = at.get((copies.axis, offset, copies.stride, group.copies))
     return (unit, holder) if holder is not None else (None, None)
-
-
-def _atom_at(axes: Axes, axis: int, size: int, offset: int, stride: int) -> Axis | None:
-    whole = axes[axis]
-    for start, factors in boxes(whole) if whole is not None else ():
-        for unit, step in factors:
-            if (unit.size, start, step) == (size, offset, stride):
-                return unit
-    return None
 
 
 def _hidden(
     reading: Reading, taps: Taps, variables: Any, inputs: Any
-) -> Iterator[tuple[Group, jax.Array]]:
+) -> list[tuple[Group, jax.Array]]:
     """Runs the network and reads the hidden units at the taps: [copies, size, samples]."""
     hidden: list[tuple[Group, jax.Array]] = []
 
@@ -573,14 +548,14 @@ def _hidden(
             for place, group, site in taps.get(number, ())
             if operands[place].active
         )
-        outputs = delay(eqn, [partial(getattr, operand, "array") for operand in operands])
         active = any(operand.active for operand in operands)
-        return [_Value(output(), active) for output in outputs]
+        outputs = run_equation(eqn, [operand.array for operand in operands])
+        return [_Value(output, active) for output in outputs]
 
     args = [_Value(leaf, False) for leaf in jax.tree.leaves(variables)]
     args += [_Value(leaf, True) for leaf in jax.tree.leaves(inputs)]
     walk(reading.program.closed, args, visit, lambda constant: _Value(constant, False))
-    return iter(hidden)
+    return hidden
 
 
 class _Value(NamedTuple):

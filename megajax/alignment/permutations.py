@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megajax.alignment.symmetries import Group, Site, Symmetries
+from megajax.alignment.symmetries import Group, Site, Symmetries, sites_by_leaf
 from megajax.errors import SymmetryError
 from megajax.trees import leaves_by_path
 
@@ -160,20 +160,16 @@ def permute(symmetries: Symmetries, permutations: Permutations, variables: T) ->
     >>> permute(two, {"a": np.array([1, 0])}, variables)
     {'v': array([4., 3.]), 'w': array([[2., 1.]])}
     """
-    groups = {group.name: group for group in symmetries.groups}
+    names = {group.name for group in symmetries.groups}
     for name in permutations:
-        if name not in groups:
+        if name not in names:
             raise SymmetryError(f"permutation of {name!r}: no such group")
-    sites: dict[str, list[tuple[Group, Site]]] = collections.defaultdict(list)
-    for group in symmetries.groups:
-        if group.name in permutations:
-            for site in group.sites:
-                sites[site.path].append((group, site))
+    sites = sites_by_leaf(group for group in symmetries.groups if group.name in permutations)
     leaves = leaves_by_path(variables)
     for path in sites:
         if path not in leaves:
             raise SymmetryError(f"group {sites[path][0][0].name!r}: no leaf {path!r}")
-    moved = [_move(leaf, sites[path], permutations) for path, leaf in leaves.items()]
+    moved = [_move(leaf, sites.get(path, ()), permutations) for path, leaf in leaves.items()]
     return cast(T, jax.tree.unflatten(jax.tree.structure(variables), moved))
 
 
@@ -219,13 +215,10 @@ def unit_layout(group: Group, site: Site, shape: Sequence[int]) -> tuple[Array, 
     >>> [entries.tolist() for entries in unit_layout(hidden, hidden.sites[0], (3, 4))]
     [[-1, 0, 0, -1], [-1, 0, 1, -1]]
     """
-    here = _layout(site.offset, tuple(_factors(group, site)), shape[site.axis])
+    here, there = _layouts(group, site, shape)
     unit = np.where(here.stride != 0, here.unit, -1)
-    if site.copies is None or site.copies.axis == site.axis:
-        return np.where(here.stride != 0, here.copy, -1), unit
-    held = ((group.copies, site.copies.stride), (1, 1), *site.copies.repeats)
-    there = _layout(site.copies.offset, held, shape[site.copies.axis])
-    return np.where(there.stride != 0, there.copy, -1), unit
+    copies = there or here
+    return np.where(copies.stride != 0, copies.copy, -1), unit
 
 
 def _shape(group: Group) -> tuple[int, ...]:
@@ -262,17 +255,22 @@ def _layout(offset: int, factors: tuple[tuple[int, int], ...], size: int) -> _La
     return _Layout(copy, unit, stride)
 
 
+def _layouts(group: Group, site: Site, shape: Sequence[int]) -> tuple[_Layout, _Layout | None]:
+    """The layouts of the site's axis, and of the axis of the copies if that is another."""
+    here = _layout(site.offset, tuple(_factors(group, site)), shape[site.axis])
+    if site.copies is None or site.copies.axis == site.axis:
+        return here, None
+    held = ((group.copies, site.copies.stride), (1, 1), *site.copies.repeats)
+    return here, _layout(site.copies.offset, held, shape[site.copies.axis])
+
+
 def _source(group: Group, site: Site, p: Any, shape: Sequence[int]) -> tuple[Any, int | None]:
     """Where each entry of the site's axis comes from, and the axis that this depends on, if any."""
-    size = shape[site.axis]
-    here = _layout(site.offset, tuple(_factors(group, site)), size)
-    entry = np.arange(size, dtype=np.int32)
-    if site.copies is None:
-        return entry + here.stride * (p[here.unit] - here.unit), None
-    if site.copies.axis == site.axis:
+    here, there = _layouts(group, site, shape)
+    entry = np.arange(shape[site.axis], dtype=np.int32)
+    p = p.reshape(group.copies, group.size)
+    if site.copies is None or there is None:
         return entry + here.stride * (p[here.copy, here.unit] - here.unit), None
-    held = ((group.copies, site.copies.stride), (1, 1), *site.copies.repeats)
-    there = _layout(site.copies.offset, held, shape[site.copies.axis])
     inside = (there.stride[:, None] != 0) * here.stride
     return entry + inside * (p[there.copy][:, here.unit] - here.unit), site.copies.axis
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 from jax.extend import core
 
 from megajax.alignment.axes import Axis, atom, concat, pin, product, split, unify
-from megajax.program.jaxprs import ELEMENTWISE, UNKNOWN_FORM, bodies, shape_of, walk
+from megajax.program.jaxprs import ELEMENTWISE, UNKNOWN_FORM, bodies, shape_of, size_of, walk
 
 __all__ = ["RULES", "Axes", "Record", "fresh", "pin_all", "propagate"]
 
@@ -45,7 +45,7 @@ class Record:
     first: dict[int, int] = dataclasses.field(default_factory=dict)
 
 
-Rule = Callable[[core.JaxprEqn, list[Axes], Record, int | None], list[Axes]]
+Rule = Callable[[core.JaxprEqn, list[Axes], Record], list[Axes]]
 
 
 def fresh(shape: Sequence[int], reason: str | None = None) -> Axes:
@@ -89,21 +89,19 @@ def propagate(
     [2, 4]
     """
     place = {} if inside else {id(axes): i for i, axes in enumerate(args) if axes}
-    last = 0
 
     def visit(number: int, eqn: core.JaxprEqn, operands: Sequence[Axes]) -> Sequence[Axes]:
-        nonlocal last
-        last = number + 1
         note(operands, number)
-        at = None if inside else number
-        rule, ranks = RULES.get(eqn.primitive.name, _unknown), list(map(len, _shapes(eqn)))
+        name, ranks = eqn.primitive.name, list(map(len, _shapes(eqn)))
         try:
-            results = rule(eqn, list(operands), record, at)
+            results = RULES.get(name, _unknown)(eqn, list(operands), record)
             known = list(map(len, results)) == ranks
         except UNKNOWN_FORM:
             known = False
         if not known:
-            results = _unknown(eqn, list(operands), record, at)
+            results = _unknown(eqn, list(operands), record)
+        elif not inside and name in ("dot_general", "conv_general_dilated"):
+            record.contracted[number] = list(operands)
         record.values.extend(results)
         return results
 
@@ -119,7 +117,7 @@ def propagate(
 
     record.values.extend(args)
     results = walk(closed, args, visit, lift)
-    note(results, last)
+    note(results, size_of(closed))
     return results
 
 
@@ -149,13 +147,25 @@ def _unify_all(many: Iterable[Axes]) -> Axes:
     return tied
 
 
+def _sizes(eqn: core.JaxprEqn, ins: list[Axes]) -> Iterator[tuple[Axis | None, int, int]]:
+    """The axes of the first operand, with their sizes in it and in the first result."""
+    return zip(ins[0], shape_of(eqn.invars[0]), shape_of(eqn.outvars[0]), strict=True)
+
+
 def _pinned(axis: Axis | None, size: int, reason: str) -> Axis | None:
     """Pins `axis` and gives a pinned result axis in its stead."""
     pin(axis, reason)
     return None if size == 1 else atom(size, reason)
 
 
-def _unknown(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
+def _kept(eqn: core.JaxprEqn, axes: Axes, still: Sequence[bool]) -> list[Axes]:
+    """Of a primitive that leaves some axes as they are: the others are pinned."""
+    rows = zip(axes, shape_of(eqn.outvars[0]), still, strict=True)
+    name = eqn.primitive.name
+    return [tuple(axis if keep else _pinned(axis, n, name) for axis, n, keep in rows)]
+
+
+def _unknown(eqn: core.JaxprEqn, ins: list[Axes], record: Record) -> list[Axes]:
     name = eqn.primitive.name
     if any(axis is not None for axes in ins for axis in axes):
         record.unknown.add(name)
@@ -176,9 +186,12 @@ def _each(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     return list(ins)
 
 
+def _without(axes: Axes, gone: Collection[int]) -> list[Axes]:
+    return [tuple(axis for i, axis in enumerate(axes) if i not in gone)]
+
+
 def _reduce(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
-    gone = eqn.params["axes"]
-    return [tuple(axis for i, axis in enumerate(ins[0]) if i not in gone)]
+    return _without(ins[0], eqn.params["axes"])
 
 
 def _locate(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
@@ -195,13 +208,8 @@ def _ordered(*names: str) -> Rule:
         tied = _unify_all(ins)
         along = next(eqn.params[name] for name in names if name in eqn.params)
         along = (along,) if isinstance(along, int) else tuple(along)
-        return [
-            tuple(
-                _pinned(axis, n, eqn.primitive.name) if i in along else axis
-                for i, (axis, n) in enumerate(zip(tied, shape, strict=True))
-            )
-            for shape in _shapes(eqn)
-        ]
+        still = [i not in along for i in range(len(tied))]
+        return _kept(eqn, tied, still) * len(eqn.outvars)
 
     return rule
 
@@ -214,8 +222,7 @@ def _transpose(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 
 
 def _squeeze(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
-    gone = [d % len(ins[0]) for d in eqn.params["dimensions"]]
-    return [tuple(axis for i, axis in enumerate(ins[0]) if i not in gone)]
+    return _without(ins[0], [d % len(ins[0]) for d in eqn.params["dimensions"]])
 
 
 def _broadcast_in_dim(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
@@ -274,7 +281,7 @@ def _stack(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 def _unstack(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     d = eqn.params["axis"]
     pin(ins[0][d], "unstack")
-    return [(*ins[0][:d], *ins[0][d + 1 :])] * len(eqn.outvars)
+    return _without(ins[0], [d]) * len(eqn.outvars)
 
 
 def _split(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
@@ -286,10 +293,8 @@ def _split(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 
 def _pad(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     out = []
-    shapes = zip(ins[0], shape_of(eqn.invars[0]), _shapes(eqn)[0], strict=True)
-    for (axis, n, new), (low, high, between) in zip(
-        shapes, eqn.params["padding_config"], strict=True
-    ):
+    rows = zip(_sizes(eqn, ins), eqn.params["padding_config"], strict=True)
+    for (axis, n, new), (low, high, between) in rows:
         if low == high == between == 0:
             out.append(axis)
         elif low >= 0 and high >= 0 and between == 0:
@@ -300,35 +305,23 @@ def _pad(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 
 
 def _slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
-    p = eqn.params
-    strides = p["strides"] or (1,) * len(p["start_indices"])
     out = []
-    for axis, n, start, stop, stride in zip(
-        ins[0],
-        shape_of(eqn.invars[0]),
-        p["start_indices"],
-        p["limit_indices"],
-        strides,
-        strict=True,
-    ):
-        if axis is None or (start, stop, stride) == (0, n, 1):
+    strides = eqn.params["strides"] or (1,) * len(ins[0])
+    rows = zip(_sizes(eqn, ins), eqn.params["start_indices"], strides, strict=True)
+    for (axis, n, new), start, stride in rows:
+        if axis is None or n == new:
             out.append(axis)
         elif stride == 1:
-            part = split(axis, (start, stop - start, n - stop), "concat")[1]
-            out.append(part if part.size != 1 else None)
+            part = split(axis, (start, new, n - start - new), "concat")[1]
+            out.append(part if new != 1 else None)
         else:
-            out.append(_pinned(axis, -(-(stop - start) // stride), "slice"))
+            out.append(_pinned(axis, new, "slice"))
     return [tuple(out)]
 
 
 def _dynamic_slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
-    shapes = zip(ins[0], shape_of(eqn.invars[0]), _shapes(eqn)[0], strict=True)
-    return [
-        tuple(
-            axis if axis is None or n == new else _pinned(axis, new, "dynamic_slice")
-            for axis, n, new in shapes
-        )
-    ]
+    still = [axis is None or n == new for axis, n, new in _sizes(eqn, ins)]
+    return _kept(eqn, ins[0], still)
 
 
 def _dynamic_update_slice(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
@@ -379,31 +372,21 @@ def _gather(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
 # Rules for sums of products and windows.
 
 
-def _dot_general(
-    eqn: core.JaxprEqn, ins: list[Axes], record: Record, number: int | None
-) -> list[Axes]:
+def _dot_general(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
     (left_sum, right_sum), (left_batch, right_batch) = eqn.params["dimension_numbers"]
     left, right = ins
     for i, j in zip(left_sum, right_sum, strict=True):
         unify(left[i], right[j])
     batch = tuple(unify(left[i], right[j]) for i, j in zip(left_batch, right_batch, strict=True))
-    if number is not None:
-        record.contracted[number] = ins
-    return [
-        (
-            *batch,
-            *(axis for i, axis in enumerate(left) if i not in (*left_sum, *left_batch)),
-            *(axis for i, axis in enumerate(right) if i not in (*right_sum, *right_batch)),
-        )
-    ]
+    (rows,) = _without(left, (*left_sum, *left_batch))
+    (columns,) = _without(right, (*right_sum, *right_batch))
+    return [(*batch, *rows, *columns)]
 
 
-def _conv_general_dilated(
-    eqn: core.JaxprEqn, ins: list[Axes], record: Record, number: int | None
-) -> list[Axes]:
+def _conv_general_dilated(eqn: core.JaxprEqn, ins: list[Axes], record: Record) -> list[Axes]:
     p = eqn.params
     if p["batch_group_count"] != 1:
-        return _unknown(eqn, ins, record, number)
+        return _unknown(eqn, ins, record)
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]
     image, kernel = ins
     (image_shape, kernel_shape), (shape,) = (shape_of(x) for x in eqn.invars), _shapes(eqn)
@@ -429,48 +412,39 @@ def _conv_general_dilated(
         pointwise = kernel_shape[j] == 1 and still == (1, 1, (0, 0))
         pin(kernel[j], "convolution window")
         out[k] = image[i] if pointwise else _pinned(image[i], shape[k], "convolution window")
-    if number is not None:
-        record.contracted[number] = ins
     return [tuple(out)]
 
 
 def _reduce_window(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
-    p = eqn.params
-    out = []
-    for axis, n, *still in zip(
-        ins[0],
-        _shapes(eqn)[0],
-        p["window_dimensions"],
-        p["window_strides"],
-        p["padding"],
-        p["base_dilation"],
-        strict=True,
-    ):
-        out.append(axis if still == [1, 1, (0, 0), 1] else _pinned(axis, n, "pooling window"))
-    return [tuple(out)]
+    names = ("window_dimensions", "window_strides", "padding", "base_dilation")
+    windows = zip(*(eqn.params[name] for name in names), strict=True)
+    return [
+        tuple(
+            axis if window == (1, 1, (0, 0), 1) else _pinned(axis, new, "pooling window")
+            for (axis, _, new), window in zip(_sizes(eqn, ins), windows, strict=True)
+        )
+    ]
 
 
 # Rules for programs inside programs.
 
 
-def _cond(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
+def _cond(eqn: core.JaxprEqn, ins: list[Axes], record: Record) -> list[Axes]:
     results = [propagate(branch.closed, ins[1:], record, inside=True) for branch in bodies(eqn)]
     return [_unify_all(alike) for alike in zip(*results, strict=True)]
 
 
-def _carried(init: Axes, shape: Sequence[int]) -> Axes:
+def _carried(inits: Sequence[Axes], atoms: Sequence[Any]) -> list[Axes]:
     """The axes of a loop's carry: a value constant at the start may change inside."""
-    return tuple(a or b for a, b in zip(init, fresh(shape), strict=True))
+    pairs = zip(inits, map(fresh, map(shape_of, atoms)), strict=True)
+    return [tuple(a or b for a, b in zip(init, new, strict=True)) for init, new in pairs]
 
 
-def _scan(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
+def _scan(eqn: core.JaxprEqn, ins: list[Axes], record: Record) -> list[Axes]:
     (body,) = bodies(eqn)
     last = len(ins) - body.sliced
     first = last - body.carried
-    carry = [
-        _carried(axes, shape_of(x))
-        for axes, x in zip(ins[first:last], eqn.invars[first:last], strict=True)
-    ]
+    carry = _carried(ins[first:last], eqn.invars[first:last])
     length = eqn.params["length"]
     # With a carry the steps come one after another; without, they are alike.
     step = atom(length, "loop order" if carry else None)
@@ -486,12 +460,10 @@ def _scan(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) ->
     return [*after, *((time, *axes) for axes in results[len(carry) :])]
 
 
-def _while(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -> list[Axes]:
+def _while(eqn: core.JaxprEqn, ins: list[Axes], record: Record) -> list[Axes]:
     ask, body = bodies(eqn)
     last = len(ins) - body.carried
-    carry = [
-        _carried(axes, shape_of(x)) for axes, x in zip(ins[last:], eqn.invars[last:], strict=True)
-    ]
+    carry = _carried(ins[last:], eqn.invars[last:])
     placed = [*ins[:last], *carry]
     propagate(ask.closed, [placed[i] for i in ask.operands], record, inside=True)
     results = propagate(body.closed, [placed[i] for i in body.operands], record, inside=True)
@@ -499,25 +471,12 @@ def _while(eqn: core.JaxprEqn, ins: list[Axes], record: Record, _: int | None) -
 
 
 def _iota(eqn: core.JaxprEqn, ins: list[Axes], *_: Any) -> list[Axes]:
-    (shape,) = _shapes(eqn)
-    return [
-        tuple(
-            atom(n, "iota") if i == eqn.params["dimension"] and n != 1 else None
-            for i, n in enumerate(shape)
-        )
-    ]
+    (shape,), along = _shapes(eqn), eqn.params["dimension"]
+    return [tuple(_pinned(None, n, "iota") if i == along else None for i, n in enumerate(shape))]
 
 
 _EACH = ("device_put", "optimization_barrier")
-_REDUCTIONS = (
-    "reduce_and",
-    "reduce_max",
-    "reduce_min",
-    "reduce_or",
-    "reduce_prod",
-    "reduce_sum",
-    "reduce_xor",
-)
+_REDUCTIONS = [f"reduce_{name}" for name in ("and", "max", "min", "or", "prod", "sum", "xor")]
 _ORDERED = ("cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "rev", "sort")
 _WINDOWS = ("reduce_window_max", "reduce_window_min", "reduce_window_sum")
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from megajax.alignment.axes import Axis, Box, boxes
+from megajax.alignment.axes import Axis, boxes
 from megajax.alignment.propagation import Axes, Record, fresh, pin_all, propagate
 from megajax.program.jaxprs import Program, trace
 from megajax.program.roles import find_statistics
@@ -38,12 +38,15 @@ __all__ = [
     "Copies",
     "Group",
     "Pinned",
+    "Place",
     "Reading",
     "Site",
     "Symmetries",
     "find_symmetries",
+    "places",
     "read",
     "site_at",
+    "sites_by_leaf",
 ]
 
 Repeats = tuple[tuple[int, int], ...]
@@ -189,6 +192,19 @@ class Reading(NamedTuple):
     record: Record
 
 
+def sites_by_leaf(groups: Iterable[Group]) -> dict[str, list[tuple[Group, Site]]]:
+    """For the path of each leaf the groups that sit in it, once for every site.
+
+    >>> sites_by_leaf([Group("a", 4, (Site("w", 1), Site("v", 0)))])["v"][0][1]
+    Site(path='v', axis=0, offset=0, stride=1, repeats=(), copies=None)
+    """
+    found: dict[str, list[tuple[Group, Site]]] = {}
+    for group in groups:
+        for site in group.sites:
+            found.setdefault(site.path, []).append((group, site))
+    return found
+
+
 def find_symmetries(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> Symmetries:
     """Finds the permutation symmetries of a network from its program, without running it.
 
@@ -250,71 +266,90 @@ def read(program: Program) -> Reading:
 def _symmetries(program: Program, statistics: tuple[int, ...]) -> Symmetries:
     """Collects the groups of a program."""
     _, paths, axes_of, record = read(program)
-    found: dict[Axis, list[tuple[int, int, int, int]]] = {}
+    found: dict[Axis, list[tuple[int, Place]]] = {}
     pinned = set()
     for leaf in sorted(range(len(paths)), key=lambda leaf: record.first.get(leaf, -1)):
         # The units that a leaf makes usually lie along its last axis: they give it their name.
-        for axis in reversed(range(len(axes_of[leaf]))):
-            for at, (_, factors) in enumerate(_boxes(axes_of[leaf][axis])):
-                for factor, (unit, _) in enumerate(factors):
-                    if unit.size != 1 and unit.reason is None:
-                        found.setdefault(unit, []).append((leaf, axis, at, factor))
-                    else:
-                        reason = unit.reason or "a single unit"
-                        pinned.add(Pinned(paths[leaf], axis, reason))
+        for place in sorted(places(axes_of[leaf]), key=lambda place: -place.axis):
+            reason = place.unit.reason or ("a single unit" if place.unit.size == 1 else None)
+            if reason is None:
+                found.setdefault(place.unit, []).append((leaf, place))
+            else:
+                pinned.add(Pinned(paths[leaf], place.axis, reason))
     holders = _holders(record.values, set(found))
     found = dict(sorted(found.items(), key=lambda item: item[0] in holders))
     made_by = (paths[where[0][0]] for where in found.values())
-    names = dict(
-        zip(found, _unique(path.rpartition("/")[0] or path for path in made_by), strict=True)
-    )
-    groups = tuple(
-        Group(
-            names[unit],
-            unit.size,
-            tuple(
-                site_at(axes_of[leaf], paths[leaf], axis, at, factor, holders.get(unit))
-                for leaf, axis, at, factor in where
-            ),
-            holders[unit].size if unit in holders else 1,
-            names.get(holders[unit]) if unit in holders else None,
-        )
-        for unit, where in found.items()
-    )
-    unknown = tuple(sorted(record.unknown))
-    return Symmetries(groups, tuple(sorted(pinned)), unknown, tuple(paths[i] for i in statistics))
+    modules = (path.rpartition("/")[0] or path for path in made_by)
+    names = dict(zip(found, _unique(modules), strict=True))
+    groups = []
+    for unit, where in found.items():
+        holder = holders.get(unit)
+        sites = tuple(site_at(axes_of[i], paths[i], place, holder) for i, place in where)
+        group = Group(names[unit], unit.size, sites)
+        if holder is not None:
+            group = group._replace(copies=holder.size, within=names.get(holder))
+        groups.append(group)
+    unknown, leaves = tuple(sorted(record.unknown)), tuple(paths[i] for i in statistics)
+    return Symmetries(tuple(groups), tuple(sorted(pinned)), unknown, leaves)
 
 
-def site_at(axes: Axes, path: str, axis: int, at: int, factor: int, holder: Axis | None) -> Site:
-    """Describes where one factor of one box of an axis lies.
+class Place(NamedTuple):
+    """A place of an atom in an array: one factor of one box (see `megajax.alignment.axes.boxes`).
+
+    Attributes:
+        unit: the atom.
+        axis: the axis of the array.
+        offset: the offset of the box.
+        stride: the atom's stride.
+        beside: the other factors of the box, with their strides.
+    """
+
+    unit: Axis
+    axis: int
+    offset: int
+    stride: int
+    beside: tuple[tuple[Axis, int], ...]
+
+
+def places(axes: Axes) -> list[Place]:
+    """Where the atoms of an array's axes lie.
+
+    >>> [(place.axis, place.unit.size) for place in places(fresh((3, 8)))]
+    [(0, 3), (1, 8)]
+    """
+    return [
+        Place(unit, axis, offset, stride, factors[:i] + factors[i + 1 :])
+        for axis, whole in enumerate(axes)
+        for offset, factors in boxes(whole)
+        for i, (unit, stride) in enumerate(factors)
+    ]
+
+
+def site_at(axes: Axes, path: str, place: Place, holder: Axis | None) -> Site:
+    """Describes a place.
 
     Args:
         axes: the axes of the array.
         path: its path.
-        axis: the axis.
-        at: the number of the box (see `megajax.alignment.axes.boxes`).
-        factor: the number of the factor in the box.
+        place: one of `places(axes)`.
         holder: the axis within whose units these are, if any.
 
-    >>> site_at(fresh((3, 8)), "w", axis=1, at=0, factor=0, holder=None)
+    >>> axes = fresh((3, 8))
+    >>> site_at(axes, "w", places(axes)[1], holder=None)
     Site(path='w', axis=1, offset=0, stride=1, repeats=(), copies=None)
     """
-    offset, factors = _boxes(axes[axis])[at]
-    stride = factors[factor][1]
     rest = tuple(
-        (unit.size, step)
-        for i, (unit, step) in enumerate(factors)
-        if i != factor and unit is not holder and unit.size != 1
+        (unit.size, step) for unit, step in place.beside if unit is not holder and unit.size != 1
     )
+    site = Site(path, place.axis, place.offset, place.stride, rest)
     if holder is None:
-        return Site(path, axis, offset, stride, rest)
-    beside = [step for unit, step in factors if unit is holder]
-    copies = Copies(axis, 0, beside[0]) if beside else _copies(axes, holder)
-    return Site(path, axis, offset, stride, rest, copies)
-
-
-def _boxes(axis: Axis | None) -> list[Box]:
-    return [] if axis is None else boxes(axis)
+        return site
+    steps = [step for unit, step in place.beside if unit is holder]
+    if steps:
+        return site._replace(copies=Copies(place.axis, 0, steps[0]))
+    held = next(one for one in places(axes) if one.unit is holder)
+    rest = tuple((unit.size, step) for unit, step in held.beside)
+    return site._replace(copies=Copies(held.axis, held.offset, held.stride, rest))
 
 
 def _holders(values: Iterable[Axes], units: set[Axis]) -> dict[Axis, Axis]:
@@ -327,7 +362,7 @@ def _holders(values: Iterable[Axes], units: set[Axis]) -> dict[Axis, Axis]:
     """
     candidates: dict[Axis, set[Axis]] = {}
     for axes in values:
-        spread = [_boxes(axis) for axis in axes]
+        spread = [boxes(axis) for axis in axes]
         for i, own in enumerate(spread):
             others = [
                 unit
@@ -348,16 +383,6 @@ def _holders(values: Iterable[Axes], units: set[Axis]) -> dict[Axis, Axis]:
         if left and unit not in holders.values():
             holders[unit] = max(left, key=lambda other: (other in units, other.size))
     return holders
-
-
-def _copies(axes: Axes, holder: Axis) -> Copies:
-    for axis, whole in enumerate(map(_boxes, axes)):
-        for offset, factors in whole:
-            for unit, stride in factors:
-                if unit is holder:
-                    rest = ((u.size, step) for u, step in factors if u is not holder)
-                    return Copies(axis, offset, stride, tuple(rest))
-    raise AssertionError("units without those that hold them")
 
 
 def _unique(names: Iterable[str]) -> list[str]:

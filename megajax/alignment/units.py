@@ -14,7 +14,13 @@ import jax
 import numpy as np
 
 from megajax.alignment.permutations import unit_layout
-from megajax.alignment.symmetries import Group, Site, Symmetries, find_symmetries
+from megajax.alignment.symmetries import (
+    Group,
+    Site,
+    Symmetries,
+    find_symmetries,
+    sites_by_leaf,
+)
 from megajax.program.roles import Role, find_roles
 from megajax.trees import leaf_paths
 from megajax.types import ApplyFn, PyTree
@@ -51,10 +57,7 @@ def unit_labels(
     """
     if symmetries is None:
         symmetries = find_symmetries(apply_fn, variables, inputs)
-    sites: dict[str, list[tuple[Group, Site]]] = {}
-    for group in symmetries.groups:
-        for site in group.sites:
-            sites.setdefault(site.path, []).append((group, site))
+    sites = sites_by_leaf(symmetries.groups)
     leaves, treedef = jax.tree.flatten(variables)
     paths = leaf_paths(variables)
     roles = find_roles(apply_fn, variables, inputs).leaves

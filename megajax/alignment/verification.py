@@ -21,8 +21,8 @@ from megajax.alignment.permutations import (
 )
 from megajax.alignment.symmetries import Symmetries
 from megajax.errors import DataError, ParentsError, SymmetryError
-from megajax.program.jaxprs import Delayed, Program, bodies, body_of, delay, run, static, trace
-from megajax.trees import leaves_by_path
+from megajax.program.jaxprs import Delayed, Program, delay, run, static, trace
+from megajax.trees import leaves_by_path, not_finite
 from megajax.types import ApplyFn, Key, PyTree
 
 __all__ = ["verify"]
@@ -149,16 +149,14 @@ def _flipped(operand: Delayed, axes: tuple[int, ...]) -> jax.Array:
 def _epsilon(program: Program) -> float:
     """The spacing of the coarsest floating-point type that anything in a program has."""
 
-    def dtypes(closed: core.ClosedJaxpr) -> Iterator[Any]:
-        for equation in closed.jaxpr.eqns:
-            yield from (getattr(atom.aval, "dtype", None) for atom in equation.outvars)
-            call = body_of(equation)
-            for one in [call] if call is not None else [b.closed for b in bodies(equation)]:
-                yield from dtypes(one)
+    def dtypes(jaxpr: core.Jaxpr) -> Iterator[Any]:
+        for equation in jaxpr.eqns:
+            yield from (getattr(atom.aval, "dtype", bool) for atom in equation.outvars)
+            for inside in core.jaxprs_in_params(equation.params):
+                yield from dtypes(inside)
 
-    floats = {one for one in dtypes(program.closed) if one is not None}
-    floats = {one for one in floats if jnp.issubdtype(one, jnp.floating)}
-    return max((float(jnp.finfo(one).eps) for one in floats), default=float(jnp.finfo(float).eps))
+    floats = {one for one in dtypes(program.closed.jaxpr) if jnp.issubdtype(one, jnp.floating)}
+    return max(float(jnp.finfo(one).eps) for one in floats or {float})
 
 
 def _floating(outputs: Sequence[jax.Array]) -> list[Array]:
@@ -196,11 +194,9 @@ def _check_numbers(outputs: Sequence[Array], variables: PyTree, inputs: Any) -> 
     for error, name, tree in ((DataError, "inputs", inputs), (ParentsError, "leaf", variables)):
         for path, leaf in leaves_by_path(tree).items():
             values = np.asarray(leaf)
-            if jnp.issubdtype(values.dtype, jnp.inexact):
-                bad = values.size - int(np.isfinite(values).sum())
-                if bad:
-                    at = f"{name} {path}".strip()
-                    raise error(f"{at}: {bad} of {values.size} values are not finite")
+            if jnp.issubdtype(values.dtype, jnp.inexact) and (bad := not_finite(values)):
+                at = f"{name} {path}".strip()
+                raise error(f"{at}: {bad} of {values.size} values are not finite")
     raise DataError(
         "the network's outputs are not a number, for inputs and weights that are finite"
     )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Protocol
 
 import jax
-from jax.dtypes import canonicalize_dtype
 
 from megajax.alignment.units import unit_labels
 from megajax.errors import ConfigError, first_line
@@ -24,7 +23,7 @@ from megajax.merging.weights import Weights
 from megajax.program.roles import find_layers, find_statistics
 from megajax.search.genetic import Space
 from megajax.sections import Pattern, Section, at_least, between, one_of
-from megajax.trees import Static, leaves_by_path
+from megajax.trees import Static, described, leaves_by_path
 from megajax.types import ApplyFn, Genes, PyTree
 
 __all__ = ["GENOMES", "Genome", "GenomeConfig", "make_genome"]
@@ -176,27 +175,22 @@ def check_genome(genome: Genome, size: int, parents: PyTree, variables: PyTree) 
         if leaf.shape[:1] != (size,):
             of_leaf = f"leaf {path} as " if path else ""
             raise ConfigError(
-                f"genome.init gives {of_leaf}{_told(leaf)} for {size} individuals: [{size}, ...] "
-                "is needed"
+                f"genome.init gives {of_leaf}{described(leaf)} for {size} individuals: "
+                f"[{size}, ...] is needed"
             )
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), genes)
-    _check_alike("express", shapes("express", genome.express, one, parents), variables)
+    wanted = jax.eval_shape(lambda tree: tree, variables)  # as a device holds them
+    _check_alike("express", shapes("express", genome.express, one, parents), wanted)
     _check_alike("repair", shapes("repair", genome.repair, genes), genes)
 
 
 def _check_alike(name: str, found: PyTree, wanted: PyTree) -> None:
     there, here = leaves_by_path(found), leaves_by_path(wanted)
     for path in {**here, **there}:
-        gave, needed = (
-            _told(tree[path]) if path in tree else "no such leaf" for tree in (there, here)
-        )
+        gave, needed = described(there.get(path)), described(here.get(path))
         if gave != needed:
             of_leaf = f"leaf {path} as " if path else ""
             raise ConfigError(f"genome.{name} gives {of_leaf}{gave}: {needed} is needed")
-
-
-def _told(leaf: Any) -> str:
-    return f"{canonicalize_dtype(leaf.dtype, True)}[{','.join(map(str, leaf.shape))}]"
 
 
 def _masks(

@@ -306,14 +306,12 @@ def _broadcastable(labels: PyTree, variables: PyTree) -> PyTree:
             raise ConfigError(f"labels of leaf {path} are {array.dtype}: integers are needed")
         shape = np.shape(leaf)
         try:
-            fits = np.broadcast_shapes(array.shape, shape) == shape
+            np.broadcast_to(array, shape)
         except ValueError:
-            fits = False
-        if not fits:
             raise ConfigError(
                 f"labels of leaf {path} have shape {array.shape}, which does not broadcast to "
                 f"{shape}"
-            )
+            ) from None
         if array.min(initial=FROZEN) < FROZEN:
             raise ConfigError(f"labels of leaf {path} go down to {array.min()}: -1 is the lowest")
         rank = (1,) * (len(shape) - array.ndim)
@@ -331,20 +329,20 @@ def _frozen_and_renumbered(
     if used != set(range(len(used))):
         gap = next(i for i in range(len(used)) if i not in used)
         raise ConfigError(f"labels skip gene {gap}: genes are numbered from 0 without gaps")
-    hit = [False] * len(paths)
+    hit: set[str] = set()
     for pattern in [freeze] if isinstance(freeze, str) else freeze or ():
         try:
-            matches = [bool(re.search(pattern, path)) for path in paths]
+            matches = {path for path in paths if re.search(pattern, path)}
         except re.error as error:
             raise ConfigError(f"genome.freeze is {pattern!r}: {error}") from None
-        if not any(matches):
+        if not matches:
             raise ConfigError(
                 f"genome.freeze is {pattern!r}: it matches no leaf, such as {paths[0]}"
             )
-        hit = [before or now for before, now in zip(hit, matches, strict=True)]
+        hit |= matches
     leaves = [
-        np.full_like(leaf, FROZEN) if frozen or not is_mixable(one) else leaf
-        for leaf, one, frozen in zip(leaves, jax.tree.leaves(variables), hit, strict=True)
+        np.full_like(leaf, FROZEN) if path in hit or not is_mixable(one) else leaf
+        for path, leaf, one in zip(paths, leaves, jax.tree.leaves(variables), strict=True)
     ]
     kept = sorted(set().union(*(np.unique(leaf).tolist() for leaf in leaves)) - {FROZEN})
     if not kept:

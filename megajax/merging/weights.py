@@ -75,18 +75,15 @@ class Weights:
 
     def init(self, key: Key, size: int, parents: PyTree) -> PyTree:
         """The first population; see `line`."""
-        wide = jax.tree.map(
-            lambda leaf, has: (
-                leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if has else leaf
-            ),
-            parents,
-            jax.tree.unflatten(jax.tree.structure(parents), self._has_gene),
-        )
+        has_gene = jax.tree.unflatten(jax.tree.structure(parents), self._has_gene)
+
+        def wide(leaf: Any, has: bool) -> Any:
+            return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if has else leaf
+
         points = self.line.init(key, size)
-        networks = jax.vmap(self.line.express, (0, None), 0)(points, wide)
-        leaves, treedef = jax.tree.flatten(networks)
-        pairs = zip(leaves, self._has_gene, strict=True)
-        return jax.tree.unflatten(treedef, [leaf if has else None for leaf, has in pairs])
+        express = jax.vmap(self.line.express, (0, None), 0)
+        networks = express(points, jax.tree.map(wide, parents, has_gene))
+        return jax.tree.map(lambda leaf, has: leaf if has else None, networks, has_gene)
 
     def express(self, genes: PyTree, parents: PyTree) -> PyTree:
         """The network of one individual; `parents` from `stack`."""
@@ -107,9 +104,9 @@ class Weights:
 
     def repair(self, genes: PyTree) -> PyTree:
         """Sets negative variances to zero, if so chosen."""
-        return self._by_leaf(
-            genes, lambda i, leaf: jnp.maximum(leaf, 0) if i in self.clipped else leaf
-        )
+        leaves = self._by_number(genes)
+        leaves |= {i: jnp.maximum(leaves[i], 0) for i in leaves if i in self.clipped}
+        return jax.tree.unflatten(jax.tree.structure(genes), leaves.values())
 
     def sample(self, key: Key, shape: tuple[int, ...], dtype: Any) -> jax.Array:
         """There is nothing to draw new weights from."""
@@ -117,10 +114,8 @@ class Weights:
 
     def noise(self, key: Key, genes: Genes, *, rate: float, scale: float) -> Genes:
         """The Gaussian mutation of these genes."""
-        noisy: dict[int, jax.Array] = {}
-        self._by_leaf(
-            genes, lambda i, leaf: noisy.setdefault(i, leaf) if i not in self.quiet else leaf
-        )
+        leaves = self._by_number(genes)
+        noisy = {i: leaf for i, leaf in leaves.items() if i not in self.quiet}
         mutated = operators.gaussian(
             key,
             list(noisy.values()),
@@ -129,8 +124,8 @@ class Weights:
             relative=self.relative_noise,
             gene_ndim=None,
         )
-        new = dict(zip(noisy, mutated, strict=True))
-        return self._by_leaf(genes, lambda i, leaf: new.get(i, leaf))
+        leaves |= zip(noisy, mutated, strict=True)
+        return jax.tree.unflatten(jax.tree.structure(genes), leaves.values())
 
     def encode(self, genes: PyTree) -> PyTree:
         """The weights themselves."""
@@ -140,9 +135,7 @@ class Weights:
         """The weights themselves, variances repaired."""
         return self.repair(free)
 
-    def _by_leaf(self, genes: PyTree, function: Any) -> PyTree:
-        """`function(number of the network's leaf, gene)` for each gene."""
+    def _by_number(self, genes: PyTree) -> dict[int, jax.Array]:
+        """The genes by the number of the network's leaf."""
         numbers = [i for i, has in enumerate(self._has_gene) if has]
-        leaves, treedef = jax.tree.flatten(genes)
-        pairs = zip(numbers, leaves, strict=True)
-        return jax.tree.unflatten(treedef, [function(i, leaf) for i, leaf in pairs])
+        return dict(zip(numbers, jax.tree.leaves(genes), strict=True))

@@ -227,12 +227,8 @@ def _steps(one: Statistic) -> tuple[Step, ...]:
     return (*one.mean_steps, *one.variance_steps)
 
 
-def _itself(value: jax.Array, *_: Any) -> jax.Array:
-    return value
-
-
 _UNDO: dict[str, Callable[..., jax.Array]] = {
-    **dict.fromkeys(("max", "min", "clamp", "abs", "reduce_precision"), _itself),
+    **dict.fromkeys(("max", "min", "clamp", "abs", "reduce_precision"), lambda value, *_: value),
     "add": lambda value, _, other: value - other,
     "sub": lambda value, place, other: other - value if place else value + other,
     "mul": lambda value, _, other: value / other,

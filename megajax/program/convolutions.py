@@ -87,15 +87,7 @@ def widen_kernel(equation: core.JaxprEqn, kernel: jax.Array) -> jax.Array:
 
 def convolve_widely(equation: core.JaxprEqn, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
     """What the convolution gives, from the kernel of `widen_kernel`."""
-    params = equation.params
-    down, right = params["window_strides"]
-    wide = lax.conv_general_dilated(
-        inputs,
-        kernel,
-        (down, right * pixels_at_once(equation)),
-        params["padding"],
-        dimension_numbers=params["dimension_numbers"],
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
+    down, right = equation.params["window_strides"]
+    params = {**equation.params, "window_strides": (down, right * pixels_at_once(equation))}
+    wide: jax.Array = equation.primitive.bind(inputs, kernel, **params)
     return wide.reshape(shape_of(equation.outvars[0]))

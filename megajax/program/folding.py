@@ -106,7 +106,8 @@ class Folded:
         specs = zip(leaves, program.shapes, strict=True)
         weights = [_Known(known(leaf), _varying(spec.shape)) for leaf, spec in specs]
         visit = partial(_visit, plan, at)
-        values = walk(program.closed, [*weights, *inputs], visit, _constant, wanted=plan.wanted)
+        wanted = plan.folded.union(plan.steps)
+        values = walk(program.closed, [*weights, *inputs], visit, _constant, wanted=wanted)
         atoms = program.closed.jaxpr.outvars
         results = [at.operand(*pair) for pair in zip(values, atoms, strict=True)]
         return jax.tree.unflatten(program.output_tree, results)
@@ -167,20 +168,12 @@ class _Plan(NamedTuple):
     Attributes:
         steps: for contractions with weights, how many equations behind them are folded into them.
         folded: the numbers of those equations.
-        wide: the numbers of the convolutions that compute several pixels at once.
-        wanted: all these numbers.
+        wide: narrow convolutions compute several pixels at once.
     """
 
     steps: dict[int, int]
     folded: frozenset[int]
-    wide: frozenset[int]
-    wanted: frozenset[int]
-
-
-class _Weights(NamedTuple):
-    """A value that depends on weights alone, and the dimensions along which it varies."""
-
-    varies: tuple[bool, ...]
+    wide: bool
 
 
 class _Chain(NamedTuple):
@@ -205,13 +198,14 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
     arguments: list[Any] = [None] * len(program.closed.jaxpr.invars)
     uses.update(walk(program.closed, arguments, count, lambda _: None))
     chains: dict[int, list[tuple[int, str]]] = {}
-    widened: set[int] = set()
+    steps: dict[int, int] = {}
 
     def visit(number: int, equation: core.JaxprEqn, operands: Sequence[Any]) -> list[Any]:
         name, result = equation.primitive.name, equation.outvars[0].aval
-        weights = [one for one in operands if isinstance(one, _Weights)]
+        weights = [one for one in operands if isinstance(one, _Known)]
         if len(weights) == len(operands):
-            return [_Weights(_varies(equation, weights, shape_of(x))) for x in equation.outvars]
+            varies = [_varies(equation, weights, shape_of(atom)) for atom in equation.outvars]
+            return [_Known(known(None), one) for one in varies]
         made: list[Any] = [None] * len(equation.outvars)
         floats = jnp.issubdtype(getattr(result, "dtype", bool), jnp.floating)
         if not floats or len(weights) > 1 or len(operands) > 2:
@@ -224,7 +218,7 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
             if units and not grouped and (place == 1 or name == "dot_general"):
                 chains[number] = []
                 if wide and pixels_at_once(equation) > 1:
-                    widened.add(number)
+                    steps[number] = 0
                 made = [_Chain(number, frozenset(units), number)]
         elif isinstance(chain, _Chain) and uses[chain.made_by] == 1:
             along = {dim for one in weights for dim, varies in enumerate(one.varies) if varies}
@@ -234,10 +228,9 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
                 made = [chain._replace(made_by=number)]
         return made
 
-    values: list[Any] = [_Weights(_varying(spec.shape)) for spec in program.shapes]
+    values: list[Any] = [_Known(known(None), _varying(spec.shape)) for spec in program.shapes]
     values += arguments[len(values) :]
-    walk(program.closed, values, visit, lambda value: _Weights(_varying(jnp.shape(value))))
-    steps = dict.fromkeys(widened, 0)
+    walk(program.closed, values, visit, _constant)
     folded: set[int] = set()
     for head, chain in chains.items():
         while chain and chain[-1][1] not in _AFFINE:
@@ -245,7 +238,7 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
         if affine and any(name in ("mul", "div") for _, name in chain):
             steps[head] = len(chain)
             folded |= {number for number, _ in chain}
-    return _Plan(steps, frozenset(folded), frozenset(widened), frozenset(folded.union(steps)))
+    return _Plan(steps, frozenset(folded), wide)
 
 
 def _varying(shape: Sequence[int]) -> tuple[bool, ...]:
@@ -253,7 +246,7 @@ def _varying(shape: Sequence[int]) -> tuple[bool, ...]:
 
 
 def _varies(
-    equation: core.JaxprEqn, weights: Sequence[_Weights], shape: Sequence[int]
+    equation: core.JaxprEqn, weights: Sequence[_Known], shape: Sequence[int]
 ) -> tuple[bool, ...]:
     """Along which dimensions an equation's result varies."""
     moved = moved_axes(equation, weights[0].varies) if len(weights) == 1 else None
@@ -338,11 +331,10 @@ def _visit(
     if all(isinstance(one, _Known) for one in operands):
         outputs = delay(equation, [one.get for one in operands])
         free = all(one.free for one in operands)
-        weights = [_Weights(one.varies) for one in operands]
         rounded = equation.primitive.name == "convert_element_type"
         source = (operands[0].source or operands[0].get) if rounded else None
         return [
-            _Known(output, _varies(equation, weights, shape_of(atom)), free, source)
+            _Known(output, _varies(equation, operands, shape_of(atom)), free, source)
             for output, atom in zip(outputs, equation.outvars, strict=True)
         ]
     if number in plan.folded:
@@ -352,7 +344,7 @@ def _visit(
         one = one._replace(steps=(*one.steps, step), left=one.left - 1)
         return [one] if one.left else [_closed(at, one, equation.outvars[0].aval)]
     if number in plan.steps:
-        wide = number in plan.wide
+        wide = plan.wide and pixels_at_once(equation) > 1
         one = _Open(equation, tuple(operands), plan.steps[number], wide)
         return [one] if one.left else [_closed(at, one, equation.outvars[0].aval)]
     values = [at.operand(*pair) for pair in zip(operands, equation.invars, strict=True)]

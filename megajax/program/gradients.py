@@ -60,36 +60,24 @@ def _visit(number: int, equation: core.JaxprEqn, operands: Sequence[Any]) -> Seq
     del number
     if not is_plain(equation):
         return run_equation(equation, operands)
-    params, (x, kernel) = equation.params, operands
-    rest = (params["precision"], params["preferred_element_type"])
-    return [_convolve(x, kernel, params["window_strides"], tuple(params["padding"]), *rest)]
+    x, kernel = operands
+    return [_convolve(x, kernel, equation)]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _convolve(
-    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, precision: Any, dtype: Any
-) -> jax.Array:
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        strides,
-        padding,
-        dimension_numbers=_LAYOUT,
-        precision=precision,
-        preferred_element_type=dtype,
-    )
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x: jax.Array, kernel: jax.Array, equation: core.JaxprEqn) -> Any:
+    return run_equation(equation, [x, kernel])[0]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, *static: Any) -> Any:
-    return _convolve(x, kernel, *static), (x, kernel)
+def _forward(x: jax.Array, kernel: jax.Array, equation: core.JaxprEqn) -> Any:
+    return _convolve(x, kernel, equation), (x, kernel)
 
 
-def _backward(
-    strides: Any, padding: Any, precision: Any, dtype: Any, kept: Any, slope: jax.Array
-) -> Any:
-    x, kernel = kept
-    of_kernel, of_x = [], []
-    sizes = zip(x.shape[1:3], kernel.shape[:2], slope.shape[1:3], strides, padding, strict=True)
+def _backward(equation: core.JaxprEqn, kept: Any, slope: jax.Array) -> Any:
+    params, (x, kernel) = equation.params, kept
+    strides, of_kernel, of_x = params["window_strides"], [], []
+    shapes = (x.shape[1:3], kernel.shape[:2], slope.shape[1:3])
+    sizes = zip(*shapes, strides, params["padding"], strict=True)
     for size, width, made, stride, (low, _) in sizes:
         spread = (made - 1) * stride + 1
         of_kernel.append((low, width - 1 + spread - size - low))
@@ -98,8 +86,8 @@ def _backward(
         lax.conv_general_dilated,
         window_strides=(1, 1),
         dimension_numbers=_LAYOUT,
-        precision=precision,
-        preferred_element_type=dtype,
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
     )
 
     def of_some(images: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -29,6 +29,7 @@ __all__ = [
     "bodies",
     "body_of",
     "delay",
+    "dependences",
     "known",
     "moved_axes",
     "produced_axes",
@@ -262,10 +263,7 @@ def body_of(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
         >>> len(body_of(equation).eqns)
         1
     """
-    if equation.primitive.name not in CALLS:
-        return None
-    whole = _whole_body(equation)
-    return None if whole is None else whole.closed
+    return _whole_body(equation) if equation.primitive.name in CALLS else None
 
 
 def bodies(equation: core.JaxprEqn) -> list[Body]:
@@ -278,31 +276,31 @@ def bodies(equation: core.JaxprEqn) -> list[Body]:
         ...  for body in bodies(jax.make_jaxpr(f)(jax.numpy.ones(3)).eqns[-1])]
         [((0, 1), 1, 1)]
     """
-    name, params, count = equation.primitive.name, equation.params, len(equation.invars)
+    name, params, every = equation.primitive.name, equation.params, range(len(equation.invars))
     try:
         if name == "cond":
-            return [Body(_closed(one), tuple(range(1, count))) for one in params["branches"]]
+            return [Body(_closed(one), tuple(every[1:])) for one in params["branches"]]
         if name == "while":
             first = params["cond_nconsts"]
-            last = first + params["body_nconsts"]
-            carry = tuple(range(last, count))
+            carry = every[first + params["body_nconsts"] :]
             return [
-                Body(_closed(params["cond_jaxpr"]), (*range(first), *carry), len(carry)),
-                Body(_closed(params["body_jaxpr"]), (*range(first, last), *carry), len(carry)),
+                Body(_closed(params["cond_jaxpr"]), (*every[:first], *carry), len(carry)),
+                Body(_closed(params["body_jaxpr"]), tuple(every[first:]), len(carry)),
             ]
         whole = None if name in CALLS else _whole_body(equation)
-        if whole is None or name != "scan":
-            return [] if whole is None else [whole]
+        if whole is None:
+            return []
+        if name != "scan":
+            return [Body(whole, tuple(every))]
         # Which are carried and which are sliced is told by the shapes, in every version of JAX.
-        inside = whole.closed.jaxpr
-        carried = sum(map(_same_rank, equation.outvars, inside.outvars))
-        sliced = count - sum(map(_same_rank, equation.invars, inside.invars))
-        return [whole._replace(carried=carried, sliced=sliced)]
+        carried = sum(map(_same_rank, equation.outvars, whole.jaxpr.outvars))
+        sliced = len(every) - sum(map(_same_rank, equation.invars, whole.jaxpr.invars))
+        return [Body(whole, tuple(every), carried, sliced)]
     except UNKNOWN_FORM:
         return []
 
 
-def _whole_body(equation: core.JaxprEqn) -> Body | None:
+def _whole_body(equation: core.JaxprEqn) -> core.ClosedJaxpr | None:
     """The one program inside an equation that takes its operands and gives its outputs."""
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     body = next((equation.params[name] for name in names if name in equation.params), None)
@@ -311,7 +309,7 @@ def _whole_body(equation: core.JaxprEqn) -> Body | None:
     closed = _closed(body)
     fits = len(closed.jaxpr.invars) == len(equation.invars)
     fits = fits and len(closed.jaxpr.outvars) == len(equation.outvars)
-    return Body(closed, tuple(range(len(equation.invars)))) if fits else None
+    return closed if fits else None
 
 
 def _closed(jaxpr: Any) -> core.ClosedJaxpr:
@@ -320,6 +318,27 @@ def _closed(jaxpr: Any) -> core.ClosedJaxpr:
 
 def _same_rank(one: Any, other: Any) -> bool:
     return len(shape_of(one)) == len(shape_of(other))
+
+
+def dependences(program: Program) -> list[frozenset[int]]:
+    """For each result of a program the leaves of its variables that it depends on, by number.
+
+    What goes into a loop or a branch counts as read by all that comes out of it.
+
+    Example:
+        >>> dependences(trace(lambda w, x: (x + w[1], w[0] * w[1]), [1.0, 2.0], 3.0))
+        [frozenset({1}), frozenset({0, 1})]
+    """
+    count = len(program.closed.jaxpr.invars)
+    arguments = [frozenset({i} if i < len(program.shapes) else ()) for i in range(count)]
+
+    def visit(
+        number: int, equation: core.JaxprEqn, operands: Sequence[frozenset[int]]
+    ) -> list[frozenset[int]]:
+        del number
+        return [frozenset[int]().union(*operands)] * len(equation.outvars)
+
+    return walk(program.closed, arguments, visit, lambda constant: frozenset())
 
 
 def run(

@@ -6,7 +6,6 @@ programs, and which leaves are an individual's own; nothing of masks, metrics or
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import core
 
-from megajax.program.jaxprs import Delayed, Program, delay, known, run, trace, walk
-from megajax.types import ApplyFn, Genes, PyTree
+from megajax.program.jaxprs import Delayed, Program, delay, dependences, known, run, trace, walk
+from megajax.types import ApplyFn, Genes, PyTree, bind
 
 __all__ = ["Split", "own_leaves", "split"]
 
@@ -54,15 +53,7 @@ def own_leaves(
         >>> own_leaves(express, jax.numpy.ones(2), parents)
         [False, True]
     """
-    program = trace(express, genes, context)
-    arguments = [True] * len(program.shapes)
-    arguments += [False] * (len(program.closed.jaxpr.invars) - len(arguments))
-
-    def visit(number: int, equation: core.JaxprEqn, operands: Sequence[bool]) -> Sequence[bool]:
-        del number
-        return [any(operands)] * len(equation.outvars)
-
-    return walk(program.closed, arguments, visit, lambda constant: False)
+    return [bool(leaves) for leaves in dependences(trace(express, genes, context))]
 
 
 def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]) -> Split | None:
@@ -90,7 +81,7 @@ def split(apply_fn: ApplyFn, variables: PyTree, inputs: Any, own: Sequence[bool]
     """
     if all(own) or not _border(trace(apply_fn, variables, inputs), tuple(own)):
         return None
-    return Split(*(_Part(apply_fn, tuple(own), part) for part in (_first, _rest)))
+    return Split(*(bind(part, apply_fn=apply_fn, own=tuple(own)) for part in (_first, _rest)))
 
 
 class _Trait(NamedTuple):
@@ -135,20 +126,8 @@ def _border(program: Program, own: tuple[bool, ...]) -> tuple[tuple[int, int], .
     return tuple(sorted(border)) if any(border.values()) else ()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """One part of a network; compared by what it is a part of."""
-
-    apply_fn: ApplyFn
-    own: tuple[bool, ...]
-    run: Callable[[Program, tuple[bool, ...], PyTree, Any], Any]
-
-    def __call__(self, variables: PyTree, inputs: Any) -> Any:
-        images = inputs[0] if self.run is _rest else inputs
-        return self.run(trace(self.apply_fn, variables, images), self.own, variables, inputs)
-
-
-def _first(program: Program, own: tuple[bool, ...], variables: PyTree, inputs: Any) -> Any:
+def _first(variables: PyTree, inputs: Any, *, apply_fn: ApplyFn, own: tuple[bool, ...]) -> Any:
+    program = trace(apply_fn, variables, inputs)
     places = _border(program, own)
     found: dict[tuple[int, int], Delayed] = {}
 
@@ -162,8 +141,9 @@ def _first(program: Program, own: tuple[bool, ...], variables: PyTree, inputs: A
     return [found[place]() for place in places]
 
 
-def _rest(program: Program, own: tuple[bool, ...], variables: PyTree, inputs: Any) -> Any:
+def _rest(variables: PyTree, inputs: Any, *, apply_fn: ApplyFn, own: tuple[bool, ...]) -> Any:
     inputs, features = inputs
+    program = trace(apply_fn, variables, inputs)
     there = dict(zip(_border(program, own), map(known, features), strict=True))
 
     def replace(number: int, equation: core.JaxprEqn, operands: Sequence[Delayed]) -> Any:

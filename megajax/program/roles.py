@@ -25,6 +25,7 @@ from megajax.program.jaxprs import (
     Body,
     Program,
     bodies,
+    dependences,
     moved_axes,
     produced_axes,
     shape_of,
@@ -242,9 +243,7 @@ def find_statistics(
 
 
 def find_read(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> frozenset[str]:
-    """The paths of the leaves that a network's outputs depend on.
-
-    What goes into a loop or a branch counts as read by all that comes out of it.
+    """The paths of the leaves that a network's outputs depend on; see `jaxprs.dependences`.
 
     Args:
         apply_fn: the network.
@@ -256,18 +255,8 @@ def find_read(apply_fn: ApplyFn, variables: PyTree, inputs: Any) -> frozenset[st
         >>> sorted(find_read(lambda w, x: x @ w["kernel"], w, np.ones((1, 3))))
         ['kernel']
     """
-    program, paths = trace(apply_fn, variables, inputs), leaf_paths(variables)
-    arguments = [frozenset([path]) for path in paths]
-    arguments += [frozenset()] * (len(program.closed.jaxpr.invars) - len(paths))
-
-    def visit(
-        number: int, equation: core.JaxprEqn, operands: Sequence[frozenset[str]]
-    ) -> list[frozenset[str]]:
-        del number
-        return [frozenset().union(*operands)] * len(equation.outvars)
-
-    results = walk(program.closed, arguments, visit, lambda constant: frozenset())
-    return frozenset().union(*results)
+    paths, results = leaf_paths(variables), dependences(trace(apply_fn, variables, inputs))
+    return frozenset(paths[leaf] for leaves in results for leaf in leaves)
 
 
 class _Moment(NamedTuple):
@@ -331,23 +320,36 @@ _SPATIAL = (*_WINDOWS, "pad", "slice", "concatenate")
 
 
 class _Here(NamedTuple):
-    """Where the pass is: an equation, and the loops and branches that it is inside of."""
+    """Where the pass is.
+
+    Attributes:
+        number: of the equation.
+        equation: what it says.
+        inside: the loops and branches that it is inside of.
+        operands: the values of its operands.
+    """
 
     number: int
     equation: core.JaxprEqn
     inside: _Inside
+    operands: Sequence[Any]
 
     @property
     def name(self) -> str:
         return str(self.equation.primitive.name)
 
-    def still(self, operand: int, weight: _Weight) -> tuple[int, ...]:
+    @property
+    def active(self) -> list[int]:
+        """Which operands depend on the inputs."""
+        return [i for i, one in enumerate(self.operands) if isinstance(one, _Active)]
+
+    def still(self, operand: int) -> tuple[int, ...]:
         """The result's axes along which an operand of it does not vary."""
         shape = shape_of(self.equation.invars[operand])
         rank = len(shape_of(self.equation.outvars[0]))
         if len(shape) != rank:
             return tuple(range(rank)) if not shape else ()
-        still = zip(range(rank), weight.axes, shape, strict=True)
+        still = zip(range(rank), self.operands[operand].axes, shape, strict=True)
         return tuple(dim for dim, axis, size in still if axis is None or size == 1)
 
     def problem(self, moment: _Moment) -> str:
@@ -376,36 +378,33 @@ class _Reader:
         self, closed: core.ClosedJaxpr, values: Sequence[Any], start: int, inside: _Inside
     ) -> list[_Value]:
         def visit(number: int, equation: core.JaxprEqn, operands: Sequence[Any]) -> list[_Value]:
-            output = self.visit(_Here(number, equation, inside), operands)
+            output = self.visit(_Here(number, equation, inside, operands))
             return [output] * len(equation.outvars)
 
         return walk(closed, values, visit, lambda value: _Weight(_varying(np.shape(value))), start)
 
-    def visit(self, here: _Here, operands: Sequence[Any]) -> _Value:
-        active = [i for i, one in enumerate(operands) if isinstance(one, _Active)]
+    def visit(self, here: _Here) -> _Value:
+        active = here.active
         within = bodies(here.equation) if active else []
         if within:
-            return self.control(here, operands, within)
-        self.meet(here, operands, active)
+            return self.control(here, within)
+        self.meet(here)
         if not active:
-            return _combined(here, operands)
+            return _combined(here)
         if here.name == "convert_element_type":
-            (value,) = operands
-            assert isinstance(value, _Active)
+            value: _Active = here.operands[0]
             return value
-        output = _passed(here, operands, self.place(here.name, operands))
-        if len(operands) == 2 and len(active) == 1:
-            (place,) = active
-            output = self.normalise(here, output, operands[place], operands[1 - place], place)
-            output = self.bias(here, output, operands[place], operands[1 - place], place)
+        output = _passed(here, self.place(here.name, here.operands))
+        if len(here.operands) == 2 and len(active) == 1:
+            output = self.bias(here, self.normalise(here, output, active[0]), active[0])
         return output
 
-    def control(self, here: _Here, operands: Sequence[Any], within: Sequence[Body]) -> _Active:
+    def control(self, here: _Here, within: Sequence[Body]) -> _Active:
         """Reads all bodies of a loop or branch; what comes out of it depends on the inputs."""
         start, layer = here.number + 1, -1
-        active = [one for one in operands if isinstance(one, _Active)]
+        active = [here.operands[i] for i in here.active]
         for body in within:
-            values = [operands[i] for i in body.operands]
+            values = [here.operands[i] for i in body.operands]
             last = len(values) - body.sliced
             for i, value in enumerate(values):
                 if isinstance(value, _Active):
@@ -414,7 +413,7 @@ class _Reader:
                     own = value.own._replace(depth=value.own.depth + 1) if value.raw else value.own
                     values[i] = value._replace(axes=value.axes[1:], own=own)
                 elif i >= last - body.carried:  # what is carried comes to depend on the inputs
-                    self.meet(here, [value, _Active()], [1])
+                    self.meet(here._replace(operands=[value, _Active()]))
                     values[i] = _Active(self.place("", [value, *active]))
             results = self.walk(body.closed, values, start, (*here.inside, here.name))
             layer = max([layer, *(one.layer for one in results if isinstance(one, _Active))])
@@ -433,9 +432,9 @@ class _Reader:
         self.layers.update(dict.fromkeys(new, layer))
         return layer
 
-    def meet(self, here: _Here, operands: Sequence[Any], active: Sequence[int]) -> None:
+    def meet(self, here: _Here) -> None:
         """Notes what is done with the leaves among an equation's operands."""
-        name, inside = here.name, bool(here.inside)
+        name, inside, operands, active = here.name, bool(here.inside), here.operands, here.active
         product = name in ("dot_general", "conv_general_dilated") and not inside
         self.last = here.number if product else self.last
         flattened = next((operands[i].flattened for i in active if operands[i].flattened), ())
@@ -455,20 +454,19 @@ class _Reader:
             for leaf in () if alone else value.leaves:
                 self.first.setdefault(leaf, (kind, here.number, flattened))
                 if active:
-                    still = here.still(i, value) if name in ELEMENTWISE else ()
+                    still = here.still(i) if name in ELEMENTWISE else ()
                     at = Statistic(-1, -1, here.number, still, active[0])
                     self.met.setdefault(leaf, at)
 
     def size(self, weight: _Weight) -> int:
         return math.prod(self.program.shapes[weight.own.leaf].shape) if weight.own else 0
 
-    def normalise(
-        self, here: _Here, output: _Active, value: _Active, weight: _Weight, place: int
-    ) -> _Active:
+    def normalise(self, here: _Here, output: _Active, place: int) -> _Active:
         """Follows activations from which a mean is taken, and that are divided by a root then."""
+        value, weight = here.operands[place], here.operands[1 - place]
         own, root, centred = weight.own, weight.root, value.centred
         if here.name == "sub" and place == 0 and own is not None:
-            mean = Statistic(own.leaf, -1, here.number, here.still(1, weight), 0, own.steps)
+            mean = Statistic(own.leaf, -1, here.number, here.still(1), 0, own.steps)
             return output._replace(centred=mean._replace(problem=here.problem(own)))
         if here.name not in ("mul", "div"):
             return output
@@ -483,10 +481,9 @@ class _Reader:
         self.statistics.append(found._replace(deviation=root.deviation, problem=problem))
         return output
 
-    def bias(
-        self, here: _Here, output: _Active, value: _Active, weight: _Weight, place: int
-    ) -> _Active:
+    def bias(self, here: _Here, output: _Active, place: int) -> _Active:
         """Follows a product with a kernel to the bias that is added to it."""
+        value, weight = here.operands[place], here.operands[1 - place]
         if here.inside or weight.own is None or weight.own.steps:
             return output
         shape, leaf = shape_of(here.equation.outvars[0]), weight.own.leaf
@@ -499,7 +496,7 @@ class _Reader:
                     linear = Linear(leaf, kernel_axis, -1, here.number, axis)
                     return output._replace(linear=linear)
         elif here.name in ("add", "add_any") and value.linear is not None:
-            axis, still = value.linear.axis, here.still(1 - place, weight)
+            axis, still = value.linear.axis, here.still(1 - place)
             if {axis, *still} >= {*range(len(shape))} and self.size(weight) == shape[axis]:
                 self.linear.append(value.linear._replace(bias=leaf, equation=here.number))
         return output
@@ -570,8 +567,9 @@ def _moves(equation: core.JaxprEqn) -> bool:
     return math.prod(shapes[0]) == math.prod(shapes[1])
 
 
-def _combined(here: _Here, operands: Sequence[_Weight]) -> _Weight:
+def _combined(here: _Here) -> _Weight:
     """What an equation makes of weights alone."""
+    operands: Sequence[_Weight] = here.operands
     equation, shape = here.equation, shape_of(here.equation.outvars[0])
     moved = moved_axes(equation, operands[0].axes) if len(operands) == 1 else None
     if moved is not None:
@@ -591,12 +589,10 @@ def _combined(here: _Here, operands: Sequence[_Weight]) -> _Weight:
         own = moments[main]._replace(steps=(*moments[main].steps, step))
         pairs = zip(axes, operands[main].axes or axes, strict=True)
         axes = [label if axis is None else axis for label, axis in pairs]
-    return _Weight(tuple(axes), leaves, own, _root(here, operands, moments, main))
+    return _Weight(tuple(axes), leaves, own, _root(here, moments, main))
 
 
-def _root(
-    here: _Here, operands: Sequence[_Weight], moments: dict[int, _Moment], main: int
-) -> _Moment | None:
+def _root(here: _Here, moments: dict[int, _Moment], main: int) -> _Moment | None:
     """The root that an equation takes, or passes on in a product."""
     power = here.equation.invars[-1]
     half = here.name == "pow" and isinstance(power, core.Literal) and abs(float(power.val)) == 0.5
@@ -604,17 +600,16 @@ def _root(
         return moments.get(main)
     if here.name not in ("mul", "div"):
         return None
-    roots = [one.root for one in operands if one.root is not None]
+    roots: list[_Moment] = [one.root for one in here.operands if one.root is not None]
     if not roots and here.name == "div" and main != 0 and 1 in moments:
         return moments[1]._replace(deviation=True)
     return roots[0] if roots else None
 
 
-def _passed(here: _Here, operands: Sequence[_Value], layer: int) -> _Active:
+def _passed(here: _Here, layer: int) -> _Active:
     """What an equation makes of activations: how its result is laid out."""
     name, shape = here.name, shape_of(here.equation.outvars[0])
-    pairs = zip(operands, map(shape_of, here.equation.invars), strict=True)
-    active = [(one, size) for one, size in pairs if isinstance(one, _Active)]
+    active = [(here.operands[i], shape_of(here.equation.invars[i])) for i in here.active]
     value, before = active[0]
     if name == "conv_general_dilated":
         numbers = here.equation.params.get("dimension_numbers")
