@@ -94,44 +94,30 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LATER = {
-    "check_logits": "formats",
-    "CheckpointConfig": "run.checkpoint",
-    "citation": "citations",
-    "Config": "run.config",
-    "DataConfig": "zoo.data",
-    "diagnose": "merging.diagnosis",
-    "Diagnosis": "merging.diagnosis",
-    "ensemble": "merging.outputs",
-    "export": "formats",
-    "FinetuneConfig": "zoo.training",
-    "from_linen": "formats",
-    "from_nnx": "formats",
-    "load_network": "formats",
-    "load_parents": "formats",
-    "map_names": "formats",
-    "measure": "evaluation.measures",
-    "mega_paper": "run.presets",
-    "merge_sections": "run.config",
-    "ModelConfig": "zoo.networks",
-    "NameMap": "formats",
-    "Network": "formats",
-    "ParentsConfig": "zoo.data",
-    "predict": "evaluation.measures",
-    "RobustnessConfig": "evaluation.robustness",
-    "save_network": "formats",
-    "score_difference": "merging.outputs",
-    "sound_cifar10": "run.presets",
-    "to_nnx": "formats",
-    "TrainingConfig": "zoo.training",
+    "citations": "citation",
+    "evaluation.measures": "measure predict",
+    "evaluation.robustness": "RobustnessConfig",
+    "formats": "NameMap Network check_logits export from_linen from_nnx load_network load_parents "
+    "map_names save_network to_nnx",
+    "merging.diagnosis": "Diagnosis diagnose",
+    "merging.outputs": "ensemble score_difference",
+    "run.checkpoint": "CheckpointConfig",
+    "run.config": "Config merge_sections",
+    "run.presets": "mega_paper sound_cifar10",
+    "zoo.data": "DataConfig ParentsConfig",
+    "zoo.networks": "ModelConfig",
+    "zoo.training": "FinetuneConfig TrainingConfig",
 }
-"""Names that are imported when they are first used, because they bring heavy libraries along."""
+"""Modules that bring heavy libraries along, and the names that they are imported for when used."""
+
+_HOME = {name: module for module, names in _LATER.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _HOME:
         raise AttributeError(f"module 'megajax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"megajax.{_LATER[name]}"), name)
+    return getattr(importlib.import_module(f"megajax.{_HOME[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LATER])
+    return sorted([*globals(), *_HOME])

@@ -5,11 +5,12 @@ Knows the disk and plain data; what is written where is up to the rooms above.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megajax.errors import WorkdirError, first_line
 
 __all__ = [
     "digest",
+    "faults_of",
     "file_digest",
     "flatten",
     "pack",
@@ -32,6 +34,30 @@ __all__ = [
     "write_lines",
     "write_text",
 ]
+
+
+@contextlib.contextmanager
+def faults_of(path: Path | str, done: str) -> Iterator[None]:
+    """Turns what the disk does to a file into one line that names it.
+
+    Args:
+        path: the file, or what to call it.
+        done: what is done to it inside: `read`, `written`.
+
+    Raises:
+        WorkdirError: it failed.
+
+    Example:
+        >>> with faults_of(Path("a.json"), "read"):
+        ...     raise OSError(2, "No such file or directory")
+        Traceback (most recent call last):
+        ...
+        megajax.errors.WorkdirError: a.json cannot be read: No such file or directory
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WorkdirError(f"{path} cannot be {done}: {error.strerror or error}") from None
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -52,7 +78,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         b'content'
     """
     temporary = path.with_name(f".{path.name}.partial")
-    try:
+    with faults_of(path, "written"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with temporary.open("wb") as file:
@@ -64,8 +90,6 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync(path.parent)
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def sync(path: Path) -> None:
@@ -87,11 +111,8 @@ def file_digest(path: Path) -> str:
     Raises:
         WorkdirError: it cannot be read; names the file.
     """
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from None
+    with faults_of(path, "read"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(value: Any) -> str:
@@ -159,11 +180,8 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]], *, append: bool =
     if not append:
         write_text(path, text)
         return
-    try:
-        with path.open("a") as file:
-            file.write(text)
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be written: {error.strerror}") from None
+    with faults_of(path, "written"), path.open("a") as file:
+        file.write(text)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -206,13 +224,11 @@ def unpack(path: Path) -> tuple[dict[str, np.ndarray], Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "numpy") as file:
+        with faults_of(path, "read"), safe_open(path, "numpy") as file:
             others, about = json.loads(file.metadata()["about"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         for name, (dtype, shape) in others.items():
             arrays[name] = np.frombuffer(arrays[name].tobytes(), np.dtype(dtype)).reshape(shape)
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be read: {error.strerror or error}") from None
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise WorkdirError(f"{path} is damaged: {first_line(error)}") from None
     return arrays, about
@@ -220,9 +236,8 @@ def unpack(path: Path) -> tuple[dict[str, np.ndarray], Any]:
 
 def _parsed(path: Path, parse: Callable[[str], Any]) -> Any:
     try:
-        return parse(path.read_text())
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be read: {error.strerror}") from None
+        with faults_of(path, "read"):
+            return parse(path.read_text())
     except ValueError as error:
         raise WorkdirError(f"{path} is damaged: {error}") from None
 

@@ -140,21 +140,18 @@ def one_of(choices: Iterable[str], *words: str) -> Any:
 
 def at_least(low: float) -> Any:
     """Checks that a number is not below another; for use in `Annotated`."""
-
-    def check(value: float) -> float:
-        if not value >= low:
-            raise ValueError(f"it must be at least {low}")
-        return value
-
-    return AfterValidator(check)
+    return _must(lambda value: value >= low, f"it must be at least {low}")
 
 
 def between(low: float, high: float) -> Any:
     """Checks that a number lies between two others or is one of them; for use in `Annotated`."""
+    return _must(lambda value: low <= value <= high, f"it must lie between {low} and {high}")
 
+
+def _must(hold: Callable[[float], bool], why: str) -> Any:
     def check(value: float) -> float:
-        if not low <= value <= high:
-            raise ValueError(f"it must lie between {low} and {high}")
+        if not hold(value):
+            raise ValueError(why)
         return value
 
     return AfterValidator(check)
@@ -284,11 +281,8 @@ def _complaint(kind: type[Section], given: Mapping[str, Any], error: ValidationE
     details: list[Any] = error.errors()
     name = str(details[0]["loc"][0])
     reasons = _reasons(one for one in details if one["loc"][0] == name)
-    why = (
-        reasons[0]
-        if reasons
-        else f"{_words(kind.model_fields[name].rebuild_annotation())} is needed"
-    )
+    needed = f"{_words(kind.model_fields[name].rebuild_annotation())} is needed"
+    why = next(iter(reasons), needed)
     return " ".join(f"{_full(kind, name)} is {given[name]!r}: {why}".splitlines())
 
 

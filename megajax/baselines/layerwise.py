@@ -206,19 +206,15 @@ def merge_layers(
         ParentsError: the parents differ in structure.
     """
     parents = checked_parents(parents)
+    batches: list[tuple[list[int], PyTree]] = []
     for members, inputs in sets:
         taken(apply_fn, parents[members[0]], inputs, "calibration inputs")
+        count = len(jax.tree.leaves(inputs)[0])
+        for rows in np.array_split(np.arange(count), -(-count // batch_size)):
+            batch = jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs)
+            batches.append((list(members), batch))
     merged, treedef = jax.tree.flatten(uniform_average(parents))
     networks = [jax.tree.leaves(parent) for parent in parents]
-    cuts = [
-        np.array_split(np.arange(count), -(-count // batch_size))
-        for count in (len(jax.tree.leaves(inputs)[0]) for _, inputs in sets)
-    ]
-    batches = [
-        (list(members), jax.tree.map(lambda x, rows=rows: np.asarray(x)[rows], inputs))
-        for (members, inputs), cut in zip(sets, cuts, strict=True)
-        for rows in cut
-    ]
     kernels = find_kernels(apply_fn, parents[0], batches[0][1], biases=biases)
     if not kernels:
         raise ConfigError("the program contracts no leaf with activations")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from megajax.errors import ParentsError
 from megajax.program.roles import find_statistics
-from megajax.trees import leaf_paths
+from megajax.trees import leaf_paths, leaves_by_path
 from megajax.types import ApplyFn, PyTree
 
 __all__ = ["combine", "is_floating", "on_weights", "statistic_paths"]
@@ -131,12 +131,8 @@ def on_weights(
         *(list(map(drop, other)) if isinstance(other, list) else drop(other) for other in others),
     )
     average = combine(lambda leaves: leaves.mean(axis=0), parents)
-    return jax.tree.map(
-        lambda leaf, mean: mean if leaf is None else leaf,
-        merged,
-        average,
-        is_leaf=lambda leaf: leaf is None,
-    )
+    leaves = leaves_by_path(average) | leaves_by_path(merged)
+    return jax.tree.unflatten(jax.tree.structure(average), list(leaves.values()))
 
 
 def _without(paths: Collection[str], tree: PyTree) -> PyTree:

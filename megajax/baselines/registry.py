@@ -152,6 +152,8 @@ def run_baselines(
         population_size=evolution.population_size,
     )
     problem, *_ = with_reference(problem, networks, fitness)
+    one, frozen = GenomeConfig(granularity="global"), tuple(keep or {})
+    line = make_genome(apply_fn, networks[0], inputs, len(networks), one, freeze=frozen)
     own = _own_inputs(len(networks), calibration, parent_inputs, config.examples)
     if base is not None:
         base = checked_base(base, networks[0])
@@ -162,7 +164,7 @@ def run_baselines(
         inputs=own,
         statistics=statistic_paths(apply_fn, networks[0], inputs, problem.statistics),
         problem=problem,
-        line=_line_of(problem, apply_fn, networks, inputs, keep),
+        line=with_genome(problem, networks, line),
         budget=config.budget or budget or _evaluations(evolution, fitness, problem),
         evolution=evolution,
     )
@@ -250,21 +252,6 @@ def _available(given: Given) -> set[str]:
         "evosax": evosax.is_installed(),
     }
     return {name for name, ok in there.items() if ok}
-
-
-def _line_of(
-    problem: Problem,
-    apply_fn: ApplyFn,
-    parents: Sequence[PyTree],
-    inputs: PyTree,
-    keep: Mapping[str, int] | None,
-) -> Problem:
-    """The same problem with one coefficient for each parent."""
-    config = GenomeConfig(granularity="global")
-    genome = make_genome(
-        apply_fn, parents[0], inputs, len(parents), config, freeze=tuple(keep or {})
-    )
-    return with_genome(problem, parents, genome)
 
 
 def _own_inputs(

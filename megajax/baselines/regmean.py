@@ -8,6 +8,7 @@ embeddings, kernels inside loops or used in two ways) is averaged, as in the pap
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -181,38 +182,28 @@ def _through(rows: jax.Array, deviations: jax.Array, alpha: Any) -> tuple[jax.Ar
     return product("ngi,ngj->gij", mean, mean), product("ngi,ngo->gio", mean, excess)
 
 
-def _merged(method: Callable[..., PyTree], given: Given) -> Result:
+def _merged(method: Callable[..., PyTree], key: Key, given: Given) -> Result:
     assert given.inputs is not None
     return Result(given.prepared(method(given.apply_fn, given.parents, given.inputs)))
 
 
-@baseline(
+baseline(
     "regmean",
     "linear layers nearest to the parents' outputs, in closed form",
     "Jin et al., arXiv 2212.09849",
     needs=("calibration",),
     default=True,
-)
-def _regmean(key: Key, given: Given) -> Result:
-    return _merged(regmean, given)
-
-
-@baseline(
+)(partial(_merged, regmean))
+baseline(
     "regmean_plus",
     "RegMean layer by layer, on what the merged layers before give",
     "Nguyen et al., arXiv 2508.03121",
     needs=("calibration",),
-)
-def _regmean_plus(key: Key, given: Given) -> Result:
-    return _merged(regmean_plus, given)
-
-
-@baseline(
+)(partial(_merged, regmean_plus))
+baseline(
     "pleas",
     "least squares from the parents' mean activations to the mean of their outputs",
     "Nasery et al., arXiv 2407.02447",
     needs=("calibration",),
     default=True,
-)
-def _pleas(key: Key, given: Given) -> Result:
-    return _merged(pleas, given)
+)(partial(_merged, pleas))

@@ -11,7 +11,6 @@ from megajax.errors import ConfigError
 from megajax.evaluation.robustness import PUBLISHED_CORRUPTIONS
 from megajax.merging import tasks as merging
 from megajax.merging.merge import problem_for, search_of, tasks_of
-from megajax.merging.problem import FitnessConfig
 from megajax.program.roles import find_statistics
 from megajax.run.config import Config
 from megajax.run.measurement import published
@@ -22,7 +21,7 @@ from megajax.search.genetic import check_operators
 from megajax.types import PyTree
 from megajax.zoo.training import make_schedule
 
-__all__ = ["baseline_names", "check_choices", "fitness_of", "has_base"]
+__all__ = ["baseline_names", "check_choices", "has_base"]
 
 
 def check_choices(task: Task) -> None:
@@ -73,19 +72,6 @@ def has_base(config: Config) -> bool:
     return config.parents.shared_initialization and not config.parents.paths
 
 
-def fitness_of(config: Config) -> FitnessConfig:
-    """The fitness of a run, where `auto` takes all devices; a gradient is the work of one.
-
-    Example:
-        >>> fitness_of(Config()).devices
-        'all'
-    """
-    fitness = config.fitness
-    if fitness.devices != "auto" or config.evolution.method == "gradient":
-        return fitness
-    return fitness.replace(devices="all")
-
-
 def _check_merge(task: Task, one: PyTree) -> None:
     """Builds the problem and the search from zeros, as the search itself will from the parents."""
     config, images = task.config, task.dataset.train.images[:2]
@@ -93,14 +79,13 @@ def _check_merge(task: Task, one: PyTree) -> None:
     zeros = [jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), one)] * met
     evolution, selection = config.evolution, task.selection
     few = [_fewer(one) for one in selection]
-    fitness = fitness_of(config).replace(racing_examples=None)
-    by_vectors = config.genome.kind == "task_vectors" and has_base(config)
+    fitness = task.sections["fitness"].replace(racing_examples=None)
     problem = problem_for(
         task.apply_fn,
         zeros,
         list(task.tasks) or few,
         calibration=images,
-        base=zeros[0] if by_vectors else None,
+        base=zeros[0] if has_base(config) else None,
         recalibrate=config.recalibrate.replace(examples=2),
         genome=config.genome,
         fitness=fitness,
@@ -121,14 +106,11 @@ def _check_merge(task: Task, one: PyTree) -> None:
     reference = config.align.reference
     if isinstance(reference, int) and reference >= met:
         raise ConfigError(f"align.reference is {reference}: the parents are 0 to {met - 1}")
-    there = sum(len(jax.tree.leaves(one.inputs)[0]) for one in selection)
-    racing = config.fitness.racing_examples
-    if racing is not None and len(selection) > 1:
-        raise ConfigError(f"fitness.racing_examples is {racing}: races are for one task")
-    if racing is not None and racing > there:
-        raise ConfigError(
-            f"fitness.racing_examples is {racing}: there are only {there} validation examples"
-        )
+    racing, there = config.fitness.racing_examples, merging.examples_in(selection)
+    if racing is not None:
+        why = f"there are only {there} validation examples"
+        config.fitness.require(len(selection) == 1, "racing_examples", "races are for one task")
+        config.fitness.require(racing <= there, "racing_examples", why)
 
 
 def _fewer(task: merging.Task) -> merging.Task:
@@ -139,17 +121,12 @@ def _fewer(task: merging.Task) -> merging.Task:
 def _check_budgets(config: Config) -> None:
     size, names = config.evolution.population_size, baseline_names(config)
     searches = config.parents.count - 1 if config.hierarchy.enabled else 1
-    budget = config.evolution.evaluation_budget
-    if budget is not None and budget < searches * size:
-        each = f" of {searches} nodes" if searches > 1 else ""
-        raise ConfigError(
-            f"evolution.evaluation_budget is {budget}: the first populations{each} alone need "
-            f"{searches * size}"
-        )
+    least, each = searches * size, f" of {searches} nodes" if searches > 1 else ""
+    budget, why = config.evolution.evaluation_budget, f"the first populations{each} alone need"
+    enough = budget is None or budget >= least
+    config.evolution.require(enough, "evaluation_budget", f"{why} {least}")
     budget = config.baselines.budget
-    in_masks = [name for name in names if BASELINES[name].searches and name != "line"]
-    if budget is not None and in_masks and budget < size:
-        raise ConfigError(
-            f"baselines.budget is {budget}: the first population alone of {in_masks[0]} needs "
-            f"{size}"
-        )
+    for name in names:
+        if BASELINES[name].searches and name != "line":
+            why = f"the first population alone of {name} needs {size}"
+            config.baselines.require(budget is None or budget >= size, "budget", why)

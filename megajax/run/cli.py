@@ -76,14 +76,6 @@ _ABOUT_FIELDS = (
 _RUNS_PER_CACHE = 20  # a process can hold the compiled programs of about a hundred
 
 
-class _Cluster(NamedTuple):
-    """The processes that do the runs together; None leaves it to the cluster's environment."""
-
-    coordinator: str | None
-    processes: int | None
-    process: int | None
-
-
 class _Run(NamedTuple):
     """One run: its configuration and workdir, where it is forked from, and its errors' start."""
 
@@ -94,11 +86,14 @@ class _Run(NamedTuple):
 
 
 class _Order(NamedTuple):
-    """What the command line asks for: runs, where a summary of them goes, and who does them."""
+    """What the command line asks for: runs, where a summary of them goes, and who does them.
+
+    The latter is what `megajax.run.processes.connect` takes, or None for this process alone.
+    """
 
     runs: list[_Run]
     summary: Path | None
-    cluster: _Cluster | None
+    cluster: list[Any] | None
 
 
 def main(
@@ -188,9 +183,8 @@ def make_cores_devices() -> None:
     XLA does not keep several cores busy with one network: two cores score twice as many if each has
     networks of its own (benchmarks/population.py). Only CPUs are concerned.
     """
-    if "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
-    if "JAX_NUM_CPU_DEVICES" in os.environ:
+    by_flag = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if by_flag or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     jax.config.update("jax_num_cpu_devices", distributed.cores())
 
@@ -263,23 +257,19 @@ def _overrides(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return changes, rest
 
 
-def _cluster(given: argparse.Namespace, config: Config) -> _Cluster | None:
-    cluster = _Cluster(given.coordinator, given.processes, given.process)
-    there = {name: value is not None for name, value in cluster._asdict().items()}
+def _cluster(given: argparse.Namespace, config: Config) -> list[Any] | None:
+    cluster = {name: getattr(given, name) for name in ("coordinator", "processes", "process")}
+    there = [name for name, value in cluster.items() if value is not None]
+    missing = [name for name in cluster if name not in there]
+    if there and not given.distributed:
+        raise ConfigError(f"--{there[0]} is given without --distributed")
+    if there and missing:
+        raise ConfigError(f"--{missing[0]} is missing: it takes all three or none")
     if not given.distributed:
-        for name in there:
-            if there[name]:
-                raise ConfigError(f"--{name} is given without --distributed")
         return None
-    if any(there.values()) and not all(there.values()):
-        missing = next(name for name in there if not there[name])
-        raise ConfigError(f"--{missing} is missing: it takes all three or none")
-    if config.evolution.time_budget is not None:
-        raise ConfigError(
-            f"evolution.time_budget is {config.evolution.time_budget}: with --distributed, whose "
-            "processes have clocks of their own, it must be None"
-        )
-    return cluster
+    why = "with --distributed, whose processes have clocks of their own, it must be None"
+    config.evolution.require(config.evolution.time_budget is None, "time_budget", why)
+    return list(cluster.values())
 
 
 def _plan(

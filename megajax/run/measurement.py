@@ -90,9 +90,8 @@ def measure_networks(
             else on_the_fly(key, unit, dataset.test.labels, config.examples)
         )
         found = measure_robustness(source, logits_of, config, mean=dataset.mean, std=dataset.std)
-        table, scores = found._asdict(), found.scores
-        del table["scores"]
-        table["published"] = config.published
+        table = found._asdict() | {"published": config.published}
+        scores = table.pop("scores")
     predictions = from_logits(test, dataset.test.labels, dataset.test.ids, scores)
     parents = [i for i, name in enumerate(predictions.names) if name.startswith("parent_")]
     entries = {}

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from megajax.errors import MegajaxError, WorkdirError
 from megajax.formats import FORMATS, load_network, save_network
-from megajax.io import digest, file_digest, flatten, read_json, write_json
+from megajax.io import digest, faults_of, file_digest, flatten, read_json, write_json
 from megajax.types import PyTree
 
 __all__ = [
@@ -191,11 +191,9 @@ def locked(folder: Path) -> Iterator[None]:
         ...
         megajax.errors.WorkdirError: another process (...) is at work in ...
     """
-    try:
+    with faults_of(f"workdir {folder}", "written"):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("a+")
-    except OSError as error:
-        raise WorkdirError(f"workdir {folder} cannot be written: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

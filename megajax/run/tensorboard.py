@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megajax.errors import ConfigError, WorkdirError
+from megajax.errors import ConfigError
+from megajax.io import faults_of
 
 __all__ = ["require_tensorboard", "write_tensorboard"]
 
@@ -44,14 +45,11 @@ def write_tensorboard(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         WorkdirError: the folder cannot be written.
     """
     package = require_tensorboard()
-    try:
-        with package.SummaryWriter(str(folder)) as writer:
-            for line in lines:
-                for name, value in line.items():
-                    if name != "generation" and _is_number(value):
-                        writer.add_scalar(name, value, global_step=line["generation"])
-    except OSError as error:
-        raise WorkdirError(f"{folder} cannot be written: {error.strerror}") from None
+    with faults_of(folder, "written"), package.SummaryWriter(str(folder)) as writer:
+        for line in lines:
+            for name, value in line.items():
+                if name != "generation" and _is_number(value):
+                    writer.add_scalar(name, value, global_step=line["generation"])
 
 
 def _is_number(value: Any) -> bool:

@@ -11,7 +11,7 @@ from megajax.errors import Interrupted
 from megajax.io import digest
 from megajax.merging.tasks import examples_in
 from megajax.run.checkpoint import Checkpoints
-from megajax.run.choices import baseline_names, fitness_of
+from megajax.run.choices import baseline_names
 from megajax.run.config import Config, to_dict
 from megajax.run.stages.task import Outcomes, Task, kept, networks_in, progress, stream
 from megajax.run.store import Outcome
@@ -108,22 +108,21 @@ def _run(task: Task, outcomes: Outcomes, entry: _Entry) -> Outcome:
     config = task.config
     folder, stage = ("aligned", "align") if entry.as_searched else ("parents", "parents")
     examples = config.baselines.examples
+    sections = task.sections | {"align": None}  # they are, or are not to be
+    if not entry.as_searched:
+        sections["recalibrate"] = None
     results = run_baselines(
         stream(config, "baselines"),
         task.apply_fn,
         networks_in(outcomes[stage], folder),
         task.selection,
-        calibration=task.calibration,
         parent_inputs=[task.dataset.train.images[shard[:examples]] for shard in task.shards],
         base=None if entry.as_searched else outcomes["parents"].networks.get("base"),
         config=BaselinesConfig(
             names=(entry.method,), budget=config.baselines.budget, examples=examples
         ),
-        recalibrate=config.recalibrate if entry.as_searched else None,
-        genome=config.genome,
-        fitness=fitness_of(config),
-        evolution=config.evolution,
         budget=round(outcomes["search"].values["examples_scored"] / examples_in(task.selection)),
+        **sections,
     )
     if entry.method not in results:  # a search without a budget
         return Outcome()

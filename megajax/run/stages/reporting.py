@@ -61,28 +61,23 @@ def _results(
 ) -> dict[str, Any]:
     config, dataset, found = task.config, task.dataset, outcomes["search"].values
     merged = outcomes["search"].networks["merged"]
+    stored = workdir.read_config(task.folder)
+    device, jax_version = stored["device"], stored["versions"]["jax"]
     results: dict[str, Any] = {
         "seed": config.seed,
         **outcomes["measure"].values,
-        **{name: found[name] for name in ("evaluations", "generations", "genes")},
-        "plan": found["plan"],
+        **{name: found[name] for name in ("evaluations", "generations", "genes", "plan")},
         "alignment_objective": outcomes["align"].values["objective"],
-        "data": {
-            "name": dataset.name,
-            "train": len(dataset.train.labels),
-            "validation": len(dataset.validation.labels),
-            "test": len(dataset.test.labels),
-        },
+        "data": {"name": dataset.name}
+        | {part: len(getattr(dataset, part).labels) for part in ("train", "validation", "test")},
         "settings": settings(
             config,
             parameters=sum(leaf.size for leaf in jax.tree.leaves(merged)),
             genes=found["genes"],
-        ),
+        )
+        | {"computed on": f"{device['number']} x {device['kind']}, JAX {jax_version}"},
         "seconds": {name: outcome.seconds for name, outcome in outcomes.items()},
     }
-    stored = workdir.read_config(task.folder)
-    device, jax_version = stored["device"], stored["versions"]["jax"]
-    results["settings"]["computed on"] = f"{device['number']} x {device['kind']}, JAX {jax_version}"
     evaluations = outcomes["baselines"].values["evaluations"]
     for name, of_method in facts(config, evaluations).items():
         results["baselines"].get(name, {}).update(of_method)
@@ -90,25 +85,17 @@ def _results(
     names = class_names(config.data)
     if len(names) == dataset.num_classes:
         results["data"]["classes"] = names
-    if config.smoke:
-        results["smoke"] = True
-    returned = _returned_parent(outcomes, merged)
-    if returned is not None:
-        results["returned_parent"] = returned
-    if _still_rising([line["best_ever"] for line in history]):
-        results["still_rising"] = True
-    metric = config.fitness.metric or "cross_entropy"  # what labels stand for
-    if isinstance(metric, str):
-        results["metric"] = metric
-    if config.fitness.select_on_test:
-        results["not_held_out"] = True
-    if task.tasks:
-        results["metric"] = "tasks"
-    if "nodes" in found:
-        results["nodes"] = found["nodes"]
-    if stored.get("forked_from") is not None:
-        results["forked_from"] = stored["forked_from"]
-    return results
+    metric = "tasks" if task.tasks else config.fitness.metric or "cross_entropy"
+    others = {
+        "smoke": config.smoke or None,
+        "returned_parent": _returned_parent(outcomes, merged),
+        "still_rising": _still_rising([line["best_ever"] for line in history]) or None,
+        "metric": metric if isinstance(metric, str) else None,
+        "not_held_out": config.fitness.select_on_test or None,
+        "nodes": found.get("nodes"),
+        "forked_from": stored.get("forked_from"),
+    }
+    return results | {name: value for name, value in others.items() if value is not None}
 
 
 def _returned_parent(outcomes: Outcomes, merged: PyTree) -> int | None:

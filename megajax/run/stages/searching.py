@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megajax.alignment import AlignConfig
-from megajax.errors import ConfigError, SearchError
+from megajax.errors import SearchError
 from megajax.io import digest, write_lines
 from megajax.merging.masks import Masks
 from megajax.merging.merge import MergeResult, merge
@@ -16,8 +15,7 @@ from megajax.merging.shares import channel_shares, projected_shares
 from megajax.merging.tree import Node, NodeResult, TreeResult, merge_tree
 from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
-from megajax.run.choices import fitness_of
-from megajax.run.config import Config, to_dict
+from megajax.run.config import to_dict
 from megajax.run.stages import task as common
 from megajax.run.stages.task import (
     Clock,
@@ -30,7 +28,6 @@ from megajax.run.stages.task import (
 )
 from megajax.run.store import METRICS, Outcome
 from megajax.search.loop import COUNTS, Info, State
-from megajax.types import PyTree
 
 __all__ = ["search"]
 
@@ -47,49 +44,46 @@ def search(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
 class _Progress:
     """A search under way: what the run saves of it, and where it goes on from."""
 
-    def __init__(self, task: Task, checkpoints: Checkpoints, node: int = 0) -> None:
-        self._checkpoints, self._node = checkpoints, node
+    def __init__(self, task: Task, checkpoints: Checkpoints, node: Node | None = None) -> None:
+        self._task, self._checkpoints, self._node = task, checkpoints, node
+        self._number = 0 if node is None else node.number
         self.state: State | None = None  # of an earlier start: nested dictionaries
         self.history: dict[str, np.ndarray] = {}  # column by column
         self.clock = Clock()
         restored = checkpoints.restore()
-        if restored is not None and int(restored.state["node"]) == node:
+        if restored is not None and int(restored.state["node"]) == self._number:
             self.state, stored = restored.state["search"], restored.state["history"]
             self.history = {name: stored[name] for name in (*Info._fields, "seconds")}
             self.clock = Clock(float(self.history["seconds"][-1]))
             done = int(self.history["generation"][-1])
             task.console.print(f"merging goes on after generation {done}")
-            most = task.config.evolution.generations
-            if done > most:
-                raise ConfigError(
-                    f"evolution.generations is {most}: the search that it continues did "
-                    f"{done} already"
-                )
+            evolution, why = task.config.evolution, f"the search that it continues did {done}"
+            evolution.require(done <= evolution.generations, "generations", f"{why} already")
+        _note(task, self.history, node, append=node is not None)
 
-    def note(self, state: State, infos: Info) -> list[dict[str, Any]]:
-        """Takes in new generations; returns their lines."""
+    def note(self, state: State, infos: Info) -> None:
+        """Takes in new generations, and writes their lines."""
         seconds = np.full(len(infos.generation), round(self.clock.seconds(), 3))
         lines = {**infos._asdict(), "seconds": seconds}
         before = self.history or {name: column[:0] for name, column in lines.items()}
         self.history = {name: np.append(before[name], column) for name, column in lines.items()}
         self.state = state
-        return _rows(lines)
+        _note(self._task, lines, self._node)
 
     def save(self, *, at_once: bool) -> None:
         """Saves the state, at once or if it is time to."""
         if self.state is None or not self.history:
             return
         generation = int(self.history["generation"][-1])
-        content = {"node": np.int32(self._node), "search": self.state, "history": self.history}
+        content = {"node": np.int32(self._number), "search": self.state, "history": self.history}
         when = self._checkpoints.save if at_once else self._checkpoints.offer
-        when(self._node * 1_000_000 + generation, content)
+        when(self._number * 1_000_000 + generation, content)
 
 
 def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome:
     """One search among all parents; goes on from a checkpoint."""
     config, evolution = task.config, task.config.evolution
     here = _Progress(task, checkpoints)
-    _note(task, _rows(here.history), append=False)
     if evolution.time_budget is not None:
         left = max(evolution.time_budget - here.clock.seconds(), 0.0)
         evolution = evolution.replace(time_budget=left)
@@ -97,7 +91,7 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
     with progress(task.console, "merging", evolution.generations) as update:
 
         def on_chunk(state: State, infos: Info) -> None:
-            _note(task, here.note(state, infos))
+            here.note(state, infos)
             generation = int(state.generation)
             update(generation, f"merging, {float(state.best.fitness):.4f}")
             if task.stopping() and generation < evolution.generations:
@@ -111,16 +105,11 @@ def _at_once(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
                 task.apply_fn,
                 networks_in(outcomes["align"], "aligned"),
                 task.selection,
-                calibration=task.calibration,
-                base=_base(config, outcomes),
-                align=AlignConfig(method="none"),  # they are
-                recalibrate=config.recalibrate,
-                genome=config.genome,
-                fitness=fitness_of(config),
-                evolution=evolution,
+                base=outcomes["parents"].networks.get("base"),
                 keep=dict(config.parents.keep),
                 state=here.state,
                 callback=on_chunk,
+                **task.sections | {"align": "none", "evolution": evolution},  # they are aligned
             )
         except SearchError:
             here.save(at_once=True)
@@ -143,13 +132,10 @@ def _by_tree(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
     before = [outcomes["parents"].identity, *(sections[name] for name in _TREE)]
     earlier = 0.0
     here: _Progress | None = None
-    _note(task, [], append=False)
+    _note(task, {}, None, append=False)
 
     def key_of(node: Node) -> str:
         return digest([before, node._asdict()])
-
-    def place(node: Node, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{"round": node.round, "position": node.position, **row} for row in rows]
 
     def load(node: Node) -> NodeResult | None:
         nonlocal earlier
@@ -158,13 +144,12 @@ def _by_tree(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
             return None
         earlier += stored.seconds or 0.0
         result = _node_result(stored)
-        _note(task, place(node, _rows(result.history._asdict())))
+        _note(task, result.history._asdict(), node)
         return result
 
     def resume(node: Node) -> State | None:
         nonlocal here
-        here = _Progress(task, checkpoints, node.number)
-        _note(task, place(node, _rows(here.history)))
+        here = _Progress(task, checkpoints, node)
         return here.state
 
     def save(node: Node, result: NodeResult) -> None:
@@ -183,7 +168,7 @@ def _by_tree(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
         def on_chunk(node: Node, state: State, infos: Info) -> None:
             nonlocal done
             assert here is not None
-            _note(task, place(node, here.note(state, infos)))
+            here.note(state, infos)
             done += int((infos.generation > 0).sum())
             update(done, f"merging, round {node.round}")
             if task.stopping():
@@ -198,16 +183,11 @@ def _by_tree(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcom
             networks_in(outcomes["parents"], "parents"),
             task.selection,
             hierarchy=config.hierarchy,
-            calibration=task.calibration,
-            align=config.align,
-            recalibrate=config.recalibrate,
-            genome=config.genome,
-            fitness=fitness_of(config),
-            evolution=config.evolution,
             load=load,
             resume=resume,
             save=save,
             callback=on_chunk,
+            **task.sections,
         )
     nodes = [
         {
@@ -235,13 +215,6 @@ def _outcome(found: MergeResult | TreeResult, figures: dict[str, Any], seconds: 
     values = {name: getattr(found, name) for name in names} | figures
     networks = {"merged": found.variables}
     return Outcome(networks, values, files=(METRICS,), seconds=seconds)
-
-
-def _base(config: Config, outcomes: Outcomes) -> PyTree | None:
-    """The network that the parents were trained from, where the genome needs it."""
-    if config.genome.kind != "task_vectors":
-        return None
-    return outcomes["parents"].networks.get("base")
 
 
 def _shares(merged: MergeResult) -> Mapping[str, Any]:
@@ -290,11 +263,12 @@ def _node_result(stored: Outcome) -> NodeResult:
     return NodeResult(**{**stored.values, **own})
 
 
-def _rows(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _note(
+    task: Task, columns: Mapping[str, np.ndarray], node: Node | None, *, append: bool = True
+) -> None:
+    """Writes a line for each generation, with the node's place in the tree."""
+    place = {} if node is None else {"round": node.round, "position": node.position}
     lists = [column.tolist() for column in columns.values()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
-
-
-def _note(task: Task, rows: list[dict[str, Any]], *, append: bool = True) -> None:
+    rows = [place | dict(zip(columns, row, strict=True)) for row in zip(*lists, strict=True)]
     if distributed.is_first():
         write_lines(task.folder / METRICS, rows, append=append)

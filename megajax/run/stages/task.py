@@ -24,7 +24,7 @@ from megajax.merging import tasks as merging
 from megajax.merging.problem import FitnessConfig
 from megajax.run import processes as distributed
 from megajax.run.checkpoint import Checkpoints
-from megajax.run.config import Config
+from megajax.run.config import Config, merge_sections
 from megajax.run.store import Outcome, load_outcome, save_outcome
 from megajax.types import ApplyFn, Key, PyTree
 from megajax.zoo import data, networks, training
@@ -87,6 +87,17 @@ class Task:
     def calibration(self) -> jax.Array:
         """The training images that activations are matched and statistics measured on."""
         return jnp.asarray(self.dataset.train.images[: self.config.recalibrate.examples])
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """What merging and comparing take alike; the fitness on all devices where it is free to.
+
+        A gradient is the work of one.
+        """
+        config, fitness = self.config, self.config.fitness
+        if fitness.devices == "auto" and config.evolution.method != "gradient":
+            fitness = fitness.replace(devices="all")
+        return merge_sections(config) | {"fitness": fitness, "calibration": self.calibration}
 
     @property
     def selection(self) -> list[merging.Task]:
