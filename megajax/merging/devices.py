@@ -11,6 +11,7 @@ several processes make one mesh as those of one process do.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,11 +55,13 @@ class Layout:
         population_chunk: networks side by side (`vmap`), chunk after chunk (`lax.map`).
         batch_size: the most examples in one pass of a network.
         mesh: devices that share the population; None is one device.
+        one_core: each of them is a core of a CPU.
     """
 
     population_chunk: int
     batch_size: int
     mesh: Mesh | None = None
+    one_core: bool = False
 
     def plain(self) -> dict[str, Any]:
         """The layout as plain data: of the mesh, how many devices there are along each axis.
@@ -114,7 +117,8 @@ def choose_layout(
     if chunk == "auto":
         side_by_side = max(_GPU_PASS // min(batch_size, total), 1)
         chunk = 1 if on_cpu else min(side_by_side, population_size)
-    return Layout(chunk, batch_size, mesh)
+    one_core = on_cpu and mesh is not None and len(mesh.local_devices) >= (os.cpu_count() or 1)
+    return Layout(chunk, batch_size, mesh, one_core)
 
 
 def population_mesh(

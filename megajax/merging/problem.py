@@ -260,7 +260,7 @@ def express(problem: Problem, genes: Genes) -> PyTree:
     variables = problem.genome.express(genes, problem.parents)
     if problem.calibration is None:
         return variables
-    network = for_backend(problem.networks[0])
+    network = for_backend(problem.networks[0], one_core=problem.layout.one_core)
     new = recalibrate(network, variables, problem.calibration, problem.statistics)
     is_parent = _is_parent(problem, variables)
     return jax.tree.map(lambda old, new: jnp.where(is_parent, old, new), variables, new)
@@ -465,7 +465,8 @@ def _scorer(problem: Problem, genes: Genes | None) -> Callable[[PyTree], tuple[j
 
     def score(variables: PyTree) -> tuple[jax.Array, Aux]:
         scores, right = [], []
-        rows = zip(map(fold, networks), problem.metrics, data, strict=True)
+        folded = [fold(network, one_core=problem.layout.one_core) for network in networks]
+        rows = zip(folded, problem.metrics, data, strict=True)
         for network, metric, of_task in rows:
             one_batch = jax.tree.map(operator.itemgetter(0), of_task.inputs)
             prepared = network.prepare(variables, one_batch)

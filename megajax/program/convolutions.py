@@ -20,7 +20,14 @@ from jax.extend import core
 
 from megajax.program.jaxprs import UNKNOWN_FORM, shape_of
 
-__all__ = ["convolve_widely", "is_plain", "pixels_at_once", "widen_kernel"]
+__all__ = [
+    "NARROW",
+    "NARROW_ON_ONE_CORE",
+    "convolve_widely",
+    "is_plain",
+    "pixels_at_once",
+    "widen_kernel",
+]
 
 _NHWC = lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
@@ -41,11 +48,18 @@ def is_plain(equation: core.JaxprEqn) -> bool:
         return False
 
 
-def pixels_at_once(equation: core.JaxprEqn) -> int:
+NARROW, NARROW_ON_ONE_CORE = 15, 16
+"""Output channels up to which several pixels at once are faster. From 16 to 16 channels they take a
+third less time on one core; of several cores XLA uses only one for such a convolution."""
+
+
+def pixels_at_once(equation: core.JaxprEqn, narrow: int = NARROW) -> int:
     """How many pixels of a row a convolution had better compute at once; 1 leaves it as it is.
 
     Args:
         equation: any equation.
+        narrow: the most output channels that a convolution of more than four channels may have; 0
+            leaves all convolutions as they are.
 
     Returns:
         A divisor of the width of the result. 1 for what is no convolution of images in float32 with
@@ -65,8 +79,8 @@ def pixels_at_once(equation: core.JaxprEqn) -> int:
         return 1
     width = shape_of(equation.outvars[0])[2]
     channels_in, channels_out = shape_of(equation.invars[1])[2:]
-    thin = channels_in <= 4 or (channels_in <= 16 and channels_out < 16)
-    if not thin or shape_of(equation.invars[1])[1] == 1:
+    thin = channels_in <= 4 or (channels_in <= 16 and channels_out <= narrow)
+    if not narrow or not thin or shape_of(equation.invars[1])[1] == 1:
         return 1
     enough = 64 if 1 < channels_in <= 4 else 32
     pixels = 1
@@ -75,9 +89,9 @@ def pixels_at_once(equation: core.JaxprEqn) -> int:
     return pixels
 
 
-def widen_kernel(equation: core.JaxprEqn, kernel: jax.Array) -> jax.Array:
-    """The kernel for `pixels_at_once(equation)` pixels."""
-    pixels, (_, right) = pixels_at_once(equation), equation.params["window_strides"]
+def widen_kernel(equation: core.JaxprEqn, kernel: jax.Array, pixels: int) -> jax.Array:
+    """The kernel for so many pixels at once."""
+    _, right = equation.params["window_strides"]
     shifted = [
         jnp.pad(kernel, ((0, 0), (i * right, (pixels - 1 - i) * right), (0, 0), (0, 0)))
         for i in range(pixels)
@@ -85,9 +99,11 @@ def widen_kernel(equation: core.JaxprEqn, kernel: jax.Array) -> jax.Array:
     return jnp.concatenate(shifted, axis=3)
 
 
-def convolve_widely(equation: core.JaxprEqn, inputs: jax.Array, kernel: jax.Array) -> jax.Array:
-    """What the convolution gives, from the kernel of `widen_kernel`."""
+def convolve_widely(
+    equation: core.JaxprEqn, inputs: jax.Array, kernel: jax.Array, pixels: int
+) -> jax.Array:
+    """What the convolution gives, from the kernel of `widen_kernel` for so many pixels."""
     down, right = equation.params["window_strides"]
-    params = {**equation.params, "window_strides": (down, right * pixels_at_once(equation))}
+    params = {**equation.params, "window_strides": (down, right * pixels)}
     wide: jax.Array = equation.primitive.bind(inputs, kernel, **params)
     return wide.reshape(shape_of(equation.outvars[0]))

@@ -19,7 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from megajax.program.convolutions import convolve_widely, pixels_at_once, widen_kernel
+from megajax.program.convolutions import (
+    NARROW,
+    NARROW_ON_ONE_CORE,
+    convolve_widely,
+    pixels_at_once,
+    widen_kernel,
+)
 from megajax.program.jaxprs import (
     ELEMENTWISE,
     Delayed,
@@ -64,12 +70,12 @@ class Folded:
     Attributes:
         apply_fn: the network.
         affine: scales and shifts go into kernels.
-        wide: narrow convolutions compute several pixels at once.
+        narrow: of which convolutions several pixels are computed at once; see `pixels_at_once`.
     """
 
     apply_fn: ApplyFn
     affine: bool = True
-    wide: bool = False
+    narrow: int = 0
 
     def prepare(self, variables: PyTree, inputs: Any) -> Prepared:
         """What depends on the variables alone.
@@ -102,7 +108,7 @@ class Folded:
     def _pass(
         self, program: Program, at: _Pass, leaves: Sequence[Any], inputs: Sequence[Any]
     ) -> Any:
-        plan = _plan(program, self.affine, self.wide)
+        plan = _plan(program, self.affine, self.narrow)
         specs = zip(leaves, program.shapes, strict=True)
         weights = [_Known(known(leaf), _varying(spec.shape)) for leaf, spec in specs]
         visit = partial(_visit, plan, at)
@@ -113,7 +119,7 @@ class Folded:
         return jax.tree.unflatten(program.output_tree, results)
 
 
-def fold(apply_fn: ApplyFn) -> Folded:
+def fold(apply_fn: ApplyFn, *, one_core: bool = False) -> Folded:
     """A network whose passes cost as little as they can on this backend.
 
     Exact up to rounding, in any precision: what is folded is computed in float32 or wider. Inside
@@ -121,6 +127,7 @@ def fold(apply_fn: ApplyFn) -> Folded:
 
     Args:
         apply_fn: the network, in inference mode.
+        one_core: on a CPU, a single core computes a pass.
 
     Example:
         >>> def apply_fn(w, x):
@@ -133,11 +140,15 @@ def fold(apply_fn: ApplyFn) -> Folded:
         >>> bool(jnp.allclose(network.apply(prepared, x), apply_fn(w, x)))
         True
     """
-    return Folded(static(apply_fn), wide=jax.default_backend() == "cpu")
+    return Folded(static(apply_fn), narrow=_narrow(one_core))
 
 
-def widened(apply_fn: ApplyFn) -> Folded:
+def widened(apply_fn: ApplyFn, narrow: int = NARROW) -> Folded:
     """The same network, its narrow convolutions computing several pixels of a row at once.
+
+    Args:
+        apply_fn: the network.
+        narrow: see `pixels_at_once`.
 
     Example:
         >>> def apply_fn(w, x):
@@ -146,17 +157,28 @@ def widened(apply_fn: ApplyFn) -> Folded:
         >>> bool(jnp.allclose(widened(apply_fn)(w, x), apply_fn(w, x)))
         True
     """
-    return Folded(static(apply_fn), affine=False, wide=True)
+    return Folded(static(apply_fn), affine=False, narrow=narrow)
 
 
-def for_backend(apply_fn: ApplyFn) -> ApplyFn:
+def for_backend(apply_fn: ApplyFn, *, one_core: bool = False) -> ApplyFn:
     """The network as the backend does it fastest from its variables: `widened` on a CPU.
+
+    Args:
+        apply_fn: the network.
+        one_core: on a CPU, a single core computes a pass.
 
     Example:
         >>> for_backend(max) == widened(max)  # on a CPU
         True
     """
-    return widened(apply_fn) if jax.default_backend() == "cpu" else apply_fn
+    narrow = _narrow(one_core)
+    return widened(apply_fn, narrow) if narrow else apply_fn
+
+
+def _narrow(one_core: bool) -> int:
+    if jax.default_backend() != "cpu":
+        return 0
+    return NARROW_ON_ONE_CORE if one_core else NARROW
 
 
 # What is folded ----------------------------------------------------------------------------------
@@ -168,12 +190,12 @@ class _Plan(NamedTuple):
     Attributes:
         steps: for contractions with weights, how many equations behind them are folded into them.
         folded: the numbers of those equations.
-        wide: narrow convolutions compute several pixels at once.
+        narrow: of which convolutions several pixels are computed at once.
     """
 
     steps: dict[int, int]
     folded: frozenset[int]
-    wide: bool
+    narrow: int
 
 
 class _Chain(NamedTuple):
@@ -188,7 +210,7 @@ _AFFINE = ("add", "add_any", "sub", "mul", "div")
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
+def _plan(program: Program, affine: bool, narrow: int) -> _Plan:
     uses: collections.Counter[int | None] = collections.Counter()
 
     def count(number: int, equation: core.JaxprEqn, operands: Sequence[int | None]) -> Any:
@@ -217,7 +239,7 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
             grouped = equation.params.get("batch_group_count", 1) != 1
             if units and not grouped and (place == 1 or name == "dot_general"):
                 chains[number] = []
-                if wide and pixels_at_once(equation) > 1:
+                if pixels_at_once(equation, narrow) > 1:
                     steps[number] = 0
                 made = [_Chain(number, frozenset(units), number)]
         elif isinstance(chain, _Chain) and uses[chain.made_by] == 1:
@@ -238,7 +260,7 @@ def _plan(program: Program, affine: bool, wide: bool) -> _Plan:
         if affine and any(name in ("mul", "div") for _, name in chain):
             steps[head] = len(chain)
             folded |= {number for number, _ in chain}
-    return _Plan(steps, frozenset(folded), wide)
+    return _Plan(steps, frozenset(folded), narrow)
 
 
 def _varying(shape: Sequence[int]) -> tuple[bool, ...]:
@@ -288,7 +310,7 @@ class _Open(NamedTuple):
     equation: core.JaxprEqn
     operands: tuple[Any, ...]
     left: int
-    wide: bool
+    pixels: int
     steps: tuple[tuple[str, int, Delayed], ...] = ()
 
 
@@ -344,8 +366,8 @@ def _visit(
         one = one._replace(steps=(*one.steps, step), left=one.left - 1)
         return [one] if one.left else [_closed(at, one, equation.outvars[0].aval)]
     if number in plan.steps:
-        wide = plan.wide and pixels_at_once(equation) > 1
-        one = _Open(equation, tuple(operands), plan.steps[number], wide)
+        pixels = pixels_at_once(equation, plan.narrow)
+        one = _Open(equation, tuple(operands), plan.steps[number], pixels)
         return [one] if one.left else [_closed(at, one, equation.outvars[0].aval)]
     values = [at.operand(*pair) for pair in zip(operands, equation.invars, strict=True)]
     if at.kept is not None:
@@ -365,7 +387,7 @@ def _closed(at: _Pass, one: _Open, result: Any) -> Any:
             source = jnp.asarray((kernel.source or kernel.get)())
             source = source.astype(jnp.promote_types(source.dtype, jnp.float32))
             value = (source * _placed(factors()[0], equation, place)).astype(value.dtype)
-        return widen_kernel(equation, value) if one.wide else value
+        return widen_kernel(equation, value, one.pixels) if one.pixels > 1 else value
 
     ready = at.hand(weights)
     shifts = any(name in ("add", "add_any", "sub") for name, *_ in one.steps)
@@ -373,8 +395,8 @@ def _closed(at: _Pass, one: _Open, result: Any) -> Any:
     if at.kept is not None:
         return None
     inputs = one.operands[1 - place]
-    if one.wide:
-        made = convolve_widely(equation, inputs, ready)
+    if one.pixels > 1:
+        made = convolve_widely(equation, inputs, ready, one.pixels)
     else:
         (made,) = run_equation(equation, [inputs, ready] if place == 1 else [ready, inputs])
     if shift is not None:

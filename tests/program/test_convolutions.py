@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from megajax.program.convolutions import pixels_at_once
+from megajax.program.convolutions import NARROW, NARROW_ON_ONE_CORE, pixels_at_once
 from megajax.program.folding import widened
 from megajax.program.jaxprs import trace, walk
 from megajax.program.roles import find_layers, find_statistics
@@ -104,6 +104,15 @@ def test_one_dimension_other_layouts_and_half_precision_are_left_alone():
     assert chosen(apply_fn, w.astype(jnp.bfloat16), x.astype(jnp.bfloat16)) == [1]
 
 
+def test_two_pixels_at_once_from_16_to_16_channels_are_for_one_core():
+    apply_fn, w, x = convolution((2, 8, 8, 16), (3, 3, 16, 16))
+    (equation,) = trace(apply_fn, w, x).closed.jaxpr.eqns
+    found = [pixels_at_once(equation, narrow) for narrow in (0, NARROW, NARROW_ON_ONE_CORE)]
+    assert found == [1, 1, 2]
+    wide = jax.jit(widened(apply_fn, NARROW_ON_ONE_CORE))(w, x)
+    np.testing.assert_allclose(wide, apply_fn(w, x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("name", "options"), [("cnn", {}), ("resnet", {"depth": 8}), ("vgg", {"depth": 11, "width": 8})]
 )
@@ -111,7 +120,7 @@ def test_a_network_of_the_zoo_is_the_same_function_and_still_understood(name, op
     model = models.build(name, 10, options)
     x = RNG.normal(size=(4, 16, 16, 3)).astype(np.float32)
     variables = model.init(jax.random.key(0), x)
-    wide = widened(model.apply)
+    wide = widened(model.apply, NARROW_ON_ONE_CORE)
     assert max(chosen(model.apply, variables, x)) > 1
     np.testing.assert_allclose(
         jax.jit(wide)(variables, x), model.apply(variables, x), rtol=1e-4, atol=1e-4

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 import megajax as mj
+from megajax.program.convolutions import NARROW, NARROW_ON_ONE_CORE
 from megajax.program.folding import Folded, fold, for_backend
 from megajax.program.jaxprs import walk
 from megajax.zoo import networks as models
@@ -69,10 +70,10 @@ def equations(function, *arguments):
 
 
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("wide", [False, True])
-def test_the_zoo_is_the_same_to_rounding(name, wide):
+@pytest.mark.parametrize("narrow", [0, NARROW, NARROW_ON_ONE_CORE])
+def test_the_zoo_is_the_same_to_rounding(name, narrow):
     apply_fn, variables = zoo(name)
-    network = Folded(apply_fn, wide=wide)
+    network = Folded(apply_fn, narrow=narrow)
     expected = jax.jit(apply_fn)(variables, X)
     close(both_steps(network)(variables, X), expected)
     close(jax.jit(network)(variables, X), expected)
