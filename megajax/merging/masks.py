@@ -152,8 +152,12 @@ class Masks:
 
     def decode(self, free: jax.Array) -> jax.Array:
         """Coefficients of logits."""
-        room = 1 - self.num_parents * self.low
-        return self.low + room * jax.nn.softmax(free, axis=-1)
+        # One parent after the other, as in `_mix`: softmax would reduce over so short an axis.
+        logits = [free[..., k] for k in range(self.num_parents)]
+        largest = jax.lax.stop_gradient(reduce(jnp.maximum, logits))
+        parts = [jnp.exp(one - largest) for one in logits]
+        room = (1 - self.num_parents * self.low) / reduce(jnp.add, parts)
+        return jnp.stack([self.low + room * part for part in parts], axis=-1)
 
 
 def masks(
