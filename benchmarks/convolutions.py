@@ -1,7 +1,7 @@
 """What a CPU makes of narrow convolutions: as they are, several pixels at once, as patches.
 
-    python benchmarks/convolutions.py [--side 32] [--channels 16:16 32:32] [--json FILE]
-    taskset -c 0 python benchmarks/convolutions.py       # on one core
+    python benchmarks/convolutions.py [--side 32] [--images 512] [--channels 16:16 32:32]
+    taskset -c 0 python benchmarks/convolutions.py --images 48     # on one core, in its caches
 
 3x3 convolutions with 1 to 32 channels in and 4 to 64 out, each with a kernel of its own for each of
 two networks, one network after the other, on as many images as have half a million pixels. GFLOP/s
@@ -66,10 +66,9 @@ def winograd(w: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.stack(sides, 4).reshape(n, height, width, -1)
 
 
-def rates(side: int, channels_in: int, channels_out: int) -> dict[str, float]:
+def rates(side: int, images: int, channels_in: int, channels_out: int) -> dict[str, float]:
     """GFLOP/s by each way."""
     rng = np.random.default_rng(0)
-    images = 2**19 // side**2
     x = jnp.asarray(rng.normal(size=(images, side, side, channels_in)), jnp.float32)
     kernels = jnp.asarray(rng.normal(size=(2, 3, 3, channels_in, channels_out)), jnp.float32)
     operations = 2 * 2 * 9 * images * side**2 * channels_in * channels_out
@@ -101,13 +100,15 @@ def main() -> None:
     """Prints the table and writes the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", type=int, default=32)
+    parser.add_argument("--images", type=int, help="default: as many as have half a million pixels")
     parser.add_argument("--channels", nargs="+", default=CHANNELS, metavar="IN:OUT")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, {options.side}x{options.side} pixels, GFLOP/s")
+    images = options.images or 2**19 // options.side**2
     table: list[dict[str, Any]] = []
     for channels in options.channels:
-        row = rates(options.side, *map(int, channels.split(":")))
+        row = rates(options.side, images, *map(int, channels.split(":")))
         if not table:
             print("| channels |", " | ".join(row), "|")
             print("| --- |", " | ".join(["---"] * len(row)), "|")
