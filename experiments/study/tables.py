@@ -129,12 +129,15 @@ def section(results: Mapping[str, Any]) -> str:
         settings = results[data]
         found = {name: comparison(one) for name, one in settings.items()}
         first = next(iter(settings.values()))
-        count = len(first["seeds"])
-        single = count < FEWEST
+        counts = [len(one["seeds"]) for one in settings.values()]
+        each_column = f"{counts[0]} pairs for each column"
+        by_column = f"{', '.join(map(str, counts))} pairs, column by column"
+        pairs = each_column if len(set(counts)) == 1 else by_column
+        single = min(counts) < FEWEST
         sure = "seed by seed" if single else "with 95 % interval paired by seed"
         tests = "points" if single else "points; p-values of\nsingle t-tests, not corrected"
         parts += [
-            f"**{NAMES[data]}**, {count} pairs for each column, "
+            f"**{NAMES[data]}**, {pairs}, "
             f"{first['data']['validation']:,} validation and {first['data']['test']:,} test "
             f"images; every search\ncosts {COSTS[data]}. Test accuracy and, in points, the "
             f"difference to the best parent, which validation\nchose ({sure}):",
