@@ -130,9 +130,9 @@ def section(results: Mapping[str, Any]) -> str:
         found = {name: comparison(one) for name, one in settings.items()}
         first = next(iter(settings.values()))
         counts = [len(one["seeds"]) for one in settings.values()]
-        each_column = f"{counts[0]} pairs for each column"
-        by_column = f"{', '.join(map(str, counts))} pairs, column by column"
-        pairs = each_column if len(set(counts)) == 1 else by_column
+        pairs = f"{counts[0]} pair{'s' * (counts[0] > 1)} for each column"
+        if len(set(counts)) > 1:
+            pairs = f"{' and '.join(map(str, counts))} pairs, column by column"
         single = min(counts) < FEWEST
         sure = "seed by seed" if single else "with 95 % interval paired by seed"
         tests = "points" if single else "points; p-values of\nsingle t-tests, not corrected"
