@@ -106,7 +106,10 @@ def _backward(equation: core.JaxprEqn, kept: Any, slope: jax.Array) -> Any:
 
 
 def _summed(function: Callable[[Any], jax.Array], images: Any) -> jax.Array:
-    """The sum over the images, a few at a time; zeros fill up the last few and add nothing."""
+    """The sum over the images, a few at a time; zeros fill up the last few and add nothing.
+
+    In float32 or wider, whatever the precision of the images.
+    """
     count = len(images[0])
     if count <= _AT_ONCE:
         return function(images)
@@ -119,8 +122,12 @@ def _summed(function: Callable[[Any], jax.Array], images: Any) -> jax.Array:
 
     few = jax.tree.map(cut, images)
     shape = jax.eval_shape(function, jax.tree.map(lambda leaf: leaf[0], few))
-    start = jnp.zeros(shape.shape, shape.dtype)
-    return jax.lax.scan(lambda total, some: (total + function(some), None), start, few)[0]
+    start = jnp.zeros(shape.shape, jnp.promote_types(shape.dtype, jnp.float32))
+
+    def add(total: jax.Array, some: Any) -> tuple[jax.Array, None]:
+        return total + function(some).astype(total.dtype), None
+
+    return jax.lax.scan(add, start, few)[0]
 
 
 _convolve.defvjp(_forward, _backward)

@@ -29,6 +29,21 @@ def test_a_convolution_has_the_gradients_that_jax_gives_it(images, strides, padd
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_many_images_in_half_precision_are_summed_in_full():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.uniform(1, 2, (1000, 4, 4, 3)), jnp.bfloat16)
+    w = jnp.ones((3, 3, 3, 2), jnp.bfloat16)
+
+    def loss(w, x):
+        y = jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=LAYOUT)
+        return y.astype(jnp.float32).sum()
+
+    found = jax.jit(jax.grad(with_fast_gradients(loss)))(w, x)
+    expected = jax.grad(loss)(w.astype(jnp.float32), x.astype(jnp.float32))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-8)
+
+
 def test_a_network_in_training_keeps_its_statistics_and_its_dropout():
     class Net(nn.Module):
         @nn.compact
