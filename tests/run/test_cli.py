@@ -20,7 +20,7 @@ from megajax.run import store as workdir
 from megajax.run.config import Config, from_dict, to_dict
 from megajax.run.stages import searching
 from megajax.run.stages import task as common
-from megajax.run.stages.task import held_out, stream
+from megajax.run.stages.task import held_out, selection_of, stream
 from megajax.zoo import data, training
 from megajax.zoo import networks as models
 
@@ -298,7 +298,7 @@ def test_what_is_held_out_is_made_of_the_test_images():
         return dataset.train.images, dataset.train.labels
 
     fitness = mj.FitnessConfig(tasks=(as_it_is, of_training, shifted))
-    plain, moved = held_out(fitness, dataset)
+    plain, moved = held_out(fitness, dataset, selection_of(fitness, dataset))
     assert (plain.name, moved.name, moved.metric) == ("as_it_is", "by a pixel", "accuracy")
     np.testing.assert_array_equal(plain.inputs, dataset.test.images)
     np.testing.assert_array_equal(moved.inputs, np.roll(dataset.test.images, 1, axis=2))
@@ -310,7 +310,8 @@ def test_what_is_held_out_is_made_of_the_test_images():
         ({"metric": "macro_f1"}, 1),
         ({"metric": "macro_f1", "select_on_test": True}, 0),
     ):
-        found = held_out(mj.FitnessConfig(**choices), dataset)
+        fitness = mj.FitnessConfig(**choices)
+        found = held_out(fitness, dataset, selection_of(fitness, dataset))
         assert [one.name for one in found] == ["digits"] * count
         for one in found:
             np.testing.assert_array_equal(one.inputs, dataset.test.images)

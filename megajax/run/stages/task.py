@@ -42,6 +42,7 @@ __all__ = [
     "prepare",
     "progress",
     "save",
+    "selection_of",
     "stream",
     "train",
 ]
@@ -102,7 +103,7 @@ class Task:
     @property
     def selection(self) -> list[merging.Task]:
         """What the search is scored on; without labels, the training images."""
-        return list(self.tasks) or _selection(self.config.fitness, self.dataset)
+        return list(self.tasks) or selection_of(self.config.fitness, self.dataset)
 
 
 def prepare(
@@ -131,28 +132,32 @@ def prepare(
         stream(config, "shards"), dataset.train.labels, dataset.num_classes, config.parents
     )
     apply_fn = from_linen(model, {}, train=False).apply_fn
-    tasks = [_task_of(function, dataset) for function in config.fitness.tasks]
-    own = tasks, held_out(config.fitness, dataset)
+    selection = selection_of(config.fitness, dataset)
+    tasks = selection if config.fitness.tasks else []
+    own = tasks, held_out(config.fitness, dataset, selection)
     return Task(
         config, folder, source or folder, console, stopping, dataset, shards, *own, model, apply_fn
     )
 
 
-def held_out(fitness: FitnessConfig, dataset: data.Dataset) -> list[merging.Task]:
+def held_out(
+    fitness: FitnessConfig, dataset: data.Dataset, selection: Sequence[merging.Task]
+) -> list[merging.Task]:
     """What a search is scored on, made of the test images instead of the validation images.
 
     Args:
         fitness: whose functions are called with the test images in the validation images' place.
         dataset: the images, split.
+        selection: what the search is scored on.
 
     Returns:
         The tasks, without those that are the same as before, because they are made of other images;
-        none for a metric that every run reports.
+        none for a metric that every run reports, or that takes training images.
     """
-    if not fitness.tasks and fitness.metric in (None, "accuracy", "cross_entropy"):
+    if not fitness.tasks and fitness.metric in (None, "accuracy", "cross_entropy", "distill"):
         return []
     moved = dataset._replace(validation=dataset.test)
-    pairs = zip(_selection(fitness, dataset), _selection(fitness, moved), strict=True)
+    pairs = zip(selection, selection_of(fitness, moved), strict=True)
     return [new._replace(weight=1.0) for old, new in pairs if not _same(old.inputs, new.inputs)]
 
 
@@ -160,8 +165,13 @@ def _same(first: PyTree, second: PyTree) -> bool:
     return all(map(np.array_equal, jax.tree.leaves(first), jax.tree.leaves(second)))
 
 
-def _selection(fitness: FitnessConfig, dataset: data.Dataset) -> list[merging.Task]:
-    """What a search is scored on."""
+def selection_of(fitness: FitnessConfig, dataset: data.Dataset) -> list[merging.Task]:
+    """What a search is scored on; a user's functions are called.
+
+    Args:
+        fitness: the configuration.
+        dataset: the images, split.
+    """
     if fitness.tasks:
         return [_task_of(function, dataset) for function in fitness.tasks]
     if fitness.metric == "distill":
