@@ -106,6 +106,7 @@ def test_stopping_and_going_on_changes_no_bit(tiny):
     np.testing.assert_array_equal(of_rest.loss, history.loss[1:])
 
 
+@pytest.mark.slow  # it holds for programs that are optimised
 def test_the_mapping_changes_no_bit(tiny):
     by_steps, by_epochs = (train_tiny(tiny, mapping=mapping) for mapping in ("steps", "epochs"))
     chex.assert_trees_all_equal(by_steps, by_epochs)
