@@ -6,26 +6,54 @@
 A cell is called DATA/PARENTS/SEARCH. DATA is `digits` (small CNNs) or `cifar10` (ResNet-8, whose
 parents are better trained on a GPU). PARENTS is `same` (both trained on all training images),
 `skewed` (each at home in half of the classes) or `shared` (skewed, and from the same initial
-weights). SEARCH is `paper` (MeGA's algorithm to the letter, but for the evaluations) or the
-granularity of masks, behind `gradient-` where gradients search instead of evolution, or `distill-`
-where they do so without labels, towards the parents' mean prediction. It ends in `-aligned` where
-the parents' hidden units are aligned. Every candidate's BatchNorm statistics are measured anew, but
-for `paper`.
+weights). SEARCH is `paper` (MeGA's algorithm to the letter, but for the evaluations), `m2n2`
+(M2N2's) or the granularity of masks, behind a way to search where it is not the genetic algorithm:
+
+- `gradient`: Adam on the masks; `memetic`: two steps of it for every child of the genetic algorithm
+- `distill`: gradients without labels, towards the parents' mean prediction, on training images
+- `niches`: M2N2's competition and attraction, on masks
+- `pbil`, `one_plus_one`: binary masks
+
+It ends in `-aligned` where the parents' hidden units are aligned. Every candidate's BatchNorm
+statistics are measured anew, but for `paper` and `m2n2`.
 
 Every search passes as many images through networks as 1,920 networks take on the validation images
-of the digits, and 115 on those of CIFAR-10. The first search of the data set has the other
-baselines and the test of robustness.
+of the digits, and 115 on those of CIFAR-10; a gradient counts as three passes. The first search of
+the data set has the other baselines and the test of robustness.
 """
 
 import megajax as mj
+from megajax.merging.presets import m2n2
 
 PARENTS = ("same", "skewed", "shared")
 GRANULARITIES = ("global", "layer", "channel", "element")
 _MASKS = [f"{name}{how}" for how in ("", "-aligned") for name in ("paper", *GRANULARITIES)]
+_WAYS = [
+    f"{name}-aligned"
+    for name in (
+        "gradient-channel",
+        "gradient-element",
+        "distill-channel",
+        "distill-element",
+        "memetic-channel",
+        "niches-channel",
+        "pbil-channel",
+        "one_plus_one-channel",
+    )
+]
 SEARCHES = {
-    "digits": ("channel-aligned", *(name for name in _MASKS if name != "channel-aligned")),
+    "digits": (
+        "channel-aligned",
+        *(name for name in _MASKS if name != "channel-aligned"),
+        "m2n2",
+        *_WAYS,
+    ),
     "cifar10": ("distill-element-aligned", "channel-aligned", "paper"),
 }
+NETWORKS = {"digits": 1920, "cifar10": 115}
+LABELLED = {"digits": 404, "cifar10": 5_000}  # validation images
+UNLABELLED = {"digits": 808, "cifar10": 23_000}  # training images to distil on, their labels unseen
+POPULATION = {"digits": 32, "cifar10": 23}
 
 
 def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
@@ -35,33 +63,42 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
     kind = search.removesuffix("-aligned")
     aligned = search != kind
     way, _, masks = kind.rpartition("-")
+    published = kind in ("paper", "m2n2")
     config = {"digits": digits, "cifar10": cifar10}[data]().replace(
         parents={
             "shards": "same" if parents == "same" else "skewed",
             "shared_initialization": parents == "shared",
         },
         align={"method": "activations" if aligned else "none"},
-        recalibrate={"enabled": aligned or kind != "paper"},
+        recalibrate={"enabled": not published or (aligned and kind == "paper")},
     )
-    paper = mj.mega_paper()
-    size, generations = {"digits": (32, 59), "cifar10": (23, 4)}[data]
+    size = POPULATION[data]
+    evolution = {"population_size": size, "generations": NETWORKS[data] // size - 1}
     if kind == "paper":  # one elite: 20 + 100 x 19 networks, or 20 + 5 x 19
-        fewer = {"digits": 100, "cifar10": 5}[data]
-        config = config.replace(
-            genome=paper.genome,
-            fitness=paper.fitness,
-            evolution=paper.evolution.replace(generations=fewer),
-        )
+        paper = mj.mega_paper()
+        config = config.replace(genome=paper.genome, fitness=paper.fitness)
+        evolution = paper.evolution.replace(generations=(NETWORKS[data] - 20) // 19)
+    elif kind == "m2n2":
+        sections = m2n2(NETWORKS[data] - 2)
+        config = config.replace(genome=sections["genome"], fitness=sections["fitness"])
+        evolution = sections["evolution"]
     else:
-        evolution = {"population_size": size, "generations": generations}
-        config = config.replace(genome={"granularity": masks}, evolution=evolution)
-    if way:
-        config = config.replace(evolution={"method": "gradient"})
+        config = config.replace(genome={"granularity": masks})
     if way == "distill":
-        config = config.replace(
-            fitness={"metric": "distill", "distill_examples": 23_000},
-            evolution={"population_size": 5, "generations": 4},
-        )
+        examples = UNLABELLED[data]
+        config = config.replace(fitness={"metric": "distill", "distill_examples": examples})
+        networks = NETWORKS[data] * LABELLED[data] // examples
+        evolution = {"population_size": 5, "generations": networks // 5 - 1}
+    if way in ("gradient", "distill"):
+        evolution |= {"method": "gradient"}
+    elif way == "memetic":
+        evolution |= {"gradient_steps": 2, "gradient_examples": 64}
+        evolution |= {"evaluation_budget": NETWORKS[data]}
+    elif way:
+        evolution |= {"method": way}
+    if way in ("pbil", "one_plus_one"):
+        config = config.replace(genome={"binary": True})
+    config = config.replace(evolution=evolution)
     if search != SEARCHES[data][0]:
         names = ("random_search",) if kind == "channel" and data == "digits" else ()
         config = config.replace(baselines={"names": names}, robustness={"enabled": False})
