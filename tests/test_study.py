@@ -23,16 +23,19 @@ def test_all_searches_of_all_cells_score_equally_many_networks(data):
             evolution = cell.evolution
             elites = evolution.elites if evolution.survival == "generational" else 0
             size = evolution.population_size
-            networks = size + evolution.generations * (size - elites)
-            distills = cell.fitness.metric == "distill"
-            if distills:  # the others are scored on 5,000 validation images
-                networks = networks * cell.fitness.distill_examples / 5000
+            first = 2 if evolution.parents_only else size
+            children = evolution.offspring or size - elites
+            networks = first + evolution.generations * children
+            if evolution.gradient_steps:  # stops where the next generation would cost more
+                assert networks == evolution.evaluation_budget
+            if cell.fitness.metric == "distill":  # the others are scored on validation images
+                networks = networks * cell.fitness.distill_examples / CONFIG["LABELLED"][data]
             costs.add(round(networks, 3))
             assert cell.data.name == data
             aligned = search.endswith("-aligned")
             assert (cell.align.method != "none") == aligned
-            assert cell.recalibrate.enabled == (search != "paper")
-    assert costs == {{"digits": 1920, "cifar10": 115}[data]}
+            assert cell.recalibrate.enabled == (search not in ("paper", "m2n2"))
+    assert costs == {CONFIG["NETWORKS"][data]}
 
 
 def test_what_is_no_cell_is_one_line(capsys):

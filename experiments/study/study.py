@@ -31,16 +31,15 @@ RESULTS = HERE / "results.json"
 
 
 def run_cell(
-    cell: str, folder: Path, origin: Path | None, seeds: str, fields: Sequence[str]
+    cell: str, folder: Path, origin: Path | None, seed: str, fields: Sequence[str]
 ) -> None:
-    """One search, all seeds; from the parents of `origin`, if there is one."""
+    """One search, one seed; from the parents of `origin`, if there is one."""
     where = ["--workdir", str(folder)]
     if origin is not None:
         where = ["--workdir", str(origin), "--fork", str(folder)]
     values = [f"--config.{field}" for field in fields]
     config = f"{HERE / 'config.py'}:{cell}"
-    code = run(["study", "--config", config, "--seeds", seeds, *where, *values])
-    jax.clear_caches()  # a process can hold the compiled programs of about a hundred runs
+    code = run(["study", "--config", config, "--seeds", seed, *where, *values])
     if code:
         sys.exit(code)
 
@@ -69,16 +68,19 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
     searches = SEARCHES[options.data]
+    for search in searches:
+        for parents in options.only:
+            folder = options.workdir / options.data / parents
+            origin = None if search == searches[0] else folder / searches[0]
+            cell = f"{options.data}/{parents}/{search}"
+            for seed in options.seeds:
+                files = sorted((options.parents / parents / f"seed{seed}").glob("*.npz"))
+                given = [f"parents.paths={','.join(map(str, files))}"] if files else []
+                run_cell(cell, folder / search, origin, str(seed), [*options.set, *given])
+        jax.clear_caches()  # a process can hold the compiled programs of about a hundred runs
     collected = {}
     for parents in options.only:
         folder = options.workdir / options.data / parents
-        for seed in options.seeds:
-            files = sorted((options.parents / parents / f"seed{seed}").glob("*.npz"))
-            given = [f"parents.paths={','.join(map(str, files))}"] if files else []
-            for search in searches:
-                origin = None if search == searches[0] else folder / searches[0]
-                cell = f"{options.data}/{parents}/{search}"
-                run_cell(cell, folder / search, origin, str(seed), [*options.set, *given])
         seeds = [path.name for path in sorted((folder / searches[0]).glob("seed*"))]
         collected[parents] = aggregate([one_seed(folder, seed, searches) for seed in seeds])
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
