@@ -28,25 +28,24 @@ from megajax.merging.presets import m2n2
 PARENTS = ("same", "skewed", "shared")
 GRANULARITIES = ("global", "layer", "channel", "element")
 _MASKS = [f"{name}{how}" for how in ("", "-aligned") for name in ("paper", *GRANULARITIES)]
-_WAYS = [
-    f"{name}-aligned"
-    for name in (
-        "gradient-channel",
-        "gradient-element",
-        "distill-channel",
-        "distill-element",
-        "memetic-channel",
-        "niches-channel",
-        "pbil-channel",
-        "one_plus_one-channel",
-    )
-]
+WAYS = {
+    "gradient": {"method": "gradient"},
+    "distill": {"method": "gradient"},
+    "memetic": {"gradient_steps": 2, "gradient_examples": 64, "evaluation_budget": 1920},
+    "niches": {"method": "niches"},
+    "pbil": {"method": "pbil"},
+    "one_plus_one": {"method": "one_plus_one"},
+}
 SEARCHES = {
     "digits": (
         "channel-aligned",
         *(name for name in _MASKS if name != "channel-aligned"),
         "m2n2",
-        *_WAYS,
+        "gradient-channel-aligned",
+        "gradient-element-aligned",
+        "distill-channel-aligned",
+        "distill-element-aligned",
+        *(f"{way}-channel-aligned" for way in WAYS if way not in ("gradient", "distill")),
     ),
     "cifar10": ("distill-element-aligned", "channel-aligned", "paper"),
 }
@@ -63,14 +62,13 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
     kind = search.removesuffix("-aligned")
     aligned = search != kind
     way, _, masks = kind.rpartition("-")
-    published = kind in ("paper", "m2n2")
     config = {"digits": digits, "cifar10": cifar10}[data]().replace(
         parents={
             "shards": "same" if parents == "same" else "skewed",
             "shared_initialization": parents == "shared",
         },
         align={"method": "activations" if aligned else "none"},
-        recalibrate={"enabled": not published or (aligned and kind == "paper")},
+        recalibrate={"enabled": search not in ("paper", "m2n2")},
     )
     size = POPULATION[data]
     evolution = {"population_size": size, "generations": NETWORKS[data] // size - 1}
@@ -89,13 +87,8 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
         config = config.replace(fitness={"metric": "distill", "distill_examples": examples})
         networks = NETWORKS[data] * LABELLED[data] // examples
         evolution = {"population_size": 5, "generations": networks // 5 - 1}
-    if way in ("gradient", "distill"):
-        evolution |= {"method": "gradient"}
-    elif way == "memetic":
-        evolution |= {"gradient_steps": 2, "gradient_examples": 64}
-        evolution |= {"evaluation_budget": NETWORKS[data]}
-    elif way:
-        evolution |= {"method": way}
+    if way:
+        evolution |= WAYS[way]
     if way in ("pbil", "one_plus_one"):
         config = config.replace(genome={"binary": True})
     config = config.replace(evolution=evolution)
