@@ -91,7 +91,9 @@ STAGES: Mapping[str, Stage] = {
             "fitness.metric",
             "fitness.select_on_test",
             "fitness.tasks",
+            "evolution.method",
             "evolution.population_size",
+            "evolution.gradient_steps",
         ),
         lighter=("fitness.population_chunk", "fitness.batch_size", "evolution.population_size"),
     ),
@@ -299,13 +301,20 @@ def _fork(task: Task, origin: Path) -> dict[str, Any]:
 
 
 def _taken(task: Task, changes: Mapping[str, Any]) -> str:
-    """What a copied workdir saves the run that goes on in it, in words."""
+    """What a copied workdir saves the run that goes on in it, in words.
+
+    Checkpoints of a search that is not this run's are removed.
+    """
     done = _stored(task.config, task.folder)
     words = [f"{', '.join(done)} taken from there"] if done else []
-    fields = STAGES["search"].state_depends or ()
-    same = not any({name, name.partition(".")[0]} & {*fields} for name in changes)
-    if "search" not in done and same and any((task.folder / "checkpoints").glob("search/*")):
-        words.append("the search goes on from its last checkpoint")
+    states = task.folder / "checkpoints" / "search"
+    if "search" not in done and any(states.glob("*")):
+        fields = STAGES["search"].state_depends or ()
+        changed = any({name, name.partition(".")[0]} & {*fields} for name in changes)
+        if "align" in done and not changed:
+            words.append("the search goes on from its last checkpoint")
+        else:
+            shutil.rmtree(states)
     return "; ".join([*words, "the rest is done anew"])
 
 

@@ -349,6 +349,31 @@ def test_a_fork_goes_on_from_the_old_state(undisturbed, no_plots, tmp_path, monk
     assert (results, lines, networks) == outcome(tmp_path / "straight")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"evolution": {"method": "niches"}},
+        {"evolution": {"gradient_steps": 1}},
+        {"align": {"method": "weights"}},
+    ],
+)
+def test_a_fork_to_another_search_starts_it_anew(
+    change, undisturbed, no_plots, tmp_path, monkeypatch, caplog
+):
+    folder, _ = undisturbed
+    monkeypatch.setattr(training, "train", None)
+    console = Console(file=io.StringIO(), width=80)
+    stop = {"origin": folder, "stopping": lambda: True}
+    with pytest.raises(mj.Interrupted, match=r"before the stage (align|search)"):
+        pipeline.run(tiny(**change), tmp_path / "fork", console, **stop)
+    assert "goes on from" not in console.file.getvalue()
+    assert "parents" in console.file.getvalue()
+    pipeline.run(tiny(**change), tmp_path / "fork")
+    lines = files.read_lines(tmp_path / "fork" / "metrics.jsonl")
+    assert [line["generation"] for line in lines] == [0, 1, 2, 3]
+    assert not caplog.records
+
+
 def test_a_fork_keeps_only_what_the_change_leaves_valid(
     undisturbed, no_plots, tmp_path, monkeypatch
 ):
