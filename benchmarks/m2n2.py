@@ -101,12 +101,13 @@ def rows(networks: int) -> dict[str, dict[str, Any]]:
                     "fitness": mj.FitnessConfig(metric=metric),
                     "evolution": mj.EvolutionConfig(method=method, **many),
                 }
-    for granularity in ("channel", "element"):
-        found[f"gradient, {granularity} masks from -0.2 to 1.2, cross_entropy"] = {
-            "genome": mj.GenomeConfig(granularity=granularity, low=-0.2),
-            "fitness": mj.FitnessConfig(metric="cross_entropy"),
-            "evolution": mj.EvolutionConfig(method="gradient", **many),
-        }
+    for low in (-0.2, -0.5, -1.0):
+        for granularity in ("channel", "element"):
+            found[f"gradient, {granularity} masks from {low} to {1 - low}, cross_entropy"] = {
+                "genome": mj.GenomeConfig(granularity=granularity, low=low),
+                "fitness": mj.FitnessConfig(metric="cross_entropy"),
+                "evolution": mj.EvolutionConfig(method="gradient", **many),
+            }
     return found
 
 

@@ -80,8 +80,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found = [pair(seed, options.networks) for seed in range(options.seeds)]
-    print("| validation images |", *(f"{examples} |" for examples in EXAMPLES))
-    print("| --- |", *("--- |" for _ in EXAMPLES))
+    print("| search | genes |", *(f"{examples} images |" for examples in EXAMPLES))
+    print("| --- | ---: |", *("--- |" for _ in EXAMPLES))
     for name in SEARCHES:
         cells = []
         for examples in EXAMPLES:
@@ -90,7 +90,7 @@ def main() -> None:
             cells.append(
                 f"{gap.estimate:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}], {test.mean():.1f} |"
             )
-        print(f"| {name}, {genes[0]:,.0f} genes |", *cells)
+        print(f"| {name} | {genes[0]:,.0f} |", *cells)
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
