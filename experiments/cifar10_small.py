@@ -4,9 +4,9 @@
 
 DIR is a TFDS directory that holds cifar10: `python -m megajax.data prepare cifar10` makes it, once.
 Parent 0 sees mostly the even classes, parent 1 mostly the odd ones, 22,500 images each, for eight
-epochs. The search goes down the gradient of a mask for each weight, towards the parents' mean
-prediction on 5,000 training images. About half an hour on 2 cores, half of it training (an
-estimate: it was not measured on a quiet machine).
+epochs. The search goes down the gradient of a mask for each weight, from -0.5 to 1.5, towards the
+parents' mean prediction on 20,000 training images. About half an hour on 2 cores, half of it
+training (an estimate: it was not measured on a quiet machine).
 """
 
 import megajax as mj
@@ -28,9 +28,16 @@ def get_config() -> mj.Config:
         ),
         align=mj.AlignConfig(method="activations"),
         recalibrate=mj.RecalibrateConfig(enabled=True, examples=512),
-        genome=mj.GenomeConfig(granularity="element"),
-        fitness=mj.FitnessConfig(metric="distill", distill_examples=5000),
-        evolution=mj.EvolutionConfig(method="gradient", population_size=20, generations=4),
+        genome=mj.GenomeConfig(granularity="element", low=-0.5),
+        fitness=mj.FitnessConfig(metric="distill", distill_examples=20_000),
+        evolution=mj.EvolutionConfig(
+            method="gradient",
+            population_size=5,
+            generations=5,
+            learning_rate=0.05,
+            decay_generations=5,
+            gradient_examples=128,
+        ),
         baselines=mj.BaselinesConfig(names=("uniform_average", "regmean", "pleas")),
         robustness=mj.RobustnessConfig(severities=(1, 3, 5), examples=250),
     )
