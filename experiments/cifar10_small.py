@@ -5,7 +5,7 @@
 DIR is a TFDS directory that holds cifar10: `python -m megajax.data prepare cifar10` makes it, once.
 Parent 0 sees mostly the even classes, parent 1 mostly the odd ones, 22,500 images each, for eight
 epochs. The search goes down the gradient of a mask for each weight, from -0.5 to 1.5, towards the
-parents' mean prediction on 20,000 training images. About half an hour on 2 cores, half of it
+parents' mean prediction on 40,000 training images. About half an hour on 2 cores, half of it
 training (an estimate: it was not measured on a quiet machine).
 """
 
@@ -29,13 +29,13 @@ def get_config() -> mj.Config:
         align=mj.AlignConfig(method="activations"),
         recalibrate=mj.RecalibrateConfig(enabled=True, examples=512),
         genome=mj.GenomeConfig(granularity="element", low=-0.5),
-        fitness=mj.FitnessConfig(metric="distill", distill_examples=20_000),
+        fitness=mj.FitnessConfig(metric="distill", distill_examples=40_000),
         evolution=mj.EvolutionConfig(
             method="gradient",
             population_size=5,
-            generations=5,
+            generations=4,
             learning_rate=0.05,
-            decay_generations=5,
+            decay_generations=4,
             gradient_examples=128,
         ),
         baselines=mj.BaselinesConfig(names=("uniform_average", "regmean", "pleas")),
