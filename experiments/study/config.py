@@ -11,7 +11,6 @@ weights). SEARCH is `paper` (MeGA's algorithm to the letter, but for the evaluat
 
 - `gradient`: Adam on the masks; `memetic`: two steps of it for every child of the genetic algorithm
 - `distill`: gradients without labels, towards the parents' mean prediction, on training images
-- `beyond`: the same, with masks from -0.5 to 1.5, smaller batches and a learning rate that falls
 - `niches`: M2N2's competition and attraction, on masks
 - `pbil`, `one_plus_one`: binary masks
 
@@ -32,7 +31,6 @@ _MASKS = [f"{name}{how}" for how in ("", "-aligned") for name in ("paper", *GRAN
 WAYS = {
     "gradient": {"method": "gradient"},
     "distill": {"method": "gradient"},
-    "beyond": {"method": "gradient", "learning_rate": 0.05, "gradient_examples": 128},
     "memetic": {"gradient_steps": 2, "gradient_examples": 64, "evaluation_budget": 1920},
     "niches": {"method": "niches"},
     "pbil": {"method": "pbil"},
@@ -47,10 +45,9 @@ SEARCHES = {
         "gradient-element-aligned",
         "distill-channel-aligned",
         "distill-element-aligned",
-        "beyond-element-aligned",
         *(f"{way}-channel-aligned" for way in ("memetic", "niches", "pbil", "one_plus_one")),
     ),
-    "cifar10": ("distill-element-aligned", "beyond-element-aligned", "channel-aligned", "paper"),
+    "cifar10": ("distill-element-aligned", "channel-aligned", "paper"),
 }
 NETWORKS = {"digits": 1920, "cifar10": 115}
 LABELLED = {"digits": 404, "cifar10": 5_000}  # validation images
@@ -85,14 +82,11 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
         evolution = sections["evolution"]
     else:
         config = config.replace(genome={"granularity": masks})
-    if way in ("distill", "beyond"):
+    if way == "distill":
         examples = UNLABELLED[data]
         config = config.replace(fitness={"metric": "distill", "distill_examples": examples})
         networks = NETWORKS[data] * LABELLED[data] // examples
         evolution = {"population_size": 5, "generations": networks // 5 - 1}
-    if way == "beyond":
-        config = config.replace(genome={"low": -0.5})
-        evolution["decay_generations"] = evolution["generations"]
     if way:
         evolution |= WAYS[way]
     if way in ("pbil", "one_plus_one"):

@@ -41,7 +41,6 @@ ROWS = {
         "evolved_paper": "MeGA as published (with 115 networks)",
         "evolved_channel_aligned": "evolved, channel masks, aligned",
         "merged": "gradient without labels, element masks, aligned",
-        "evolved_beyond_element_aligned": "the same, masks from -0.5 to 1.5",
         "ensemble": "ensemble (twice the cost)",
     },
     "digits": {
@@ -73,7 +72,6 @@ ROWS = {
         "evolved_gradient_element_aligned": "gradient, element masks, aligned",
         "evolved_distill_channel_aligned": "gradient without labels, channel masks, aligned",
         "evolved_distill_element_aligned": "gradient without labels, element masks, aligned",
-        "evolved_beyond_element_aligned": "the same, masks from -0.5 to 1.5",
         "ensemble": "ensemble (twice the cost)",
     },
 }
@@ -90,7 +88,6 @@ AGAINST = {
         "aligned_pleas",
         "evolved_paper",
         "evolved_channel_aligned",
-        "evolved_beyond_element_aligned",
         "ensemble",
     ),
     "digits": (

@@ -66,7 +66,6 @@ class Descent:
         steps: how many.
         examples: of each mini-batch.
         learning_rate: of Adam.
-        decay: steps of a walk in which that falls to 0, along a cosine; None keeps it.
     """
 
     objective: Objective
@@ -74,7 +73,6 @@ class Descent:
     steps: int
     examples: int
     learning_rate: float = 0.1
-    decay: int | None = None
 
     @property
     def cost(self) -> int:
@@ -118,9 +116,7 @@ class Descent:
 
     @property
     def _optimizer(self) -> optax.GradientTransformation:
-        if self.decay is None:
-            return optax.adam(self.learning_rate)
-        return optax.adam(optax.cosine_decay_schedule(self.learning_rate, self.decay))
+        return optax.adam(self.learning_rate)
 
 
 def descent_of(config: Any, tools: Any, steps: int) -> Descent:

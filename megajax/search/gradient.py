@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -64,8 +64,5 @@ class GradientSearch:
 def from_config(config: Any, tools: Tools) -> GradientSearch:
     """Gradient search, a generation costing what one of the genetic algorithm would."""
     cost = descent_of(config, tools, 1).cost
-    steps = max(math.ceil((config.population_size - _POINTS) * tools.num_examples / cost), 1)
-    descent = descent_of(config, tools, steps)
-    if config.decay_generations is not None:
-        descent = replace(descent, decay=config.decay_generations * steps)
-    return GradientSearch(tools.evaluate, descent)
+    steps = math.ceil((config.population_size - _POINTS) * tools.num_examples / cost)
+    return GradientSearch(tools.evaluate, descent_of(config, tools, max(steps, 1)))

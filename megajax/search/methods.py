@@ -61,8 +61,6 @@ class EvolutionConfig(Section):
         time_budget: stop after this many seconds; None never does. What it finds depends on the
             machine's speed.
         learning_rate: for `gradient`: of Adam on the genes; for `pbil`: of the probabilities.
-        decay_generations: for `gradient`: generations in which the learning rate falls to 0, along
-            a cosine, after which the search stands still; None keeps it.
         gradient_examples: size of the mini-batch of a gradient step, which costs three passes of
             it.
         gradient_steps: for `genetic`: gradient steps that each child takes before it is scored
@@ -105,7 +103,6 @@ class EvolutionConfig(Section):
     patience: Annotated[int, at_least(1)] | None = None
     time_budget: Annotated[float, at_least(0)] | None = None
     learning_rate: Annotated[float, between(1e-9, 1e3)] = 0.1
-    decay_generations: Annotated[int, at_least(1)] | None = None
     gradient_examples: Annotated[int, at_least(1)] = 256
     gradient_steps: Annotated[int, at_least(0)] = 0
     offspring: Annotated[int, at_least(1)] | None = None

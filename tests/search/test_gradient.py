@@ -10,7 +10,6 @@ from searches import assert_it_goes_on_bit_identical, started
 
 import megajax as mj
 from megajax.merging.masks import Masks
-from megajax.search.descent import Descent
 from megajax.search.genetic import Tools
 from megajax.search.gradient import from_config
 from megajax.search.loop import Limits, examples_scored, run
@@ -83,26 +82,9 @@ def test_a_generation_costs_what_a_population_would():
     assert int(state.generation) == 2
 
 
-def test_the_learning_rate_falls_along_a_cosine_and_ends_at_zero():
-    class Free:
-        def encode(self, genes):
-            return genes
-
-        decode = encode
-
-    uphill = Descent(lambda key, slope, genes, count: slope @ genes, Free(), 1, 10, 0.2, decay=8)
-    slope = jnp.array([3.0, -0.5])  # Adam's steps along a constant slope are the learning rate's
-    walk, rates = uphill.start(jnp.zeros(2)), 0.1 * (1 + np.cos(np.pi * np.arange(8) / 8))
-    for i, far in enumerate([*np.cumsum(rates), rates.sum(), rates.sum()]):
-        walk = uphill(jax.random.fold_in(KEY, i), walk, slope)
-        np.testing.assert_allclose(walk.free, [far, -far], rtol=1e-4)
-
-    assert search_of(decay_generations=3).descent.decay == 3 * search_of().descent.steps
-
-
-@pytest.mark.parametrize(("stop", "decay"), [(1, None), (4, None), (7, None), (4, 6)])
-def test_it_goes_on_exactly_as_it_would_have(stop, decay):
-    search = search_of(decay_generations=decay)
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_it_goes_on_exactly_as_it_would_have(stop):
+    search = search_of()
     assert_it_goes_on_bit_identical(KEY, search, started(search, GENES, TARGET), TARGET, stop)
 
 
