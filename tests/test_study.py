@@ -51,7 +51,7 @@ def test_the_tables_are_what_the_results_say():
 
 
 def test_the_searches_in_the_results_cost_the_same():
-    networks, searches = {"digits": 1920, "cifar10": 115}, {"digits": 13, "cifar10": 3}
+    networks, searches = {"digits": 1920, "cifar10": 115}, {"digits": 24, "cifar10": 3}
     for data, settings in json.loads((STUDY / "results.json").read_text()).items():
         for aggregate in settings.values():
             costs = [
@@ -60,5 +60,7 @@ def test_the_searches_in_the_results_cost_the_same():
                 if name.startswith(("evolved", "random_search", "cma_es", "sep_", "diff", "merged"))
             ]
             assert len(costs) >= searches[data]
-            one = aggregate["data"]["validation"]  # a gradient's steps are whole
-            assert max(abs(cost / one - networks[data]) for cost in costs) < 1
+            whole = aggregate["data"]["validation"] * networks[data]
+            assert (
+                max(abs(cost / whole - 1) for cost in costs) < 0.02
+            )  # a gradient's steps are whole

@@ -1,7 +1,7 @@
 """One cell of the study: which data the parents saw, and how they are merged.
 
     python -m megajax.run --config experiments/study/config.py:digits/skewed/channel --seeds 0:5
-    python experiments/study/study.py digits      # all cells, five seeds each, and results.json
+    python experiments/study/study.py digits      # all cells, ten seeds each, and results.json
 
 A cell is called DATA/PARENTS/SEARCH. DATA is `digits` (small CNNs) or `cifar10` (ResNet-8, whose
 parents are better trained on a GPU). PARENTS is `same` (both trained on all training images),
@@ -18,8 +18,8 @@ It ends in `-aligned` where the parents' hidden units are aligned. Every candida
 statistics are measured anew, but for `paper` and `m2n2`.
 
 Every search passes as many images through networks as 1,920 networks take on the validation images
-of the digits, and 115 on those of CIFAR-10; a gradient counts as three passes. The first search of
-the data set has the other baselines and the test of robustness.
+of the digits, and 115 on those of CIFAR-10, within 2 %; a gradient counts as three passes. The
+first search of the data set has the other baselines and the test of robustness.
 """
 
 import megajax as mj
@@ -49,9 +49,10 @@ SEARCHES = {
     ),
     "cifar10": ("distill-element-aligned", "channel-aligned", "paper"),
 }
+SEEDS = {"digits": 10, "cifar10": 2}  # pairs of parents for each setting
 NETWORKS = {"digits": 1920, "cifar10": 115}
 LABELLED = {"digits": 404, "cifar10": 5_000}  # validation images
-UNLABELLED = {"digits": 808, "cifar10": 23_000}  # training images to distil on, their labels unseen
+UNLABELLED = {"digits": 768, "cifar10": 23_000}  # training images to distil on, their labels unseen
 POPULATION = {"digits": 32, "cifar10": 23}
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from config import PARENTS, SEARCHES
+from config import PARENTS, SEARCHES, SEEDS
 
 from megajax.evaluation.results import aggregate
 from megajax.io import read_json, write_json
@@ -61,19 +61,20 @@ def main() -> None:
     """Runs what is not there yet; collects it if all of it is."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", choices=("digits", "cifar10"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--seeds", nargs="+", type=int, help="else all that the tables have")
     parser.add_argument("--workdir", type=Path, default=Path("runs/study"))
     parser.add_argument("--parents", type=Path, default=Path("nowhere"), metavar="FOLDER")
     parser.add_argument("--only", nargs="+", choices=PARENTS, default=PARENTS)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
     searches = SEARCHES[options.data]
+    seeds = options.seeds or range(SEEDS[options.data])
     for search in searches:
         for parents in options.only:
             folder = options.workdir / options.data / parents
             origin = None if search == searches[0] else folder / searches[0]
             cell = f"{options.data}/{parents}/{search}"
-            for seed in options.seeds:
+            for seed in seeds:
                 files = sorted((options.parents / parents / f"seed{seed}").glob("*.npz"))
                 given = [f"parents.paths={','.join(map(str, files))}"] if files else []
                 run_cell(cell, folder / search, origin, str(seed), [*options.set, *given])
@@ -81,8 +82,8 @@ def main() -> None:
     collected = {}
     for parents in options.only:
         folder = options.workdir / options.data / parents
-        seeds = [path.name for path in sorted((folder / searches[0]).glob("seed*"))]
-        collected[parents] = aggregate([one_seed(folder, seed, searches) for seed in seeds])
+        done = [path.name for path in sorted((folder / searches[0]).glob("seed*"))]
+        collected[parents] = aggregate([one_seed(folder, seed, searches) for seed in done])
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     settings = results.get(options.data, {}) | collected
     settings = {parents: settings[parents] for parents in PARENTS if parents in settings}
