@@ -1,38 +1,67 @@
 """How much of what a search finds on its validation images does it keep on others?
 
-    python benchmarks/selection_gap.py [--seeds 5] [--networks 960] [--json FILE]
+    python benchmarks/selection_gap.py [--seeds 5] [--networks 960] [--only PREFIX] [--json FILE]
 
 Pairs of CNNs on class-skewed digits (those of the default experiment), aligned by activations,
 statistics measured anew for every candidate, merged by the genetic algorithm with masks of every
 granularity, and by gradients with element masks, on so many validation images; each search gets as
-many passes as scoring that many networks on them takes. Printed: accuracy on the images that the
-search saw minus that on the test images, in points, with its 95 % interval over the pairs (t
-distribution), and the test accuracy.
+many passes as scoring that many networks on them takes. Beside them, as many gradients spent on the
+weights themselves (Adam at 0.001, statistics as they are), from the better parent and from the
+aligned average: fine-tuning, which needs no second parent, or no search. Printed: accuracy on the
+images that the search saw minus that on the test images, in points, with its 95 % interval over the
+pairs (t distribution), and the test accuracy.
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import optax
 import pairs
 from search_metric import CONFIG
 
 import megajax as mj
 from megajax.evaluation.statistics import paired_t
 
+BATCH = 64
 EXAMPLES = (25, 50, 100, 200, 404)
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "global masks": ("global", {}),
     "layer masks": ("layer", {}),
     "channel masks": ("channel", {}),
     "element masks": ("element", {}),
-    "element masks, gradient": ("element", {"method": "gradient", "gradient_examples": 64}),
+    "element masks, gradient": ("element", {"method": "gradient", "gradient_examples": BATCH}),
 }
+TUNED = ("the better parent, fine-tuned", "the aligned average, fine-tuned")
 
 
-def pair(seed: int, networks: int) -> dict[str, dict[int, tuple[int, float, float]]]:
+@partial(jax.jit, static_argnums=(0, 1))
+def tuned(apply_fn: Any, steps: int, key: Any, variables: Any, images: Any, labels: Any) -> Any:
+    """The network after so many steps of Adam on its parameters, by the cross-entropy."""
+    adam, batch = optax.adam(1e-3), min(BATCH, len(labels))
+    rest = {name: leaves for name, leaves in variables.items() if name != "params"}
+
+    def step(i: Any, state: Any) -> Any:
+        rows = jax.random.choice(jax.random.fold_in(key, i), len(labels), (batch,), replace=False)
+
+        def loss(params: Any) -> Any:
+            logits = apply_fn({"params": params, **rest}, images[rows])
+            losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels[rows])
+            return losses.mean()
+
+        params, moments = state
+        updates, moments = adam.update(jax.grad(loss)(params), moments)
+        return optax.apply_updates(params, updates), moments
+
+    start = variables["params"], adam.init(variables["params"])
+    return {"params": jax.lax.fori_loop(0, steps, step, start)[0], **rest}
+
+
+def pair(seed: int, networks: int, only: str) -> dict[str, dict[int, list[float]]]:
     """Search -> images -> genes, accuracy on those images and test accuracy, in percent."""
     trained = pairs.train(seed, CONFIG)
     apply_fn, (train, validation, test) = trained.apply_fn, trained.dataset[:3]
@@ -45,7 +74,22 @@ def pair(seed: int, networks: int) -> dict[str, dict[int, tuple[int, float, floa
         config=mj.AlignConfig(method="activations"),
     )
 
-    def case(masks: str, fields: dict[str, Any], examples: int) -> tuple[int, float, float]:
+    def accuracies(network: Any, seen: Any) -> list[float]:
+        both = (seen, (test.images, test.labels))
+        return [100 * mj.measure(mj.predict(apply_fn, network, x), y).accuracy for x, y in both]
+
+    def fine_tuned(name: str, examples: int) -> list[float]:
+        seen = validation.images[:examples], validation.labels[:examples]
+        start = pairs.best_parent(trained)
+        if name == TUNED[1]:
+            middle = pairs.midpoint(aligned)
+            start = jax.jit(mj.recalibrate, static_argnums=0)(apply_fn, middle, train.images[:64])
+        steps = networks * examples // (3 * min(BATCH, examples))
+        found = tuned(apply_fn, steps, trained.key, start, *seen)
+        genes = sum(leaf.size for leaf in jax.tree.leaves(start["params"]))
+        return [genes, *accuracies(found, seen)]
+
+    def case(masks: str, fields: dict[str, Any], examples: int) -> list[float]:
         seen = validation.images[:examples], validation.labels[:examples]
         result = mj.merge(
             trained.key,
@@ -60,15 +104,14 @@ def pair(seed: int, networks: int) -> dict[str, dict[int, tuple[int, float, floa
                 generations=networks, evaluation_budget=networks, **fields
             ),
         )
-        on_seen, on_test = (
-            100 * float(mj.measure(mj.predict(apply_fn, result.variables, x), y).accuracy)
-            for x, y in (seen, (test.images, test.labels))
-        )
-        return result.genome.num_genes, on_seen, on_test
+        return [result.genome.num_genes, *accuracies(result.variables, seen)]
 
+    cases = {name: partial(case, *search) for name, search in SEARCHES.items()}
+    cases |= {name: partial(fine_tuned, name) for name in TUNED}
     return {
-        name: {examples: case(masks, fields, examples) for examples in EXAMPLES}
-        for name, (masks, fields) in SEARCHES.items()
+        name: {examples: one(examples) for examples in EXAMPLES}
+        for name, one in cases.items()
+        if name.startswith(only)
     }
 
 
@@ -77,12 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--networks", type=int, default=960)
+    parser.add_argument("--only", default="", help="rows whose name begins so")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = [pair(seed, options.networks) for seed in range(options.seeds)]
+    found = [pair(seed, options.networks, options.only) for seed in range(options.seeds)]
     print("| search | genes |", *(f"{examples} images |" for examples in EXAMPLES))
     print("| --- | ---: |", *("--- |" for _ in EXAMPLES))
-    for name in SEARCHES:
+    for name in found[0]:
         cells = []
         for examples in EXAMPLES:
             genes, seen, test = np.array([one[name][examples] for one in found]).T
