@@ -36,14 +36,7 @@ def pair(seed: int, networks: int) -> dict[str, dict[str, tuple[float, float]]]:
     """Case -> `last` or `mean` -> (distance, test accuracy in percent)."""
     trained = pairs.train(seed, CONFIG)
     test, images = trained.dataset.test, trained.dataset.train.images[:800]
-    aligned, _ = mj.align(
-        trained.key,
-        trained.apply_fn,
-        trained.parents,
-        images[:8],
-        calibration=images[:256],
-        config=mj.AlignConfig(method="activations"),
-    )
+    aligned = pairs.aligned(trained)
 
     def case(masks: str, low: float, batch: int) -> dict[str, tuple[float, float]]:
         result = mj.merge(

@@ -80,14 +80,7 @@ def pair(seed: int, networks: int) -> dict[str, list[float]]:
     """Row -> fitness and test accuracy [%] of one pair."""
     trained = pairs.train(seed, CONFIG)
     calibration, (inputs, labels, _) = trained.dataset.train.images, trained.dataset.validation
-    aligned, _ = mj.align(
-        trained.key,
-        trained.apply_fn,
-        trained.parents,
-        inputs[:8],
-        calibration=calibration[:256],
-        config=mj.AlignConfig(method="activations"),
-    )
+    aligned = pairs.aligned(trained)
     found = {}
     for row, changes in ROWS.items():
         choices = dict(changes)

@@ -38,6 +38,19 @@ def train(seed: int, config: Config) -> Pair:
     return Pair(dataset, mj.from_linen(model, {}, train=False).apply_fn, parents, key)
 
 
+def aligned(pair: Pair) -> list[Any]:
+    """The parents, hidden units in correspondence by their activations on 256 training images."""
+    parents, _ = mj.align(
+        pair.key,
+        pair.apply_fn,
+        pair.parents,
+        pair.dataset.validation.images[:8],
+        calibration=pair.dataset.train.images[:256],
+        config=mj.AlignConfig(method="activations"),
+    )
+    return parents
+
+
 def best_parent(pair: Pair) -> Any:
     """The parent that is better on validation images."""
     split = pair.dataset.validation

@@ -30,14 +30,7 @@ def pair(seed: int, networks: int) -> tuple[dict[int, float], int]:
     trained = pairs.train(seed, CONFIG)
     validation, test = trained.dataset[1:3]
     calibration = trained.dataset.train.images
-    aligned, _ = mj.align(
-        trained.key,
-        trained.apply_fn,
-        trained.parents,
-        validation.images[:8],
-        calibration=calibration[:256],
-        config=mj.AlignConfig(method="activations"),
-    )
+    aligned = pairs.aligned(trained)
 
     def accuracy(size: int) -> float:
         merged: Any = mj.merge(

@@ -47,14 +47,7 @@ def pair(seed: int, networks: int) -> dict[str, dict[str, list[float]]]:
     trained = pairs.train(seed, CONFIG)
     (validation, test), apply_fn = (trained.dataset[1:3]), trained.apply_fn
     calibration = trained.dataset.train.images
-    aligned, _ = mj.align(
-        trained.key,
-        apply_fn,
-        trained.parents,
-        validation.images[:8],
-        calibration=calibration[:256],
-        config=mj.AlignConfig(method="activations"),
-    )
+    aligned = pairs.aligned(trained)
 
     def figures(metric: str, network: Any) -> list[float]:
         splits = (validation, test)

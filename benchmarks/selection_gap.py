@@ -36,7 +36,6 @@ SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "element masks": ("element", {}),
     "element masks, gradient": ("element", {"method": "gradient", "gradient_examples": BATCH}),
 }
-TUNED = ("the better parent, fine-tuned", "the aligned average, fine-tuned")
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -65,37 +64,32 @@ def pair(seed: int, networks: int, only: str) -> dict[str, dict[int, list[float]
     """Search -> images -> genes, accuracy on those images and test accuracy, in percent."""
     trained = pairs.train(seed, CONFIG)
     apply_fn, (train, validation, test) = trained.apply_fn, trained.dataset[:3]
-    aligned, _ = mj.align(
-        trained.key,
-        apply_fn,
-        trained.parents,
-        validation.images[:8],
-        calibration=train.images[:256],
-        config=mj.AlignConfig(method="activations"),
-    )
+    aligned = pairs.aligned(trained)
 
-    def accuracies(network: Any, seen: Any) -> list[float]:
-        both = (seen, (test.images, test.labels))
+    middle = jax.jit(mj.recalibrate, static_argnums=0)(
+        apply_fn, pairs.midpoint(aligned), train.images[:64]
+    )
+    starts = {"the better parent": pairs.best_parent(trained), "the aligned average": middle}
+
+    def seen_of(examples: int) -> tuple[Any, Any]:
+        return validation.images[:examples], validation.labels[:examples]
+
+    def accuracies(network: Any, examples: int) -> list[float]:
+        both = (seen_of(examples), (test.images, test.labels))
         return [100 * mj.measure(mj.predict(apply_fn, network, x), y).accuracy for x, y in both]
 
-    def fine_tuned(name: str, examples: int) -> list[float]:
-        seen = validation.images[:examples], validation.labels[:examples]
-        start = pairs.best_parent(trained)
-        if name == TUNED[1]:
-            middle = pairs.midpoint(aligned)
-            start = jax.jit(mj.recalibrate, static_argnums=0)(apply_fn, middle, train.images[:64])
+    def fine_tuned(start: Any, examples: int) -> list[float]:
         steps = networks * examples // (3 * min(BATCH, examples))
-        found = tuned(apply_fn, steps, trained.key, start, *seen)
+        found = tuned(apply_fn, steps, trained.key, start, *seen_of(examples))
         genes = sum(leaf.size for leaf in jax.tree.leaves(start["params"]))
-        return [genes, *accuracies(found, seen)]
+        return [genes, *accuracies(found, examples)]
 
     def case(masks: str, fields: dict[str, Any], examples: int) -> list[float]:
-        seen = validation.images[:examples], validation.labels[:examples]
         result = mj.merge(
             trained.key,
             apply_fn,
             aligned,
-            seen,
+            seen_of(examples),
             calibration=train.images,
             align=mj.AlignConfig(method="none"),
             recalibrate=mj.RecalibrateConfig(enabled=True, examples=64),
@@ -104,10 +98,10 @@ def pair(seed: int, networks: int, only: str) -> dict[str, dict[int, list[float]
                 generations=networks, evaluation_budget=networks, **fields
             ),
         )
-        return [result.genome.num_genes, *accuracies(result.variables, seen)]
+        return [result.genome.num_genes, *accuracies(result.variables, examples)]
 
     cases = {name: partial(case, *search) for name, search in SEARCHES.items()}
-    cases |= {name: partial(fine_tuned, name) for name in TUNED}
+    cases |= {f"{name}, fine-tuned": partial(fine_tuned, start) for name, start in starts.items()}
     return {
         name: {examples: one(examples) for examples in EXAMPLES}
         for name, one in cases.items()

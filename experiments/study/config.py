@@ -28,10 +28,15 @@ from megajax.merging.presets import m2n2
 PARENTS = ("same", "skewed", "shared")
 GRANULARITIES = ("global", "layer", "channel", "element")
 _MASKS = [f"{name}{how}" for how in ("", "-aligned") for name in ("paper", *GRANULARITIES)]
+NETWORKS = {"digits": 1920, "cifar10": 115}
 WAYS = {
     "gradient": {"method": "gradient"},
     "distill": {"method": "gradient"},
-    "memetic": {"gradient_steps": 2, "gradient_examples": 64, "evaluation_budget": 1920},
+    "memetic": {
+        "gradient_steps": 2,
+        "gradient_examples": 64,
+        "evaluation_budget": NETWORKS["digits"],
+    },
     "niches": {"method": "niches"},
     "pbil": {"method": "pbil"},
     "one_plus_one": {"method": "one_plus_one"},
@@ -50,7 +55,6 @@ SEARCHES = {
     "cifar10": ("distill-element-aligned", "channel-aligned", "paper"),
 }
 SEEDS = {"digits": 10, "cifar10": 2}  # pairs of parents for each setting
-NETWORKS = {"digits": 1920, "cifar10": 115}
 LABELLED = {"digits": 404, "cifar10": 5_000}  # validation images
 UNLABELLED = {"digits": 768, "cifar10": 23_000}  # training images to distil on, their labels unseen
 POPULATION = {"digits": 32, "cifar10": 23}

@@ -84,12 +84,7 @@ IN_FULL = {  # rows of `tables.md` alone
     "evolved_global_aligned",
 }
 AGAINST = {
-    "cifar10": (
-        "aligned_pleas",
-        "evolved_paper",
-        "evolved_channel_aligned",
-        "ensemble",
-    ),
+    "cifar10": ("aligned_pleas", "evolved_paper", "evolved_channel_aligned", "ensemble"),
     "digits": (
         "aligned_uniform_average",
         "aligned_regmean",

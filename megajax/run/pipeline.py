@@ -291,30 +291,26 @@ def _fork(task: Task, origin: Path) -> dict[str, Any]:
     with workdir.locked(origin):
         workdir.copy_state(origin, task.folder)
         before = workdir.read_config(origin).get("forked_from")
+    done, states = _stored(task.config, task.folder), task.folder / "checkpoints" / "search"
+    fields = {*(STAGES["search"].state_depends or ())}
+    same = "align" in done and not any({name, name.partition(".")[0]} & fields for name in changes)
+    if "search" not in done and not same:
+        shutil.rmtree(states, ignore_errors=True)
+    goes_on = "search" not in done and any(states.glob("*"))
     changed = ", ".join(f"{name} is {here!r}" for name, (_, here) in changes.items())
     task.console.print(
-        f"forked from {origin}{f', but {changed}' if changed else ''}: {_taken(task, changes)}",
+        f"forked from {origin}{f', but {changed}' if changed else ''}: {_taken(done, goes_on)}",
         soft_wrap=True,
         highlight=False,
     )
     return {"workdir": str(origin), "changes": changes, "forked_from": before}
 
 
-def _taken(task: Task, changes: Mapping[str, Any]) -> str:
-    """What a copied workdir saves the run that goes on in it, in words.
-
-    Checkpoints of a search that is not this run's are removed.
-    """
-    done = _stored(task.config, task.folder)
+def _taken(done: Sequence[str], goes_on: bool) -> str:
+    """What a copied workdir saves the run that goes on in it, in words."""
     words = [f"{', '.join(done)} taken from there"] if done else []
-    states = task.folder / "checkpoints" / "search"
-    if "search" not in done and any(states.glob("*")):
-        fields = STAGES["search"].state_depends or ()
-        changed = any({name, name.partition(".")[0]} & {*fields} for name in changes)
-        if "align" in done and not changed:
-            words.append("the search goes on from its last checkpoint")
-        else:
-            shutil.rmtree(states)
+    if goes_on:
+        words.append("the search goes on from its last checkpoint")
     return "; ".join([*words, "the rest is done anew"])
 
 
