@@ -54,7 +54,7 @@ SEARCHES = {
     ),
     "cifar10": ("distill-element-aligned", "channel-aligned", "paper"),
 }
-SEEDS = {"digits": 10, "cifar10": 2}  # pairs of parents for each setting
+SEEDS = {"digits": 10, "cifar10": 5}  # pairs of parents for each setting
 LABELLED = {"digits": 404, "cifar10": 5_000}  # validation images
 UNLABELLED = {"digits": 768, "cifar10": 23_000}  # training images to distil on, their labels unseen
 POPULATION = {"digits": 32, "cifar10": 23}

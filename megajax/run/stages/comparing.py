@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 from megajax.baselines import BASELINES, run_baselines
 from megajax.baselines.registry import BaselinesConfig
 from megajax.errors import Interrupted
 from megajax.io import digest
-from megajax.merging.tasks import examples_in
+from megajax.merging.tasks import Task as Scored
+from megajax.merging.tasks import examples_in, with_teacher
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.choices import baseline_names
 from megajax.run.config import Config, to_dict
@@ -40,6 +42,12 @@ def compare(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
     before = [outcomes[stage].identity for stage in ("parents", "align", "search")]
     entries = list(_entries(task.config))
     found: dict[str, Outcome] = {}
+
+    @cache
+    def scored_on() -> list[Scored]:
+        parents = networks_in(outcomes["parents"], "parents")
+        return [with_teacher(one, task.apply_fn, parents) for one in task.selection]
+
     with progress(task.console, "baselines", len(entries)) as update:
         for number, entry in enumerate(entries):
 
@@ -47,7 +55,7 @@ def compare(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
                 if task.stopping():
                     what = f"stopped before the baseline {entry.name}"
                     raise Interrupted(f"{what}; the same command goes on from it")
-                return _run(task, outcomes, entry)
+                return _run(task, outcomes, entry, scored_on())
 
             key = digest([before, cost, searched, entry])
             found[entry.name] = kept(task, f"baselines/{entry.name}", key, make)
@@ -104,7 +112,7 @@ def _entries(config: Config) -> Iterator[_Entry]:
             yield _Entry(name, f"{prefix}_{name}", as_searched=True)
 
 
-def _run(task: Task, outcomes: Outcomes, entry: _Entry) -> Outcome:
+def _run(task: Task, outcomes: Outcomes, entry: _Entry, scored_on: list[Scored]) -> Outcome:
     config = task.config
     folder, stage = ("aligned", "align") if entry.as_searched else ("parents", "parents")
     examples = config.baselines.examples
@@ -115,13 +123,13 @@ def _run(task: Task, outcomes: Outcomes, entry: _Entry) -> Outcome:
         stream(config, "baselines"),
         task.apply_fn,
         networks_in(outcomes[stage], folder),
-        task.selection,
+        scored_on,
         parent_inputs=[task.dataset.train.images[shard[:examples]] for shard in task.shards],
         base=None if entry.as_searched else outcomes["parents"].networks.get("base"),
         config=BaselinesConfig(
             names=(entry.method,), budget=config.baselines.budget, examples=examples
         ),
-        budget=round(outcomes["search"].values["examples_scored"] / examples_in(task.selection)),
+        budget=round(outcomes["search"].values["examples_scored"] / examples_in(scored_on)),
         **sections,
     )
     if entry.method not in results:  # a search without a budget
