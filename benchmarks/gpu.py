@@ -563,7 +563,7 @@ def _table(rows: list[dict[str, Any]], floors: dict[str, float]) -> list[str]:
         body = []
         for row in rows:
             floor = floors.get(row["case"])
-            took = f"{row['seconds']:.3f}" if "seconds" in row else row.get("failed", "")
+            took = f"{row['seconds']:.3g}" if "seconds" in row else row.get("failed", "")
             times = f"{row['seconds'] / floor:.1f}" if floor and "seconds" in row else ""
             compiled = f"{row['compilation']:.0f} s" if "compilation" in row else ""
             cells = (row["case"], row["way"], row["chunk"], row["batch"], took, times, compiled)
