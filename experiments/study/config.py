@@ -10,7 +10,8 @@ weights). SEARCH is `paper` (MeGA's algorithm to the letter, but for the evaluat
 (M2N2's) or the granularity of masks, behind a way to search where it is not the genetic algorithm:
 
 - `gradient`: Adam on the masks; `memetic`: two steps of it for every child of the genetic algorithm
-- `distill`: gradients without labels, towards the parents' mean prediction, on training images
+- `distill`: gradients without labels, towards the parents' mean prediction, on training images;
+  of masks, or of the `weights` themselves, which is what distilling an ensemble usually means
 - `niches`: M2N2's competition and attraction, on masks
 - `pbil`, `one_plus_one`: binary masks
 
@@ -50,6 +51,7 @@ SEARCHES = {
         "gradient-element-aligned",
         "distill-channel-aligned",
         "distill-element-aligned",
+        "distill-weights-aligned",
         *(f"{way}-channel-aligned" for way in ("memetic", "niches", "pbil", "one_plus_one")),
     ),
     "cifar10": ("distill-element-aligned", "channel-aligned", "paper"),
@@ -85,6 +87,8 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
         sections = m2n2(NETWORKS[data] - 2)
         config = config.replace(genome=sections["genome"], fitness=sections["fitness"])
         evolution = sections["evolution"]
+    elif masks == "weights":
+        config = config.replace(genome={"kind": masks})
     else:
         config = config.replace(genome={"granularity": masks})
     if way == "distill":
@@ -94,6 +98,8 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
         evolution = {"population_size": 5, "generations": networks // 5 - 1}
     if way:
         evolution |= WAYS[way]
+    if masks == "weights":
+        evolution["learning_rate"] = 0.003
     if way in ("pbil", "one_plus_one"):
         config = config.replace(genome={"binary": True})
     config = config.replace(evolution=evolution)

@@ -72,6 +72,7 @@ ROWS = {
         "evolved_gradient_element_aligned": "gradient, element masks, aligned",
         "evolved_distill_channel_aligned": "gradient without labels, channel masks, aligned",
         "evolved_distill_element_aligned": "gradient without labels, element masks, aligned",
+        "evolved_distill_weights_aligned": "gradient without labels, the weights, aligned",
         "ensemble": "ensemble (twice the cost)",
     },
 }
