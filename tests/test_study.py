@@ -14,13 +14,14 @@ STUDY = Path(__file__).parent.parent / "experiments" / "study"
 CONFIG = runpy.run_path(str(STUDY / "config.py"))
 
 
-@pytest.mark.parametrize("data", ["digits", "cifar10"])
-def test_all_searches_of_all_cells_score_equally_many_networks(data):
+@pytest.mark.parametrize("family", ["digits", "cifar10", "cifar10_width32", "cifar10_width64"])
+def test_all_searches_of_all_cells_score_equally_many_networks(family):
+    data, _, width = family.partition("_width")
     images = {"digits": 404, "cifar10": 5000}[data]
     costs = set()
     for parents in CONFIG["PARENTS"]:
-        for search in CONFIG["SEARCHES"][data]:
-            cell = CONFIG["get_config"](f"{data}/{parents}/{search}")
+        for search in CONFIG["SEARCHES"][family]:
+            cell = CONFIG["get_config"](f"{family}/{parents}/{search}")
             evolution = cell.evolution
             elites = evolution.elites if evolution.survival == "generational" else 0
             size = evolution.population_size
@@ -33,6 +34,7 @@ def test_all_searches_of_all_cells_score_equally_many_networks(data):
                 networks = networks * cell.fitness.distill_examples / images
             costs.add(round(networks, 3))
             assert cell.data.name == data
+            assert cell.model.options.get("width", "") == (int(width) if width else "")
             aligned = search.endswith("-aligned")
             assert (cell.align.method != "none") == aligned
             assert cell.recalibrate.enabled == (search not in ("paper", "m2n2"))

@@ -3,8 +3,9 @@
     python -m megajax.run --config experiments/study/config.py:digits/skewed/channel --seeds 0:5
     python experiments/study/study.py digits      # all cells, ten seeds each, and results.json
 
-A cell is called DATA/PARENTS/SEARCH. DATA is `digits` (small CNNs) or `cifar10` (ResNet-8, whose
-parents are better trained on a GPU). PARENTS is `same` (both trained on all training images),
+A cell is called DATA/PARENTS/SEARCH. DATA is `digits` (small CNNs), `cifar10` (ResNet-8, whose
+parents are better trained on a GPU), or `cifar10_width32` or `cifar10_width64` (the same, twice and
+four times as wide, for a GPU). PARENTS is `same` (both trained on all training images),
 `skewed` (each at home in half of the classes) or `shared` (skewed, and from the same initial
 weights). SEARCH is `paper` (MeGA's algorithm to the letter, but for the evaluations), `m2n2`
 (M2N2's) or the granularity of masks, behind a way to search where it is not the genetic algorithm:
@@ -55,17 +56,20 @@ SEARCHES = {
         *(f"{way}-channel-aligned" for way in ("memetic", "niches", "pbil", "one_plus_one")),
     ),
     "cifar10": ("distill-element-aligned", "channel-aligned", "paper"),
+    "cifar10_width32": ("distill-element-aligned", "channel-aligned"),
+    "cifar10_width64": ("distill-element-aligned", "channel-aligned"),
 }
-SEEDS = {"digits": 10, "cifar10": 5}  # pairs of parents for each setting
+SEEDS = {"digits": 10, "cifar10": 5, "cifar10_width32": 1, "cifar10_width64": 1}  # pairs
 LABELLED = {"digits": 404, "cifar10": 5_000}  # validation images
 UNLABELLED = {"digits": 768, "cifar10": 23_000}  # training images to distil on, their labels unseen
 POPULATION = {"digits": 32, "cifar10": 23}
 
 
 def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
-    data, parents, search = cell.split("/")
-    if parents not in PARENTS or search not in SEARCHES[data]:
-        raise ValueError(f"{cell} is no cell; parents: {PARENTS}, searches: {SEARCHES[data]}")
+    family, parents, search = cell.split("/")
+    data, _, width = family.partition("_width")
+    if parents not in PARENTS or search not in SEARCHES[family]:
+        raise ValueError(f"{cell} is no cell; parents: {PARENTS}, searches: {SEARCHES[family]}")
     kind = search.removesuffix("-aligned")
     aligned = search != kind
     way, _, masks = kind.rpartition("-")
@@ -103,6 +107,12 @@ def get_config(cell: str = "digits/skewed/channel-aligned") -> mj.Config:
     if way in ("pbil", "one_plus_one"):
         config = config.replace(genome={"binary": True})
     config = config.replace(evolution=evolution)
+    if width:
+        config = config.replace(
+            model={"options": {"depth": 8, "width": int(width)}},
+            baselines={"names": ("uniform_average",)},
+            robustness={"enabled": False},
+        )
     if search != SEARCHES[data][0]:
         names = ("random_search",) if kind == "channel" and data == "digits" else ()
         config = config.replace(baselines={"names": names}, robustness={"enabled": False})

@@ -60,7 +60,7 @@ def one_seed(folder: Path, seed: str, searches: Sequence[str]) -> dict[str, Any]
 def main() -> None:
     """Runs what is not there yet; collects it if all of it is."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("data", choices=("digits", "cifar10"))
+    parser.add_argument("data", choices=SEARCHES)
     parser.add_argument("--seeds", nargs="+", type=int, help="else all that the tables have")
     parser.add_argument("--workdir", type=Path, default=Path("runs/study"))
     parser.add_argument("--parents", type=Path, default=Path("nowhere"), metavar="FOLDER")
