@@ -5,6 +5,7 @@ path, the config field or the file. The command line prints that line and exits 
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -19,10 +20,14 @@ class MegajaxError(Exception):
 def first_line(error: BaseException) -> str:
     r"""The first line of an error's text that is not empty, or else its kind.
 
+    XLA's notes on a program, `[name='value']` at the end of the line, are left out.
+
     >>> first_line(ValueError("one\ntwo")), first_line(KeyError())
     ('one', 'KeyError')
+    >>> first_line(RuntimeError("no memory. [executable_name='jit_step']"))
+    'no memory.'
     """
-    lines = (line.strip() for line in str(error).splitlines())
+    lines = (re.sub(r" \[[\w-]+='[^']*'\]", "", line).strip() for line in str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
 
 

@@ -160,9 +160,12 @@ def section(results: Mapping[str, Any]) -> str:
         pairs = f"{counts[0]} pair{'s' * (counts[0] > 1)} for each column"
         if len(set(counts)) > 1:
             pairs = f"{' and '.join(map(str, counts))} pairs, column by column"
-        single = min(counts) < FEWEST
-        sure = "seed by seed" if single else "with 95 % interval paired by seed"
-        tests = "points" if single else "points; p-values of\nsingle t-tests, not corrected"
+        few = [count < FEWEST for count in counts]
+        sure = "with 95 % interval paired by seed"
+        tests = "points; p-values of\nsingle t-tests, not corrected"
+        if any(few):
+            sure = "seed by seed" if all(few) else f"{sure}; seed by seed\nwhere pairs are few"
+            tests = "points" if all(few) else tests
         parts += [
             f"**{NAMES[data]}**, {pairs}, "
             f"{first['data']['validation']:,} validation and {first['data']['test']:,} test "

@@ -23,7 +23,7 @@ from rich.console import Console
 
 import megajax
 from megajax import report
-from megajax.errors import ConfigError, DeviceError, Interrupted, WorkdirError
+from megajax.errors import ConfigError, DeviceError, Interrupted, WorkdirError, first_line
 from megajax.evaluation.predictions import load_predictions
 from megajax.io import digest, flatten, read_json
 from megajax.report.page import show
@@ -320,10 +320,10 @@ def _faults(name: str, stage: Stage, task: Task) -> Iterator[None]:
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        what = next(iter(str(error).splitlines()), "")
+        what = first_line(error) if str(error) else "of the host"
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in what:
             raise DeviceError(
-                f"{name}: out of memory ({what or 'of the host'}); lower "
+                f"{name}: out of memory ({what}); lower "
                 f"{' or '.join(stage.lighter)}, or take a smaller model.options.dtype such as "
                 "bfloat16. With --fork NEW_WORKDIR, what does not depend on it is kept"
             ) from error
