@@ -159,12 +159,17 @@ def section(results: Mapping[str, Any]) -> str:
         counts = [len(one["seeds"]) for one in settings.values()]
         pairs = f"{counts[0]} pair{'s' * (counts[0] > 1)} for each column"
         if len(set(counts)) > 1:
-            pairs = f"{' and '.join(map(str, counts))} pairs, column by column"
+            *most, last = map(str, counts)
+            pairs = f"{', '.join(most)} and {last} pairs, column by column"
         few = [count < FEWEST for count in counts]
         sure = "with 95 % interval paired by seed"
         tests = "points; p-values of\nsingle t-tests, not corrected"
         if any(few):
-            sure = "seed by seed" if all(few) else f"{sure}; seed by seed\nwhere pairs are few"
+            sure = (
+                "seed by seed"
+                if all(few)
+                else f"{sure}; seed by seed\nwhere there are fewer than {FEWEST} pairs"
+            )
             tests = "points" if all(few) else tests
         parts += [
             f"**{NAMES[data]}**, {pairs}, "
