@@ -34,7 +34,7 @@ def test_all_searches_of_all_cells_score_equally_many_networks(family):
                 networks = networks * cell.fitness.distill_examples / images
             costs.add(round(networks, 3))
             assert cell.data.name == data
-            assert cell.model.options.get("width", "") == (int(width) if width else "")
+            assert cell.model.options.get("width") == (int(width) if width else None)
             aligned = search.endswith("-aligned")
             assert (cell.align.method != "none") == aligned
             assert cell.recalibrate.enabled == (search not in ("paper", "m2n2"))

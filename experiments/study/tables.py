@@ -162,15 +162,12 @@ def section(results: Mapping[str, Any]) -> str:
             *most, last = map(str, counts)
             pairs = f"{', '.join(most)} and {last} pairs, column by column"
         few = [count < FEWEST for count in counts]
-        sure = "with 95 % interval paired by seed"
-        tests = "points; p-values of\nsingle t-tests, not corrected"
-        if any(few):
-            sure = (
-                "seed by seed"
-                if all(few)
-                else f"{sure}; seed by seed\nwhere there are fewer than {FEWEST} pairs"
-            )
-            tests = "points" if all(few) else tests
+        sure, tests = "seed by seed", "points"
+        if not all(few):
+            sure = "with 95 % interval paired by seed"
+            tests = "points; p-values of\nsingle t-tests, not corrected"
+            if any(few):
+                sure += f"; seed by seed\nwhere there are fewer than {FEWEST} pairs"
         parts += [
             f"**{NAMES[data]}**, {pairs}, "
             f"{first['data']['validation']:,} validation and {first['data']['test']:,} test "

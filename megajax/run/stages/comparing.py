@@ -10,8 +10,7 @@ from megajax.baselines import BASELINES, run_baselines
 from megajax.baselines.registry import BaselinesConfig
 from megajax.errors import Interrupted
 from megajax.io import digest
-from megajax.merging.tasks import Task as Scored
-from megajax.merging.tasks import examples_in, with_teacher
+from megajax.merging import tasks as merging
 from megajax.run.checkpoint import Checkpoints
 from megajax.run.choices import baseline_names
 from megajax.run.config import Config, to_dict
@@ -44,9 +43,9 @@ def compare(task: Task, outcomes: Outcomes, checkpoints: Checkpoints) -> Outcome
     found: dict[str, Outcome] = {}
 
     @cache
-    def scored_on() -> list[Scored]:
+    def scored_on() -> list[merging.Task]:
         parents = networks_in(outcomes["parents"], "parents")
-        return [with_teacher(one, task.apply_fn, parents) for one in task.selection]
+        return [merging.with_teacher(one, task.apply_fn, parents) for one in task.selection]
 
     with progress(task.console, "baselines", len(entries)) as update:
         for number, entry in enumerate(entries):
@@ -112,7 +111,7 @@ def _entries(config: Config) -> Iterator[_Entry]:
             yield _Entry(name, f"{prefix}_{name}", as_searched=True)
 
 
-def _run(task: Task, outcomes: Outcomes, entry: _Entry, scored_on: list[Scored]) -> Outcome:
+def _run(task: Task, outcomes: Outcomes, entry: _Entry, scored_on: list[merging.Task]) -> Outcome:
     config = task.config
     folder, stage = ("aligned", "align") if entry.as_searched else ("parents", "parents")
     examples = config.baselines.examples
@@ -129,7 +128,7 @@ def _run(task: Task, outcomes: Outcomes, entry: _Entry, scored_on: list[Scored])
         config=BaselinesConfig(
             names=(entry.method,), budget=config.baselines.budget, examples=examples
         ),
-        budget=round(outcomes["search"].values["examples_scored"] / examples_in(scored_on)),
+        budget=round(outcomes["search"].values["examples_scored"] / merging.examples_in(scored_on)),
         **sections,
     )
     if entry.method not in results:  # a search without a budget
