@@ -4,12 +4,12 @@
     python experiments/study/study.py cifar10 --set data.data_dir=DIR [--parents FOLDER]
 
 What is finished is not run again, and what was interrupted goes on: several processes with other
-`--seeds` or `--only` can share the work, and a last one without them collects it. The parents of a
-setting are trained once, or are the files FOLDER/SETTING/seedN/*.npz; every other search starts
-from them. `results.json` holds, for each data set and setting of the parents, what
-`megajax.evaluation.results.aggregate` makes of the seeds, with the network that each search found
-as `evolved_SEARCH` (`merged` is that of the first one), so that Holm's correction covers all that
-is compared. `tables.py` makes the README's tables of it.
+`--seeds` or `--only` can share the work, and a last one without them collects it; a search that
+some seeds still lack is left out. The parents of a setting are trained once, or are the files
+FOLDER/SETTING/seedN/*.npz; every other search starts from them. `results.json` holds, for each data
+set and setting of the parents, what `megajax.evaluation.results.aggregate` makes of the seeds, with
+the network that each search found as `evolved_SEARCH` (`merged` is that of the first one), so that
+Holm's correction covers all that is compared. `tables.py` makes the README's tables of it.
 """
 
 import argparse
@@ -44,11 +44,20 @@ def run_cell(
         sys.exit(code)
 
 
+def finished(folder: Path, search: str) -> set[str]:
+    """The seeds of which a search has results."""
+    return {path.parent.name for path in (folder / search).glob(f"seed*/{RESULTS.name}")}
+
+
 def one_seed(folder: Path, seed: str, searches: Sequence[str]) -> dict[str, Any]:
     """The results of the first search, with what the others found among the baselines."""
     results: dict[str, Any] = read_json(folder / searches[0] / seed / RESULTS.name)
     for search in searches[1:]:
         other = read_json(folder / search / seed / RESULTS.name)
+        if search == "finetuned":
+            names = ("merged_finetuned", "best_parent_finetuned")
+            results["baselines"] |= {name: other["baselines"][name] for name in names}
+            continue
         name = search.replace("-", "_")
         cost = {"evaluations": other["evaluations"]}
         results["baselines"][f"evolved_{name}"] = cost | other["merged"]
@@ -82,8 +91,9 @@ def main() -> None:
     collected = {}
     for parents in options.only:
         folder = options.workdir / options.data / parents
-        done = [path.name for path in sorted((folder / searches[0]).glob("seed*"))]
-        collected[parents] = aggregate([one_seed(folder, seed, searches) for seed in done])
+        done = finished(folder, searches[0])
+        there = [search for search in searches if finished(folder, search) >= done]
+        collected[parents] = aggregate([one_seed(folder, seed, there) for seed in sorted(done)])
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     settings = results.get(options.data, {}) | collected
     settings = {parents: settings[parents] for parents in PARENTS if parents in settings}
