@@ -390,7 +390,8 @@ def objective(key: Key, problem: Problem, genes: Genes, count: int) -> jax.Array
             few = jax.tree.map(lambda leaf, chosen=chosen: leaf[chosen], few)
         if problem.calibration is not None:
             network = partial(with_batch_statistics, network, statistics=problem.statistics)
-        outputs = with_fast_gradients(network)(variables, few.inputs)
+        one_core = problem.layout.one_core
+        outputs = with_fast_gradients(network, one_core=one_core)(variables, few.inputs)
         smooth = metric.smooth or metric
         statistics = smooth.statistics(outputs, few.targets)
         scores.append(smooth.of(statistics, few.valid))

@@ -25,6 +25,7 @@ __all__ = [
     "NARROW_ON_ONE_CORE",
     "convolve_widely",
     "is_plain",
+    "narrow_on",
     "pixels_at_once",
     "widen_kernel",
 ]
@@ -51,6 +52,21 @@ def is_plain(equation: core.JaxprEqn) -> bool:
 NARROW, NARROW_ON_ONE_CORE = 15, 16
 """Output channels up to which several pixels at once are faster. From 16 to 16 channels they take a
 third less time on one core; of several cores XLA uses only one for such a convolution."""
+
+
+def narrow_on(one_core: bool) -> int:
+    """Up to how many output channels several pixels at once are faster here; 0 if never.
+
+    Args:
+        one_core: on a CPU, a single core computes a convolution.
+
+    Example:
+        >>> narrow_on(False), narrow_on(True)  # on a CPU
+        (15, 16)
+    """
+    if jax.default_backend() != "cpu":
+        return 0
+    return NARROW_ON_ONE_CORE if one_core else NARROW
 
 
 def pixels_at_once(equation: core.JaxprEqn, narrow: int = NARROW) -> int:

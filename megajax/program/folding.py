@@ -21,8 +21,8 @@ from jax.extend import core
 
 from megajax.program.convolutions import (
     NARROW,
-    NARROW_ON_ONE_CORE,
     convolve_widely,
+    narrow_on,
     pixels_at_once,
     widen_kernel,
 )
@@ -140,7 +140,7 @@ def fold(apply_fn: ApplyFn, *, one_core: bool = False) -> Folded:
         >>> bool(jnp.allclose(network.apply(prepared, x), apply_fn(w, x)))
         True
     """
-    return Folded(static(apply_fn), narrow=_narrow(one_core))
+    return Folded(static(apply_fn), narrow=narrow_on(one_core))
 
 
 def widened(apply_fn: ApplyFn, narrow: int = NARROW) -> Folded:
@@ -171,14 +171,8 @@ def for_backend(apply_fn: ApplyFn, *, one_core: bool = False) -> ApplyFn:
         >>> for_backend(max) == widened(max)  # on a CPU
         True
     """
-    narrow = _narrow(one_core)
+    narrow = narrow_on(one_core)
     return widened(apply_fn, narrow) if narrow else apply_fn
-
-
-def _narrow(one_core: bool) -> int:
-    if jax.default_backend() != "cpu":
-        return 0
-    return NARROW_ON_ONE_CORE if one_core else NARROW
 
 
 # What is folded ----------------------------------------------------------------------------------

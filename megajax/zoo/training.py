@@ -11,9 +11,9 @@ Everything random in epoch e of parent k comes from the key folded with k and e,
 can stop after any epoch and go on from the state, bit for bit.
 
 Networks side by side (`vmap`) would make grouped convolutions of all convolutions, which are many
-times slower on every backend. So an accelerator gets a whole epoch as one program, parent after
-parent. A CPU gets a program for each step, because XLA computes gradients of convolutions slowly
-inside compiled loops there, and each of its devices has a parent of its own at work.
+times slower on every backend. So an epoch of a parent is one program, and as many parents as there
+are devices train at a time. Only where a CPU would compute gradients slowly inside compiled loops
+(those of depthwise convolutions) does each step have a program of its own.
 
 Example:
     >>> from megajax.zoo.networks.mlp import MLP
@@ -34,6 +34,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import os
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple, TypeAlias, cast
 
@@ -47,7 +48,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megajax.errors import ConfigError, DataError, ParentsError
-from megajax.program.gradients import with_fast_gradients
+from megajax.program.gradients import all_are_fast, with_fast_gradients
 from megajax.sections import Fraction, Section, at_least, one_of
 from megajax.zoo.data import Split
 
@@ -228,8 +229,8 @@ def train(
             `begin` from given weights. None starts anew.
         callback: called after each epoch with the state, which the next epoch uses up, and the
             epoch's metrics [K].
-        mapping: `epochs` runs an epoch of all parents as one program, `steps` one of each step, the
-            parents on different devices. `auto` takes `steps` on a CPU and `epochs` elsewhere.
+        mapping: `epochs` runs an epoch as one program, `steps` each step. `auto` takes `steps` on
+            a CPU for networks whose gradients it computes slowly inside loops, else `epochs`.
 
     Returns:
         K variables pytrees, and the metrics [epochs, K] of the epochs that this call did.
@@ -391,18 +392,25 @@ def make_epoch(
     """
     if mapping not in ("auto", *_MAPPINGS):
         raise ConfigError(f"mapping is {mapping!r}: choose one of auto, {', '.join(_MAPPINGS)}")
-    if mapping == "auto":
-        mapping = "steps" if jax.default_backend() == "cpu" else "epochs"
-    run = _MAPPINGS[mapping](split, len(shards))
     indices = _checked(shards, split)
     recipe = _Recipe(model, config, _steps(indices, config))
+    if mapping == "auto":
+        slow = jax.default_backend() == "cpu" and _is_slow_in_loops(recipe, split.images[:1])
+        mapping = "steps" if slow else "epochs"
+    mesh = _mesh(len(shards))
+    everywhere, own = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), _EACH))
+    data = jax.device_put((split.images, split.labels), everywhere)
     shape, sizes = (recipe.steps, config.batch_size), jnp.array(list(map(len, indices)))
     padded = jnp.stack([jnp.resize(shard, (max(map(len, indices)),)) for shard in indices])
 
     def run_epoch(key: jax.Array, state: TrainState) -> tuple[TrainState, Metrics]:
         plans = _plans(key, state.epoch, padded, sizes, shape)
-        learners = _Learner(state.variables, state.optimizer)
-        learners, metrics = run(learners, plans, recipe)
+        learners, done = _Learner(state.variables, state.optimizer), []
+        for start in range(0, len(shards), mesh.size):
+            now = jax.tree.map(lambda leaf: leaf[start : start + mesh.size], (learners, plans))  # noqa: B023
+            done.append(_MAPPINGS[mapping](data, *jax.device_put(now, own), recipe, mesh))
+        learners, metrics = jax.tree.map(lambda *parts: jnp.concatenate(parts), *done)
+        learners, metrics = jax.device_put((learners, metrics), mesh.devices.flat[0])
         return TrainState(learners.variables, learners.optimizer, state.epoch + 1), metrics
 
     return run_epoch
@@ -519,10 +527,11 @@ class _Recipe(NamedTuple):
 
 
 _Data: TypeAlias = tuple[jax.Array, jax.Array]  # images and labels
-_jit = functools.partial(jax.jit, static_argnames="recipe")
+_jit = functools.partial(jax.jit, static_argnames=("recipe", "mesh"))
+_EACH = PartitionSpec("parent")
 
 
-@_jit
+@functools.partial(jax.jit, static_argnames="recipe")
 def _init(key: jax.Array, image: jax.Array, recipe: _Recipe) -> _Learner:
     variables = recipe.model.init(key, image)
     return _Learner(variables, recipe.optimizer().init(variables["params"]))
@@ -564,7 +573,9 @@ def _step(data: _Data, learner: _Learner, plan: _Plan, recipe: _Recipe) -> tuple
             return recipe.model.apply(variables, x, train=True, mutable=mutable, rngs=rngs)
 
         variables = {"params": params, **statistics}
-        logits, updated = with_fast_gradients(forward)(variables, x, dropout_key)
+        one_core = len(jax.local_devices()) >= (os.cpu_count() or 1)
+        fast = with_fast_gradients(forward, one_core=one_core)
+        logits, updated = fast(variables, x, dropout_key)
         logits = logits.astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
         return loss, (jnp.mean(jnp.argmax(logits, axis=-1) == y), {**statistics, **updated})
@@ -585,74 +596,76 @@ def _summary(learner: _Learner, metrics: Metrics) -> Metrics:
     return Metrics(jnp.where(finite, metrics.loss.mean(), jnp.nan), metrics.accuracy.mean())
 
 
-_Run: TypeAlias = Callable[[_Learner, _Plan, _Recipe], tuple[_Learner, Metrics]]
+def _mesh(count: int) -> Mesh:
+    """As many devices as so many parents can be shared among evenly."""
+    there = jax.local_devices()
+    most = max(n for n in range(1, min(count, len(there)) + 1) if count % n == 0)
+    return Mesh(np.array(there[:most]), ("parent",))
 
 
-def _by_epochs(split: Split, count: int) -> _Run:
-    """An epoch of all parents, one after the other, in one compiled call."""
-    return functools.partial(_epoch, (jnp.asarray(split.images), jnp.asarray(split.labels)))
+def _is_slow_in_loops(recipe: _Recipe, image: npt.NDArray[Any]) -> bool:
+    def forward(variables: Variables, x: jax.Array) -> Any:
+        rngs, mutable = {"dropout": jax.random.key(0)}, list(variables)
+        return recipe.model.apply(variables, x, train=True, mutable=mutable, rngs=rngs)
+
+    learner = jax.eval_shape(functools.partial(_init, recipe=recipe), jax.random.key(0), image)
+    return not all_are_fast(forward, learner.variables, image)
 
 
 @functools.partial(_jit, donate_argnames="learners")
 def _epoch(
-    data: _Data, learners: _Learner, plans: _Plan, recipe: _Recipe
+    data: _Data, learners: _Learner, plans: _Plan, recipe: _Recipe, mesh: Mesh
 ) -> tuple[_Learner, Metrics]:
-    def step(learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
-        return _step(data, learner, plan, recipe)
+    """An epoch of the parents [n], each on a device of its own, in one compiled call."""
 
-    def one(parent: tuple[_Learner, _Plan]) -> tuple[_Learner, Metrics]:
-        learner, metrics = jax.lax.scan(step, *parent)
-        return learner, _summary(learner, metrics)
+    def own(data: _Data, learners: _Learner, plans: _Plan) -> tuple[_Learner, Metrics]:
+        learner, plan = jax.tree.map(lambda leaf: leaf[0], (learners, plans))
+        step = functools.partial(_step, data, recipe=recipe)
+        learner, metrics = jax.lax.scan(step, learner, plan)
+        done = learner, _summary(learner, metrics)
+        return jax.tree.map(lambda leaf: leaf[None], done)
 
-    return jax.lax.map(one, (learners, plans))
-
-
-def _by_steps(split: Split, count: int) -> _Run:
-    """A compiled call for each step; as many parents at a time as devices can be shared evenly."""
-    there = jax.local_devices()
-    most = max(n for n in range(1, min(count, len(there)) + 1) if count % n == 0)
-    mesh = Mesh(np.array(there[:most]), ("parent",))
-    data = jax.device_put((split.images, split.labels), NamedSharding(mesh, PartitionSpec()))
-    own = NamedSharding(mesh, PartitionSpec("parent"))
-
-    def run(learners: _Learner, plans: _Plan, recipe: _Recipe) -> tuple[_Learner, Metrics]:
-        done = []
-        for start in range(0, count, most):
-            now = jax.tree.map(lambda leaf: leaf[start : start + most], (learners, plans))  # noqa: B023
-            learner, plan = jax.device_put(now, own)
-            history = []
-            for number in range(recipe.steps):
-                learner, metrics = _steps_of(data, learner, plan, number, recipe, mesh)
-                history.append(metrics)
-            figures = _summaries(learner, jax.tree.map(lambda *m: jnp.stack(m, 1), *history))
-            done.append(jax.device_put((learner, figures), there[0]))
-        learners, metrics = jax.tree.map(lambda *parts: jnp.concatenate(parts), *done)
-        return learners, metrics
-
-    return run
+    return _shard_map(own, mesh, 0)(data, learners, plans)
 
 
-@functools.partial(_jit, static_argnames=("recipe", "mesh"), donate_argnames="learners")
+def _in_steps(
+    data: _Data, learners: _Learner, plans: _Plan, recipe: _Recipe, mesh: Mesh
+) -> tuple[_Learner, Metrics]:
+    """The same, with a compiled call for each step."""
+    history = []
+    for number in range(recipe.steps):
+        learners, metrics = _steps_of(data, learners, plans, number, recipe, mesh)
+        history.append(metrics)
+    return learners, _summaries(learners, jax.tree.map(lambda *m: jnp.stack(m, 1), *history))
+
+
+@functools.partial(_jit, donate_argnames="learners")
 def _steps_of(
     data: _Data, learners: _Learner, plans: _Plan, number: jax.Array, recipe: _Recipe, mesh: Mesh
 ) -> tuple[_Learner, Metrics]:
-    """The step of that number of the parents [n] on as many devices."""
-
     def own(data: _Data, learners: _Learner, plans: _Plan, number: jax.Array) -> Any:
         learner, plan = jax.tree.map(lambda leaf: leaf[0], (learners, plans))
         plan = jax.tree.map(lambda leaf: leaf[number], plan)
         return jax.tree.map(lambda leaf: leaf[None], _step(data, learner, plan, recipe))
 
-    each, all_ = PartitionSpec("parent"), PartitionSpec()
-    return jax.shard_map(
-        own, mesh=mesh, in_specs=(all_, each, each, all_), out_specs=each, check_vma=False
-    )(data, learners, plans, number)
+    return _shard_map(own, mesh, 1)(data, learners, plans, number)
+
+
+def _shard_map(function: Callable[..., Any], mesh: Mesh, others: int) -> Callable[..., Any]:
+    """Of the data, of learners and plans that are shared out, and of so many other arguments."""
+    specs = (PartitionSpec(), _EACH, _EACH, *[PartitionSpec()] * others)
+    shared: Callable[..., Any] = jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=_EACH, check_vma=False
+    )
+    return shared
 
 
 _summaries = jax.jit(jax.vmap(_summary))
 
-
-_MAPPINGS: dict[str, Callable[[Split, int], _Run]] = {"epochs": _by_epochs, "steps": _by_steps}
+_MAPPINGS: dict[str, Callable[..., tuple[_Learner, Metrics]]] = {
+    "epochs": _epoch,
+    "steps": _in_steps,
+}
 
 
 def _started(learners: Sequence[_Learner]) -> TrainState:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from megajax.program.gradients import with_fast_gradients
+from megajax.program.gradients import all_are_fast, with_fast_gradients
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -27,6 +27,86 @@ def test_a_convolution_has_the_gradients_that_jax_gives_it(images, strides, padd
     expected = jax.grad(loss, argnums=(0, 1))(w, x)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 2), (3, 3), (5, 4)])
+@pytest.mark.parametrize("padding", ["SAME", ((0, 0), (1, 1)), ((2, 1), (0, 3))])
+def test_any_window_has_the_gradients_that_jax_gives_it(kernel, strides, padding):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 9, 8, 2)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(*kernel, 2, 4)), jnp.float32)
+
+    def loss(w, x):
+        y = jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=LAYOUT)
+        return jnp.sin(y).sum()
+
+    found = jax.jit(jax.grad(with_fast_gradients(loss), argnums=(0, 1)))(w, x)
+    expected = jax.grad(loss, argnums=(0, 1))(w, x)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("channels", [(3, 16), (8, 8), (16, 16)])
+def test_narrow_convolutions_on_one_core(channels):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 8, 8, channels[0])), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(3, 3, *channels)), jnp.float32)
+
+    def loss(w, x):
+        y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT)
+        return jnp.sin(y).sum()
+
+    fast = with_fast_gradients(loss, one_core=True)
+    shapes = [eqn.outvars[0].aval.shape for eqn in jax.make_jaxpr(fast)(w, x).eqns]
+    assert (3, 8, 8, channels[1]) in shapes
+    found = jax.jit(jax.value_and_grad(fast, argnums=(0, 1)))(w, x)
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(w, x)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_gradients_are_those_of_jax():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(3, 3, 3, 4)), jnp.float32)
+
+    def loss(w):
+        y = jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=LAYOUT)
+        return jnp.sin(y).sum()
+
+    def curvature(loss):
+        return jax.grad(lambda w: jnp.vdot(jax.grad(loss)(w), jnp.cos(w)))(w)
+
+    np.testing.assert_allclose(
+        curvature(with_fast_gradients(loss)), curvature(loss), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "fast"),
+    [
+        ({}, True),
+        ({"window_strides": (2, 2)}, True),
+        ({"feature_group_count": 2}, False),
+        ({"rhs_dilation": (2, 2)}, False),
+        ({"lhs_dilation": (2, 2)}, False),
+        ({"dimension_numbers": ("NHWC", "HWIO", "NCHW")}, False),
+    ],
+)
+def test_what_is_slow_inside_loops_is_known(options, fast):
+    usual = {"window_strides": (1, 1), "padding": [(0, 0)] * 2, "dimension_numbers": LAYOUT}
+    x, w = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4 // options.get("feature_group_count", 1), 4))
+
+    def convolved(w, x):
+        return jax.nn.relu(jax.lax.conv_general_dilated(x, w, **(usual | options)))
+
+    def inside(w, x):
+        return jax.lax.scan(lambda total, x: (total + convolved(w, x).sum(), None), 0.0, x[None])
+
+    assert all_are_fast(convolved, w, x) == fast
+    assert all_are_fast(jax.jit(convolved), w, x) == fast
+    assert not all_are_fast(inside, w, x)
 
 
 def test_many_images_in_half_precision_are_summed_in_full():
