@@ -58,13 +58,7 @@ SEARCHES = {
         "distill-weights-aligned",
         *(f"{way}-channel-aligned" for way in ("memetic", "niches", "pbil", "one_plus_one")),
     ),
-    "cifar10": (
-        "distill-element-aligned",
-        "channel-aligned",
-        "paper",
-        "distill-weights-aligned",
-        "finetuned",
-    ),
+    "cifar10": ("distill-element-aligned", "channel-aligned", "paper", "finetuned"),
     "cifar10_width32": ("distill-element-aligned", "channel-aligned"),
     "cifar10_width64": ("distill-element-aligned", "channel-aligned"),
 }
