@@ -486,8 +486,14 @@ def measure_all(options: argparse.Namespace) -> list[str]:
         state = "done" if process.wait() == 0 else last
         if state != "done":
             bad.append(part.name)
-        kept = _beside(rows, results.get(part.name, {"rows": []})["rows"])
-        results[part.name] = {"rows": kept + rows, "state": state}  # a "note" is added by hand
+        before = results.get(part.name, {"rows": []})
+        kept = _beside(rows, before["rows"])
+        results[part.name] = {"rows": kept + rows, "state": state}
+        if "note" in before:  # added by hand: it stands while a row that it may be about does
+            if kept:
+                results[part.name]["note"] = before["note"]
+            else:
+                print(f"   measured anew, without its note: {before['note']}", flush=True)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -23,12 +23,20 @@ def test_every_part_runs_and_one_that_is_stopped_keeps_what_was_measured(tmp_pat
     measured = json.loads(figures.read_text())
     assert {part["state"] for part in measured.values()} == {"done"}
 
+    noted = {name: part | {"note": f"of {name}"} for name, part in measured.items()}
+    figures.write_text(json.dumps(noted))
     stopped = gpu("--dry", "--json", figures, "--parts", "others", "ceilings", "--slack", "0.0001")
     assert stopped.returncode == 1
     assert "not done: others, ceilings" in stopped.stdout
     later = json.loads(figures.read_text())
     assert "stopped" in later["others"]["state"]
     assert [part["rows"] for part in later.values()] == [p["rows"] for p in measured.values()]
+
+    assert later["others"]["note"] == "of others"  # its rows are those that the note is about
+
+    again = gpu("--dry", "--json", figures, "--parts", "ceilings")
+    assert "without its note: of ceilings" in again.stdout
+    assert "note" not in json.loads(figures.read_text())["ceilings"]
 
     assert gpu("--json", figures, "--docs", page).returncode == 0
     assert "not finished: stopped" in page.read_text()

@@ -41,6 +41,8 @@ ROWS = {
         "evolved_paper": "MeGA as published (with 115 networks)",
         "evolved_channel_aligned": "evolved, channel masks, aligned",
         "merged": "gradient without labels, element masks, aligned",
+        "best_parent_finetuned": "best parent, fine-tuned with labels for as long",
+        "merged_finetuned": "gradient without labels, then fine-tuned for as long",
         "ensemble": "ensemble (twice the cost)",
     },
     "digits": {
@@ -76,6 +78,14 @@ ROWS = {
         "ensemble": "ensemble (twice the cost)",
     },
 }
+OF_WIDTHS = (
+    "best_parent",
+    "uniform_average",
+    "aligned_uniform_average",
+    "evolved_channel_aligned",
+    "merged",
+    "ensemble",
+)
 IN_FULL = {  # rows of `tables.md` alone
     "regmean",
     "line",
@@ -85,7 +95,13 @@ IN_FULL = {  # rows of `tables.md` alone
     "evolved_global_aligned",
 }
 AGAINST = {
-    "cifar10": ("aligned_pleas", "evolved_paper", "evolved_channel_aligned", "ensemble"),
+    "cifar10": (
+        "aligned_pleas",
+        "evolved_paper",
+        "evolved_channel_aligned",
+        "best_parent_finetuned",
+        "ensemble",
+    ),
     "digits": (
         "aligned_uniform_average",
         "aligned_regmean",
@@ -125,7 +141,7 @@ def accuracies(found: Mapping[str, Comparison], names: Mapping[str, str]) -> str
     body = [
         [name, *(cell(key, one) for one in found.values())]
         for key, name in names.items()
-        if key not in IN_FULL
+        if key not in IN_FULL and any(one.row(key) for one in found.values())
     ]
     return to_markdown([header, *body])
 
@@ -134,6 +150,8 @@ def gains(data: str, results: Mapping[str, Any]) -> str:
     """The merged network minus others, paired by seed."""
 
     def cell(networks: Mapping[str, Any], key: str) -> str:
+        if key not in networks:
+            return ""
         ours, theirs = (networks[name]["test_accuracy"]["values"] for name in ("merged", key))
         difference = paired_t(ours, theirs)
         if len(ours) < FEWEST:
@@ -145,8 +163,30 @@ def gains(data: str, results: Mapping[str, Any]) -> str:
     body = [
         [ROWS[data][key], *(cell(one["networks"], key) for one in results.values())]
         for key in AGAINST[data]
+        if any(key in one["networks"] for one in results.values())
     ]
     return to_markdown([header, *body])
+
+
+def widths(results: Mapping[str, Any]) -> str:
+    """The pair of the first seed beside wider ones, in points; "" if none was measured."""
+    rows = []
+    for setting, name in SETTINGS.items():
+        pairs = {
+            data.partition("_width")[2] or "16": found[setting]["networks"]
+            for data, found in results.items()
+            if data.startswith("cifar10") and setting in found
+        }
+        for width, networks in pairs.items() if len(pairs) > 1 else ():
+            found = [networks.get(key, {}).get("test_accuracy") for key in OF_WIDTHS]
+            rows.append([name, width, *(percent(one["values"][0]) if one else "" for one in found)])
+    if not rows:
+        return ""
+    header = ["parents", "width", *(ROWS["cifar10"][key] for key in OF_WIDTHS)]
+    return (
+        "**Wider networks**: the pair of seed 0 at each width (channels of the first stage), at "
+        "the same cost in\nnetworks. Test accuracy:\n\n" + to_markdown([header, *rows])
+    )
 
 
 def section(results: Mapping[str, Any]) -> str:
@@ -177,6 +217,8 @@ def section(results: Mapping[str, Any]) -> str:
             f"What the search adds to what needs none, and to other searches ({tests}):",
             gains(data, settings),
         ]
+        if data == "cifar10":
+            parts += filter(None, [widths(results)])
     return "\n\n".join(parts)
 
 
