@@ -287,7 +287,7 @@ def test_a_signal_to_one_process_stops_both_and_the_same_command_goes_on(config,
     (code, out, error), second = ended(start_two(tmp_path, *command))
     assert (code, second[0]) == (0, 0), error + second[2]
     assert "merging goes on after generation" in out
-    whole = start(tmp_path, *options, "--workdir", tmp_path / "whole")
+    whole = start(tmp_path, *options, "--workdir", tmp_path / "whole", devices=2)
     assert ended([whole])[0][0] == 0
     assert results(tmp_path / "run") == results(tmp_path / "whole")
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
