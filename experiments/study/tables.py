@@ -169,7 +169,7 @@ def gains(data: str, results: Mapping[str, Any]) -> str:
 
 
 def widths(results: Mapping[str, Any]) -> str:
-    """The pair of the first seed beside wider ones, in points; "" if none was measured."""
+    """The pair of the first seed beside wider ones; "" if none was measured."""
     rows = []
     for setting, name in SETTINGS.items():
         pairs = {

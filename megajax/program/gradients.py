@@ -133,6 +133,15 @@ def _backward(equation: core.JaxprEqn, narrow: int, kept: Any, slope: jax.Array)
     return _by_images(convolve, x, kernel, slope, equation, narrow).astype(x.dtype), by_kernel
 
 
+def _sizes(
+    x: jax.Array, kernel: jax.Array, slope: jax.Array, equation: core.JaxprEqn
+) -> list[tuple[int, ...]]:
+    """Of both axes: sides of image, window and result, the stride, and the padding before."""
+    lows = [low for low, _ in equation.params["padding"]]
+    shapes = (x.shape[1:3], kernel.shape[:2], slope.shape[1:3])
+    return list(zip(*shapes, equation.params["window_strides"], lows, strict=True))
+
+
 def _by_kernel(
     convolve: Callable[..., Any],
     x: jax.Array,
@@ -142,9 +151,7 @@ def _by_kernel(
 ) -> jax.Array:
     """The images as what is convolved, the slopes as the kernel, and the examples as channels."""
     padding, strides = [], equation.params["window_strides"]
-    shapes = (x.shape[1:3], kernel.shape[:2], slope.shape[1:3])
-    sizes = zip(*shapes, strides, equation.params["padding"], strict=True)
-    for size, width, made, stride, (low, _) in sizes:
+    for size, width, made, stride, low in _sizes(x, kernel, slope, equation):
         spread = (made - 1) * stride + 1
         padding.append((low, width - 1 + spread - size - low))
 
@@ -174,9 +181,8 @@ def _by_images(
     every s-th entry of the kernel, so that no zeros come between the slopes.
     """
     padding, strides = [], equation.params["window_strides"]
-    shapes = (x.shape[1:3], kernel.shape[:2], slope.shape[1:3])
-    sizes = zip(*shapes, strides, equation.params["padding"], strict=True)
-    for axis, (size, width, made, stride, (low, _)) in enumerate(sizes):
+    sizes = _sizes(x, kernel, slope, equation)
+    for axis, (size, width, made, stride, low) in enumerate(sizes):
         # Pixel si + a has slope i - t by entry st + a + low of the kernel, first <= t <= last.
         first, last = -((stride - 1 + low) // stride), (width - 1 - low) // stride
         window = last - first + 1

@@ -11,22 +11,33 @@ from megajax.program.gradients import all_are_fast, with_fast_gradients
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
-@pytest.mark.parametrize("images", [1, 16, 17, 48])
-@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (2, 2)])
-@pytest.mark.parametrize("padding", ["SAME", "VALID"])
-def test_a_convolution_has_the_gradients_that_jax_gives_it(images, strides, padding):
-    rng = np.random.default_rng(images)
-    x = jnp.asarray(rng.normal(size=(images, 9, 8, 3)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 3, 3, 5)), jnp.float32)
-
+def loss_of(strides, padding):
     def loss(w, x):
         y = jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=LAYOUT)
         return jnp.sin(y).sum()
 
-    found = jax.jit(jax.grad(with_fast_gradients(loss), argnums=(0, 1)))(w, x)
-    expected = jax.grad(loss, argnums=(0, 1))(w, x)
-    for one, other in zip(found, expected, strict=True):
+    return loss
+
+
+def drawn(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def assert_result_and_gradients_are_those_of_jax(fast, loss, w, x):
+    found = jax.jit(jax.value_and_grad(fast, argnums=(0, 1)))(w, x)
+    expected = jax.value_and_grad(loss, argnums=(0, 1))(w, x)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("images", [1, 16, 17, 48])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_a_convolution_has_the_gradients_that_jax_gives_it(images, strides, padding):
+    x, w = drawn(images, (images, 9, 8, 3), (3, 3, 3, 5))
+    loss = loss_of(strides, padding)
+    assert_result_and_gradients_are_those_of_jax(with_fast_gradients(loss), loss, w, x)
 
 
 @pytest.mark.parametrize(
@@ -41,50 +52,27 @@ def test_a_convolution_has_the_gradients_that_jax_gives_it(images, strides, padd
 )
 @pytest.mark.parametrize("padding", ["SAME", ((0, 0), (1, 1)), ((2, 1), (0, 3))])
 def test_any_window_has_the_gradients_that_jax_gives_it(kernel, strides, padding):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(3, 9, 8, 2)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(*kernel, 2, 4)), jnp.float32)
-
-    def loss(w, x):
-        y = jax.lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=LAYOUT)
-        return jnp.sin(y).sum()
-
-    found = jax.jit(jax.grad(with_fast_gradients(loss), argnums=(0, 1)))(w, x)
-    expected = jax.grad(loss, argnums=(0, 1))(w, x)
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    x, w = drawn(0, (3, 9, 8, 2), (*kernel, 2, 4))
+    loss = loss_of(strides, padding)
+    assert_result_and_gradients_are_those_of_jax(with_fast_gradients(loss), loss, w, x)
 
 
 @pytest.mark.parametrize("channels", [(3, 16), (8, 8), (16, 16)])
 def test_narrow_convolutions_on_one_core(channels):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(3, 8, 8, channels[0])), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 3, *channels)), jnp.float32)
-
-    def loss(w, x):
-        y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=LAYOUT)
-        return jnp.sin(y).sum()
-
+    x, w = drawn(0, (3, 8, 8, channels[0]), (3, 3, *channels))
+    loss = loss_of((1, 1), "SAME")
     fast = with_fast_gradients(loss, one_core=True)
     shapes = [eqn.outvars[0].aval.shape for eqn in jax.make_jaxpr(fast)(w, x).eqns]
     assert (3, 8, 8, channels[1]) in shapes
-    found = jax.jit(jax.value_and_grad(fast, argnums=(0, 1)))(w, x)
-    expected = jax.value_and_grad(loss, argnums=(0, 1))(w, x)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    assert_result_and_gradients_are_those_of_jax(fast, loss, w, x)
 
 
 def test_gradients_of_gradients_are_those_of_jax():
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 6, 6, 3)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(3, 3, 3, 4)), jnp.float32)
-
-    def loss(w):
-        y = jax.lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=LAYOUT)
-        return jnp.sin(y).sum()
+    x, w = drawn(0, (2, 6, 6, 3), (3, 3, 3, 4))
+    loss = loss_of((2, 2), "SAME")
 
     def curvature(loss):
-        return jax.grad(lambda w: jnp.vdot(jax.grad(loss)(w), jnp.cos(w)))(w)
+        return jax.grad(lambda w: jnp.vdot(jax.grad(loss)(w, x), jnp.cos(w)))(w)
 
     np.testing.assert_allclose(
         curvature(with_fast_gradients(loss)), curvature(loss), rtol=1e-3, atol=1e-3
