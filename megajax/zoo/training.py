@@ -618,14 +618,13 @@ def _epoch(
 ) -> tuple[_Learner, Metrics]:
     """An epoch of the parents [n], each on a device of its own, in one compiled call."""
 
-    def own(data: _Data, learners: _Learner, plans: _Plan) -> tuple[_Learner, Metrics]:
-        learner, plan = jax.tree.map(lambda leaf: leaf[0], (learners, plans))
-        step = functools.partial(_step, data, recipe=recipe)
-        learner, metrics = jax.lax.scan(step, learner, plan)
-        done = learner, _summary(learner, metrics)
-        return jax.tree.map(lambda leaf: leaf[None], done)
+    def own(data: _Data, learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
+        learner, metrics = jax.lax.scan(
+            functools.partial(_step, data, recipe=recipe), learner, plan
+        )
+        return learner, _summary(learner, metrics)
 
-    return _shard_map(own, mesh, 0)(data, learners, plans)
+    return _on_own_devices(own, mesh, data, learners, plans)
 
 
 def _in_steps(
@@ -643,21 +642,29 @@ def _in_steps(
 def _steps_of(
     data: _Data, learners: _Learner, plans: _Plan, number: jax.Array, recipe: _Recipe, mesh: Mesh
 ) -> tuple[_Learner, Metrics]:
-    def own(data: _Data, learners: _Learner, plans: _Plan, number: jax.Array) -> Any:
+    def own(data: _Data, learner: _Learner, plan: _Plan) -> tuple[_Learner, Metrics]:
+        return _step(data, learner, plan, recipe)
+
+    plans = jax.tree.map(lambda leaf: leaf[:, number], plans)
+    return _on_own_devices(own, mesh, data, learners, plans)
+
+
+def _on_own_devices(
+    function: Callable[[_Data, _Learner, _Plan], tuple[_Learner, Metrics]],
+    mesh: Mesh,
+    data: _Data,
+    learners: _Learner,
+    plans: _Plan,
+) -> tuple[_Learner, Metrics]:
+    """What a function of one parent gives for each of them, [n], on as many devices."""
+
+    def own(data: _Data, learners: _Learner, plans: _Plan) -> Any:
         learner, plan = jax.tree.map(lambda leaf: leaf[0], (learners, plans))
-        plan = jax.tree.map(lambda leaf: leaf[number], plan)
-        return jax.tree.map(lambda leaf: leaf[None], _step(data, learner, plan, recipe))
+        return jax.tree.map(lambda leaf: leaf[None], function(data, learner, plan))
 
-    return _shard_map(own, mesh, 1)(data, learners, plans, number)
-
-
-def _shard_map(function: Callable[..., Any], mesh: Mesh, others: int) -> Callable[..., Any]:
-    """Of the data, of learners and plans that are shared out, and of so many other arguments."""
-    specs = (PartitionSpec(), _EACH, _EACH, *[PartitionSpec()] * others)
-    shared: Callable[..., Any] = jax.shard_map(
-        function, mesh=mesh, in_specs=specs, out_specs=_EACH, check_vma=False
-    )
-    return shared
+    specs = (PartitionSpec(), _EACH, _EACH)
+    shared = jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=_EACH, check_vma=False)
+    return cast("tuple[_Learner, Metrics]", shared(data, learners, plans))
 
 
 _summaries = jax.jit(jax.vmap(_summary))
